@@ -1,0 +1,24 @@
+"""Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
+
+from functorch_optim import schedules, tree
+from functorch_optim.base import (
+    GradientTransformation,
+    apply_updates,
+    factory,
+    identity,
+    leafwise,
+    stateless,
+)
+from functorch_optim.combine import chain, masked, named_chain, partition
+from functorch_optim.hyperparameters import Hyperparameter, Schedule, at
+from functorch_optim.numerics import debias, safe_norm, safe_sqrt
+from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
+from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam
+from functorch_optim.optimizers.sgd import sgd
+from functorch_optim.rule import EmptyState, StepState, leaf_state
+from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
+from functorch_optim.transforms.decay import add_decayed_weights
+from functorch_optim.transforms.momentum import trace
+from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
+from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
+from functorch_optim.tree import MaskedNode

@@ -1,0 +1,372 @@
+"""Gradient transformations: pure (init, update) pairs over trees of tensors."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, Protocol
+
+import torch
+from torch import Tensor
+
+from functorch_optim import execution, lift, tree
+from functorch_optim.lift import Link, TreeRule
+from functorch_optim.rule import EmptyState, Rule
+from functorch_optim.tree import Tree
+
+P = ParamSpec("P")
+
+
+class InitFunction(Protocol):
+    """Make the state for these parameters."""
+
+    def __call__(self, params: Tree, /) -> Any: ...
+
+
+class UpdateFunction(Protocol):
+    """Transform updates; return them with the next state."""
+
+    def __call__(self, updates: Tree, state: Any, params: Tree = None, /, **extra: Any) -> tuple[Tree, Any]: ...
+
+
+class GradientTransformation:
+    """Transform gradients into updates: a pure pair of functions, `init, update = tx`.
+
+    Make one from two functions over whole trees, or with `fo.leafwise` from a rule for one tensor. Transformations are
+    immutable, print as the call that made them, and pickle when their arguments do.
+
+    Args:
+        init: `init(params) -> state`. The state is any tree of tensors.
+        update: `update(updates, state, params, *, name, ...) -> (updates, state)`. It must not modify its arguments.
+            `params` is None when the caller gave none, and so is the update of a leaf without a gradient. Its
+            keyword-only parameters are the extras it declares; `**extra` declares any.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> def init(params):
+        ...     return ()
+        >>> def update(updates, state, params):
+        ...     return fo.tree.map(torch.sign, updates), state
+        >>> tx = fo.chain(fo.GradientTransformation(init, update), fo.scale_by_learning_rate(0.1))
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0, -5.0])}, tx.init(params))
+        >>> updates
+        {'w': tensor([-0.1000,  0.1000])}
+    """
+
+    def __init__(self, init: InitFunction, update: UpdateFunction) -> None:
+        for name, function in (("init", init), ("update", update)):
+            if not callable(function):
+                raise TypeError(
+                    f"GradientTransformation needs two functions, but {name} is a {type(function).__name__}; "
+                    "write GradientTransformation(init, update)"
+                )
+        self._links: tuple[Link, ...] = (Link(TreeRule(init, update, _declared_extras(update))),)
+        self._layout: Any = 0
+        self._call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] = (
+            GradientTransformation,
+            (init, update),
+            {},
+        )
+
+    @classmethod
+    def _of(cls, links: Sequence[Link], layout: Any) -> "GradientTransformation":
+        """Make a transformation of links whose states nest as the indices in `layout` do."""
+        made = cls.__new__(cls)
+        made._links = tuple(links)
+        made._layout = layout
+        made._call = (cls._of, (links, layout), {})
+        return made
+
+    def init(self, params: Tree, /) -> Any:
+        """Make the state for these parameters.
+
+        Args:
+            params: tree of floating-point or complex tensors; None where a parameter is missing.
+
+        Returns:
+            The state: tensors in NamedTuples; one entry a link for a chain.
+
+        Raises:
+            TypeError: a leaf is no tensor, or a tensor of integers.
+            ValueError: a mask or the labels of a partition do not fit the parameters.
+        """
+        return nest(self._layout, lift.init(self._links, params))
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, /, **extra: Any) -> tuple[Tree, Any]:
+        """Transform updates, gradients at first; no argument is modified.
+
+        Args:
+            updates: tree of tensors built like the parameters; None where there is no gradient: that parameter and its
+                state stay as they are.
+            state: what `init` or the last `update` returned.
+            params: the parameters; may be left out when nothing in the chain needs them.
+            **extra: by name, what some transformation in the chain declares, such as `value`.
+
+        Returns:
+            Updates to add to the parameters (see `fo.apply_updates`), and the next state.
+
+        Raises:
+            ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
+            TypeError: an extra that nothing declares, or one that is missing.
+        """
+        _check_extras(self._links, extra)
+        states = unnest(self._layout, state)
+        new_updates, new_states = lift.update(self._links, updates, states, params, extra)
+        return new_updates, nest(self._layout, new_states)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """Unpack as a pair: init, update = tx."""
+        return iter((self.init, self.update))
+
+    def __repr__(self) -> str:
+        function, args, kwargs = self._call
+        return _written_call(function, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, self._call
+
+
+def _make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def _written_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def written(value: Any) -> str:
+        plain_function = inspect.isroutine(value) or inspect.isclass(value)
+        return str(value.__qualname__) if plain_function else repr(value)
+
+    named = [f"{name}={written(value)}" for name, value in kwargs.items()]
+    return f"{function.__name__}({', '.join([written(value) for value in args] + named)})"
+
+
+def factory(function: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
+    """Let transformations that `function` makes print and pickle as the call that made them.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> @fo.factory
+        ... def clipped_sgd(lr, max_norm=1.0):
+        ...     return fo.chain(fo.clip_by_global_norm(max_norm), fo.sgd(lr))
+        >>> clipped_sgd(0.1)
+        clipped_sgd(0.1)
+    """
+
+    @functools.wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> GradientTransformation:
+        made = function(*args, **kwargs)
+        named = GradientTransformation._of(made._links, made._layout)
+        named._call = (make, args, kwargs)
+        return named
+
+    return make
+
+
+@factory
+def leafwise(
+    init: Callable[[Any], Any] | type | None,
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    scalars: Callable[..., Any] | None = None,
+    *,
+    elementwise: bool = False,
+    needs_params: bool = False,
+) -> GradientTransformation:
+    """Lift a rule for one tensor to trees of tensors.
+
+    The rule is run over all leaves in whatever way is fastest for them; it is given tensors or things that answer to
+    torch functions and operators as tensors do. It must be pure: no in-place operation, no `.item()`, no branching on
+    values; and it must take every number from `scalars`, so that one compiled kernel serves a whole run.
+
+    Args:
+        init: `init(p) -> state` makes the state for one parameter, a NamedTuple of tensors. Or the NamedTuple class
+            itself: every field then starts at `zeros_like(p)`. None: the rule keeps no state.
+        update: `update(g, state, p, s) -> (g, state)` transforms the gradient of one parameter, keeping its shape. `p`
+            is None when the caller gave no parameters; `s` is what `scalars` returned, and `()` without it; `state` is
+            `()` when the rule keeps none.
+        scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs, from the
+            0-dim float64 tensor `step`, 1 at the first update: 0-dim tensors or numbers in any tree. Use
+            `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
+            rule declares; the one named `updates` is not an extra but the list of all tensors that the rule is about
+            to transform, for numbers like a global norm. None: the rule needs no numbers.
+        elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
+            at will. Leave it False when the rule looks at shapes or reduces over elements.
+        needs_params: whether the rule uses `p`.
+
+    Returns:
+        Transformation whose state is a NamedTuple: `step` (0-dim int64, when there are scalars), then the fields of the
+        rule's state, each a tree like the parameters.
+
+    Example:
+        Sign descent with momentum, in the letters of its paper.
+
+        >>> import functorch_optim as fo, torch
+        >>> from typing import NamedTuple
+        >>> class SignumState(NamedTuple):
+        ...     momentum_buffer: torch.Tensor
+        >>> def scale_by_signum(momentum=0.9):
+        ...     def scalars(step):
+        ...         return fo.at(momentum, step)
+        ...     def update(g, state, p, beta):
+        ...         m = beta * state.momentum_buffer + (1 - beta) * g
+        ...         return torch.sign(m), SignumState(m)
+        ...     return fo.leafwise(SignumState, update, scalars, elementwise=True)
+        >>> tx = fo.chain(scale_by_signum(), fo.scale_by_learning_rate(0.1))
+        >>> params = {"w": torch.zeros(2)}
+        >>> updates, state = tx.update({"w": torch.tensor([3.0, -3.0])}, tx.init(params))
+        >>> updates, state[0].step
+        ({'w': tensor([-0.1000,  0.1000])}, tensor(1))
+    """
+    if isinstance(init, type):
+        state_type: Any = init
+        count = len(getattr(init, "_fields", ()))
+
+        def rule_init(p: Tensor) -> Any:
+            return state_type(*[torch.zeros_like(p) for _ in range(count)])
+
+        return GradientTransformation._of((Link(Rule(rule_init, update, scalars, elementwise, needs_params, init)),), 0)
+    declared = getattr(init, "__annotations__", {}).get("return")
+    state_type = declared if hasattr(declared, "_fields") else None
+    return GradientTransformation._of((Link(Rule(init, update, scalars, elementwise, needs_params, state_type)),), 0)
+
+
+@factory
+def identity() -> GradientTransformation:
+    """Pass updates through unchanged.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.identity()
+        >>> tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
+        ({'w': tensor([1.])}, EmptyState())
+    """
+    return leafwise(None, lambda g, state, p, s: (g, state), elementwise=True)
+
+
+@factory
+def stateless(function: Callable[[Tree, Tree], Tree]) -> GradientTransformation:
+    """Make a transformation of a pure function of updates and parameters.
+
+    Args:
+        function: `function(updates, params) -> updates`, over whole trees. `params` is None when the caller gave none;
+            an update is None where there is no gradient, which `fo.tree.map` passes over.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.stateless(lambda updates, params: fo.tree.map(torch.sign, updates))
+        >>> tx.update({"w": torch.tensor([5.0])}, tx.init({"w": torch.ones(1)}))
+        ({'w': tensor([1.])}, EmptyState())
+    """
+
+    def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+        return function(updates, params), state
+
+    return GradientTransformation(lambda params: EmptyState(), update)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Add updates to parameters and return new parameters.
+
+    Args:
+        params: tree of tensors.
+        updates: tree built like it; None leaves a parameter as it is.
+
+    Returns:
+        Tree like `params`, of the same dtypes.
+
+    Raises:
+        ValueError: trees or shapes do not match.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
+        {'w': tensor([1.5000, 0.0000])}
+    """
+    leaves, structure = tree.flatten(params)
+    update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
+    lift.check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
+    present = [i for i, update in enumerate(update_leaves) if update is not None]
+    if present:
+        added, _ = execution.run(
+            [_ADD], [update_leaves[i] for i in present], [()], [leaves[i] for i in present], [()]
+        )
+        for i, new in zip(present, added, strict=True):
+            leaves[i] = new
+    return tree.unflatten(structure, leaves)
+
+
+_ADD = Rule(None, lambda u, state, p, s: (p + u, state), None, True, True, None)
+
+
+# How states nest: an index for a link, a tuple for a chain, a dict for named parts. -----------------------------------
+
+
+def nest(layout: Any, states: Sequence[Any]) -> Any:
+    """Arrange the states of links as users see them."""
+    if isinstance(layout, int):
+        return states[layout]
+    if isinstance(layout, tuple):
+        return tuple([nest(part, states) for part in layout])
+    return {name: nest(part, states) for name, part in layout.items()}
+
+
+def unnest(layout: Any, state: Any, path: str = "state") -> list[Any]:
+    """List the states of links in order.
+
+    Raises:
+        ValueError: the state is arranged differently.
+    """
+    if isinstance(layout, int):
+        return [state]
+    names = list(range(len(layout))) if isinstance(layout, tuple) else list(layout)
+    if type(state) is not type(layout) or set(range(len(state)) if isinstance(state, tuple) else state) != set(names):
+        expected = f"a tuple of {len(names)}" if isinstance(layout, tuple) else f"a dict with the keys {names}"
+        raise ValueError(
+            f"{path} should be {expected}, but it is {_describe(state)}: it belongs to another transformation. "
+            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
+        )
+    return [found for name in names for found in unnest(layout[name], state[name], f"{path}[{name!r}]")]
+
+
+def _describe(state: Any) -> str:
+    if type(state) is tuple:
+        return f"a tuple of {len(state)}"
+    return f"a dict with the keys {list(state)}" if type(state) is dict else f"a {type(state).__name__}"
+
+
+def shift(layout: Any, by: int) -> Any:
+    """Renumber the links in a layout."""
+    if isinstance(layout, int):
+        return layout + by
+    if isinstance(layout, tuple):
+        return tuple([shift(part, by) for part in layout])
+    return {name: shift(part, by) for name, part in layout.items()}
+
+
+# Extras. --------------------------------------------------------------------------------------------------------------
+
+
+def _declared_extras(update: Callable[..., Any]) -> frozenset[str] | None:
+    parameters = inspect.signature(update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def _check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
+    declared: set[str] = set()
+    for link in links:
+        if link.rule.extras is None:
+            declared |= set(extras)
+            continue
+        declared |= link.rule.extras - {"updates"}
+        if isinstance(link.rule, Rule):
+            for name in sorted(link.rule.missing(extras)):
+                raise TypeError(
+                    f"{link.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)"
+                )
+    for name in extras:
+        if name not in declared:
+            known = ", ".join(sorted(declared)) or "none"
+            raise TypeError(
+                f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
+                "A transformation declares an extra as a keyword-only parameter of its update or scalars"
+            )

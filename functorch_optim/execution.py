@@ -1,0 +1,318 @@
+"""How a rule is run over many tensors: the only place that knows.
+
+Two ways, chosen from what the tensors are:
+
+- tensor by tensor: right everywhere, and the reference for the other. It runs inside `torch.func` transforms, in
+  functions that `torch.compile` traces, wherever a gradient is wanted, on tensor subclasses such as DTensor, and for
+  rules that need their tensor whole.
+- foreach: eagerly and without grad, a list of tensors that answers like one tensor turns each torch op of an
+  elementwise rule into one `torch._foreach_*` call.
+
+Complex tensors are run as pairs of reals, as torch.optim does. float16 and bfloat16 tensors are computed in float32 and
+rounded once at the end, as torch's fused kernels do.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functorch_optim import tree
+from functorch_optim.numerics import safe_sqrt
+from functorch_optim.rule import Rule
+
+Columns: TypeAlias = Any
+"""State of one rule for many tensors: its NamedTuple with a list, one entry a tensor, in each field."""
+
+
+def run(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run rules, one after the other, on each of many tensors.
+
+    Args:
+        rules: the links of a chain.
+        updates: one tensor for each parameter.
+        states: for each rule, its state for these parameters.
+        params: the parameters, where they were given.
+        scalars: for each rule, what its `scalars` returned: numbers and 0-dim float64 tensors in any tree.
+
+    Returns:
+        The transformed updates, and for each rule its new state.
+    """
+    kinds = {(update.device, update.dtype) for update in updates}
+    if len(kinds) > 1:
+        return _kind_by_kind(rules, updates, states, params, scalars)
+    new_updates = [_enter(update) for update in updates]
+    entered_states = [_map_columns(_enter, state) for state in states]
+    entered_params = [_enter(param) for param in params] if params is not None else None
+
+    new_states: list[Columns] = []
+    at_once = _can_batch([*updates, *(params or ())], states, scalars)
+    for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
+        links = list(members)
+        foreach = at_once and elementwise and len(updates) > 1
+        way = _foreach if foreach else _tensor_by_tensor
+        cast = _cast(new_updates[0], to_number=foreach)
+        new_updates, columns = way(
+            [rules[k] for k in links],
+            new_updates,
+            [entered_states[k] for k in links],
+            entered_params,
+            [tree.map(cast, scalars[k]) for k in links],
+        )
+        new_states += columns
+    return (
+        [_leave(new, old) for new, old in zip(new_updates, updates, strict=True)],
+        [_leave_columns(new, old) for new, old in zip(new_states, states, strict=True)],
+    )
+
+
+def _kind_by_kind(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run the tensors of each device and dtype together."""
+    kinds: dict[Any, list[int]] = {}
+    for i, update in enumerate(updates):
+        kinds.setdefault((update.device, update.dtype), []).append(i)
+    new_updates = list(updates)
+    new_states = [_map_columns(lambda tensor: tensor, state) for state in states]
+    for members in kinds.values():
+        some_updates, some_states = run(
+            rules,
+            [updates[i] for i in members],
+            [_pick(state, members) for state in states],
+            [params[i] for i in members] if params is not None else None,
+            scalars,
+        )
+        for position, i in enumerate(members):
+            new_updates[i] = some_updates[position]
+            for new_state, some_state in zip(new_states, some_states, strict=True):
+                for new_column, some_column in zip(new_state, some_state, strict=True):
+                    new_column[i] = some_column[position]
+    return new_updates, new_states
+
+
+def _tensor_by_tensor(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    new_updates: list[Tensor] = []
+    new_states: list[Columns] = [_map_columns(None, state) for state in states]
+    for i, update in enumerate(updates):
+        p = params[i] if params is not None else None
+        for k, rule in enumerate(rules):
+            update, new_state = rule.update(update, _row(states[k], i), p, scalars[k])  # noqa: PLW2901
+            for column, tensor in zip(new_states[k], new_state, strict=True):
+                column.append(tensor)
+        new_updates.append(update)
+    return new_updates, new_states
+
+
+def _foreach(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    g = TensorList(updates)
+    p = TensorList(params) if params is not None else None
+    new_states: list[Columns] = []
+    for rule, columns, s in zip(rules, states, scalars, strict=True):
+        state = _make(type(columns), [TensorList(column) for column in columns])
+        g, state = rule.update(g, state, p, s)
+        new_states.append(_make(type(columns), [tensor_list.tensors for tensor_list in state]))
+    return g.tensors, new_states
+
+
+# States of many tensors: a NamedTuple of lists. ----------------------------------------------------------------------
+
+
+def _make(state_type: Any, fields: Sequence[Any]) -> Any:
+    return state_type(*fields) if fields else ()
+
+
+def _row(columns: Columns, i: int) -> Any:
+    return _make(type(columns), [column[i] for column in columns])
+
+
+def _pick(columns: Columns, members: list[int]) -> Columns:
+    return _make(type(columns), [[column[i] for i in members] for column in columns])
+
+
+def _map_columns(function: Callable[[Tensor], Tensor] | None, columns: Columns) -> Columns:
+    """Apply a function to every tensor; without one, make empty columns."""
+    return _make(type(columns), [[function(tensor) for tensor in column] if function else [] for column in columns])
+
+
+# What a rule is given, and what is made of what it returns. ----------------------------------------------------------
+
+
+def _enter(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _leave(tensor: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        tensor = torch.view_as_complex(tensor.contiguous())
+    return tensor.to(like.dtype)
+
+
+def _leave_columns(columns: Columns, like: Columns) -> Columns:
+    pairs = zip(columns, like, strict=True)
+    return _make(type(like), [[_leave(n, o) for n, o in zip(new, old, strict=True)] for new, old in pairs])
+
+
+def _cast(like: Tensor, to_number: bool) -> Callable[[Any], Any]:
+    def cast(scalar: Any) -> Any:
+        if not isinstance(scalar, Tensor):
+            return scalar
+        if not scalar.is_floating_point():  # a condition
+            return scalar.to(device=like.device)
+        if to_number and scalar.device.type == "cpu":
+            return scalar.item()  # on the CPU this waits for nothing, and foreach ops take numbers best
+        return scalar.to(device=like.device, dtype=like.dtype)
+
+    return cast
+
+
+# Which way. ----------------------------------------------------------------------------------------------------------
+
+
+def _can_batch(tensors: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]) -> bool:
+    """Tell whether foreach ops may run: eagerly, on plain tensors, where no derivative is wanted."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    numbers = [leaf for leaf in tree.flatten(list(scalars))[0] if isinstance(leaf, Tensor)]
+    everything = tensors + numbers + [tensor for columns in states for column in columns for tensor in column]
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in everything):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in everything))
+
+
+class TensorList:
+    """A list of tensors that answers like one tensor.
+
+    Each torch function called on it is one `torch._foreach_*` call over the list where there is such a kernel for these
+    arguments, and the function itself on each tensor where there is not.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        """Hold these tensors, of one dtype and device."""
+        self.tensors = tensors
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> "TensorList":
+        """Answer a torch function, or a method of Tensor, by its name."""
+        kwargs = kwargs or {}
+        name = function.__name__.strip("_")
+        if function.__name__.endswith("_") and not function.__name__.endswith("__"):
+            raise TypeError(f"A rule must not modify its arguments: use {name}() in place of {function.__name__}()")
+        result = _foreach_call(_ALIASES.get(name, name), args, kwargs)
+        if result is None:
+            result = [function(*row, **row_kwargs) for row, row_kwargs in _rows(args, kwargs)]
+        return cls(result)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer a method or property of Tensor."""
+        attribute = getattr(Tensor, name)
+        if callable(attribute):
+            return lambda *args, **kwargs: TensorList.__torch_function__(attribute, (), (self, *args), kwargs)
+        return getattr(self.tensors[0], name)  # dtype, device, ...: the same for all
+
+    def __repr__(self) -> str:
+        return f"TensorList({self.tensors!r})"
+
+
+def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
+    def forward(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *others: TensorList.__torch_function__(function, (), (self, *others))
+
+    def backward(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, other: TensorList.__torch_function__(function, (), (other, self))
+
+    for name in ("add", "sub", "mul", "truediv", "pow"):
+        yield f"__{name}__", forward(getattr(operator, name))
+        yield f"__r{name}__", backward(getattr(operator, name))
+    for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "invert"):
+        yield f"__{name.strip('_')}__", forward(getattr(operator, name))
+
+
+for _name, _operator in _operators():
+    setattr(TensorList, _name, _operator)
+TensorList.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Yield the arguments for each tensor of the list."""
+
+    def row(value: Any, i: int) -> Any:
+        return value.tensors[i] if isinstance(value, TensorList) else value
+
+    length = next(len(value.tensors) for value in (*args, *kwargs.values()) if isinstance(value, TensorList))
+    for i in range(length):
+        yield [row(value, i) for value in args], {name: row(value, i) for name, value in kwargs.items()}
+
+
+_ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
+_UNARY = {"abs", "exp", "expm1", "log", "log1p", "neg", "reciprocal", "rsqrt", "sign", "sqrt", "tanh", safe_sqrt.__name__}
+_COMMUTATIVE = {"add", "mul"}
+_WITH_LIST = {"add", "sub", "mul", "div", "maximum", "minimum", "pow"}
+_WITH_NUMBER = {"add", "sub", "mul", "div", "clamp_min", "clamp_max", "pow"}
+_WITH_SCALAR_TENSOR = {"add", "mul", "div"}
+
+
+def _foreach_call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
+    """Call the foreach kernel for these arguments; None when there is none."""
+    if kwargs:
+        if name in ("addcmul", "addcdiv") and set(kwargs) == {"value"} and isinstance(kwargs["value"], int | float):
+            args, kwargs = (*args, kwargs["value"]), {}
+        else:
+            return None
+    kinds = "".join(map(_kind, args))
+    if name in _COMMUTATIVE and kinds in ("nl", "sl"):
+        args, kinds = args[::-1], kinds[::-1]
+    known = (
+        (kinds == "l" and name in _UNARY)
+        or (kinds == "ll" and name in _WITH_LIST)
+        or (kinds == "ln" and name in _WITH_NUMBER)
+        or (kinds == "ls" and name in _WITH_SCALAR_TENSOR)
+        or (kinds in ("lll", "lln") and name == "lerp")
+        or (kinds in ("lll", "llln") and name in ("addcmul", "addcdiv"))
+    )
+    if not known:
+        return None
+    kernel = getattr(torch, f"_foreach_{'sqrt' if name == safe_sqrt.__name__ else name}")
+    values = [value.tensors if isinstance(value, TensorList) else value for value in args]
+    return kernel(*values)  # type: ignore[no-any-return]
+
+
+def _kind(value: Any) -> str:
+    """Return l for a list of tensors, n for a number, s for a scalar tensor, and ? for anything else."""
+    if isinstance(value, TensorList):
+        return "l"
+    if isinstance(value, int | float):
+        return "n"
+    return "s" if isinstance(value, Tensor) and value.ndim == 0 else "?"

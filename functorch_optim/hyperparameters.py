@@ -1,0 +1,107 @@
+"""Hyperparameters: a number, a 0-dim tensor, or a schedule, wherever a number is wanted."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Schedule: TypeAlias = Callable[[Tensor], Tensor | float]
+"""A function of the number of updates already done: 0 at the first update."""
+
+Hyperparameter: TypeAlias = float | Tensor | Schedule
+"""A number; a 0-dim tensor, which may require grad or be batched by vmap; or a schedule."""
+
+
+def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
+    """Evaluate a hyperparameter at a step.
+
+    Args:
+        hyperparameter: number, tensor of one element, or schedule.
+        step: number of this update, 1 at the first: 0-dim float64 tensor. A schedule is called with `step - 1`, the
+            number of updates already done, as torch's schedulers and optax count.
+
+    Returns:
+        The number as it is, or a 0-dim float64 tensor.
+
+    Raises:
+        ValueError: a tensor has more than one element.
+
+    Example:
+        >>> import torch
+        >>> step = torch.tensor(1.0, dtype=torch.float64)
+        >>> at(0.1, step), at(lambda count: 0.5**count, step)
+        (0.1, tensor(1., dtype=torch.float64))
+    """
+    value = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim != 0:
+        if value.numel() != 1:
+            raise ValueError(
+                f"A hyperparameter is one number, got a tensor of shape {tuple(value.shape)}. To train with several "
+                "values at once, batch them: torch.vmap(lambda lr: ...)(lrs)."
+            )
+        value = value.reshape(())
+    return value.to(torch.float64)
+
+
+def is_zero(hyperparameter: Hyperparameter) -> bool:
+    """Tell whether this is the python number 0: a feature that is switched off."""
+    return isinstance(hyperparameter, int | float) and hyperparameter == 0
+
+
+def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
+    """Raise unless `value` is a tensor, a schedule, or a python number that is allowed.
+
+    Args:
+        name: what to call it in the message, in torch.optim's words.
+        value: the hyperparameter.
+        allowed: "value >= 0", "value > 0", "0 <= value < 1", "0 <= value <= 1" or "a number".
+
+    Raises:
+        ValueError: the number is not allowed; NaN never is.
+        TypeError: it is neither a number nor a tensor nor a schedule.
+
+    Example:
+        >>> check("learning rate", -0.1)
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid learning rate: -0.1; it needs value >= 0
+    """
+    if isinstance(value, Tensor) or callable(value):
+        return  # never inspected: that would synchronize, and cannot be done in a traced function
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"Invalid {name}: {value!r} is a {type(value).__name__}; "
+            "give a number, a 0-dim tensor, or a schedule such as fo.schedules.cosine(1e-3, 100)"
+        )
+    if not _ALLOWED[allowed](value):
+        raise ValueError(f"Invalid {name}: {value}; it needs {allowed}")
+
+
+_ALLOWED: dict[str, Callable[[float], bool]] = {
+    "value >= 0": lambda value: value >= 0,
+    "value > 0": lambda value: value > 0,
+    "0 <= value < 1": lambda value: 0 <= value < 1,
+    "0 <= value <= 1": lambda value: 0 <= value <= 1,
+    "a number": lambda value: value == value,  # NaN is not
+}
+
+
+def check_betas(betas: Any) -> None:
+    """Raise unless `betas` is a pair of decay rates in [0, 1).
+
+    Raises:
+        ValueError: it is not a pair, or a number in it is outside [0, 1).
+
+    Example:
+        >>> check_betas((0.9, 1.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid beta parameter at index 1: 1.0; it needs 0 <= value < 1
+    """
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; give a pair, as in betas=(0.9, 0.999)")
+    for index, beta in enumerate(betas):
+        check(f"beta parameter at index {index}", beta, "0 <= value < 1")

@@ -1,0 +1,85 @@
+"""Functions whose derivatives are exact where they exist and zero, not NaN, where they do not."""
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Take the square root, with derivative zero at zero.
+
+    Adam, RMSprop and Adagrad divide by the root of a running mean of squares. A unit that never fired has mean zero,
+    where the root's derivative is infinite and the chain rule makes it inf * 0 = NaN. The forward value is `x.sqrt()`
+    everywhere: NaN for NaN and for negative numbers.
+
+    Args:
+        x: real tensor of any shape.
+
+    Returns:
+        Tensor like `x`.
+
+    Example:
+        >>> import torch
+        >>> torch.func.grad(safe_sqrt)(torch.tensor(0.0))
+        tensor(0.)
+    """
+    if has_torch_function_unary(x):  # a batch of tensors has a kernel of its own for this
+        return handle_torch_function(safe_sqrt, (x,), x)  # type: ignore[no-any-return]
+    zero = x == 0
+    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
+def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
+    """Take the p-norm of all elements, with derivative zero where the norm is zero.
+
+    Args:
+        x: real or complex tensor of any shape, empty ones included.
+        p: order, a number > 0 or inf.
+
+    Returns:
+        0-dim real tensor; float32 for float16 and bfloat16.
+
+    Raises:
+        ValueError: `p` is not > 0.
+
+    Example:
+        >>> import torch
+        >>> safe_norm(torch.tensor([3.0, 4.0])), torch.func.grad(safe_norm)(torch.zeros(2))
+        (tensor(5.), tensor([0., 0.]))
+    """
+    if not p > 0:
+        raise ValueError(f"Invalid norm order: {p}; a norm needs p > 0, as in safe_norm(x, p=2.0)")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if x.is_complex():
+        x = safe_sqrt(torch.view_as_real(x).square().sum(-1))
+    if x.numel() == 0:
+        return x.sum()
+    if p == float("inf"):
+        return x.abs().amax()
+    if p == 2:
+        return safe_sqrt(x.square().sum())
+    if p == 1:
+        return x.abs().sum()
+    total = _safe_power(x.abs(), p).sum()
+    return _safe_power(total, 1 / p)
+
+
+def _safe_power(x: Tensor, exponent: float) -> Tensor:
+    zero = x == 0
+    return x.masked_fill(zero, 1).pow(exponent).masked_fill(zero, 0)
+
+
+def debias(beta: Tensor | float, step: Tensor) -> Tensor:
+    """Return 1 - beta^t: the weight that an exponential mean, begun at zero, has gathered after t steps.
+
+    Args:
+        beta: decay rate in [0, 1): number or 0-dim tensor.
+        step: t, counted from 1: 0-dim float64 tensor.
+
+    Example:
+        >>> import torch
+        >>> debias(0.9, torch.tensor(2.0, dtype=torch.float64))
+        tensor(0.1900, dtype=torch.float64)
+    """
+    return 1 - beta**step

@@ -1,0 +1,1 @@
+"""Optimizers: one family of algorithms a file."""

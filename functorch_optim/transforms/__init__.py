@@ -1,0 +1,1 @@
+"""Small transformations: the blocks that chains are made of."""

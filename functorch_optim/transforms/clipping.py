@@ -1,0 +1,138 @@
+"""Clipping: by value, by each tensor's norm, by the norm of the whole tree."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from functorch_optim.base import GradientTransformation, factory, leafwise
+from functorch_optim.hyperparameters import Hyperparameter, at, check
+from functorch_optim.numerics import safe_norm
+
+
+@factory
+def clip(clip_value: Hyperparameter) -> GradientTransformation:
+    """Clip every element: `g <- min(max(g, -c), c)`.
+
+    The derivative with respect to g is one inside and at the corners, and zero outside. Real and imaginary parts of
+    complex tensors are clipped separately.
+
+    Args:
+        clip_value: c >= 0: number, 0-dim tensor, or schedule.
+
+    Raises:
+        ValueError: the number is negative or NaN.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.clip(1.0)
+        >>> tx.update(torch.tensor([0.5, -3.0]), tx.init(torch.zeros(2)))[0]
+        tensor([ 0.5000, -1.0000])
+    """
+    check("clip_value", clip_value)
+
+    def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
+        return torch.clamp(g, -c, c), state
+
+    return leafwise(None, update, lambda step: at(clip_value, step), elementwise=True)
+
+
+@factory
+def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTransformation:
+    """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`.
+
+    Args:
+        max_norm: c >= 0: number, 0-dim tensor, or schedule.
+        norm_type: order of the norm: number > 0, or inf.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.clip_by_norm(1.0)
+        >>> grads = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.1])}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'a': tensor([0.6000, 0.8000]), 'b': tensor([0.1000])}
+    """
+    check("max_norm", max_norm)
+    check("norm_type", norm_type, "value > 0")
+
+    def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
+        return g * _shrink(safe_norm(g, norm_type), c), state
+
+    return leafwise(None, update, lambda step: at(max_norm, step))
+
+
+@factory
+def clip_by_global_norm(
+    max_norm: Hyperparameter,
+    norm_type: float = 2.0,
+    *,
+    eps: float = 0.0,
+    nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+) -> GradientTransformation:
+    """Scale all updates down together to a largest norm: `g <- g min(1, c / (|g| + eps))`, |g| over the whole tree.
+
+    The gradient flows through the norm; where the norm is zero its derivative is zero. The norm is summed up in
+    float64.
+
+    Args:
+        max_norm: c >= 0: number, 0-dim tensor, or schedule.
+        norm_type: order of the norm: number > 0, or inf.
+        eps: number >= 0. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`; with the default, 0, the clipped
+            norm is exactly c.
+        nonfinite: what to do when the norm is NaN or inf. "propagate": nothing, as torch does. "skip": all updates are
+            set to zero, without waiting for the device. "raise": a RuntimeError; this waits for the device, and cannot
+            be done under `torch.vmap` or `torch.compile`.
+
+    Raises:
+        ValueError: a number is out of range, or `nonfinite` is none of the three.
+        RuntimeError: the norm is not finite, and `nonfinite="raise"`.
+
+    Source: Pascanu et al., On the difficulty of training recurrent neural networks, arXiv:1211.5063, algorithm 1.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.clip_by_global_norm(1.0)
+        >>> grads = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    check("max_norm", max_norm)
+    check("norm_type", norm_type, "value > 0")
+    check("eps", eps)
+    if nonfinite not in ("propagate", "skip", "raise"):
+        raise ValueError(f"Invalid nonfinite: {nonfinite!r}; choose 'propagate', 'skip' or 'raise'")
+
+    def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:
+        norm = global_norm(updates, norm_type, step)
+        factor = _shrink(norm + eps, at(max_norm, step))
+        if nonfinite == "raise" and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} is {norm.item()}, so it cannot be clipped. Find the cause, or "
+                "choose clip_by_global_norm(..., nonfinite='skip')"
+            )
+        return factor, torch.isfinite(norm)
+
+    def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
+        factor, finite = s
+        if nonfinite == "skip":  # a selection, since 0 * inf would be NaN
+            return torch.where(finite, factor * g, torch.zeros_like(g)), state
+        return factor * g, state
+
+    return leafwise(None, update, scalars, elementwise=True)
+
+
+def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor:
+    """Take the norm of all elements of all tensors, as a 0-dim tensor like `like`."""
+    if not tensors:
+        return torch.zeros_like(like)
+    norms = [safe_norm(tensor, norm_type).to(device=like.device, dtype=like.dtype) for tensor in tensors]
+    return safe_norm(torch.stack(norms), norm_type)
+
+
+def _shrink(norm: Tensor, max_norm: Any) -> Tensor:
+    """Return min(1, max_norm / norm), with finite derivatives at norm zero."""
+    too_long = norm > max_norm
+    return torch.where(too_long, max_norm / torch.where(too_long, norm, 1), 1)
