@@ -10,7 +10,7 @@ from functorch_optim.base import (
     stateless,
 )
 from functorch_optim.combine import chain, masked, named_chain, partition
-from functorch_optim.hyperparameters import Hyperparameter, Schedule, at
+from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam

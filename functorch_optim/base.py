@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_optim import execution, lift, tree
 from functorch_optim.lift import Link, TreeRule
+from functorch_optim.recorded import Recorded
 from functorch_optim.rule import EmptyState, Rule
 from functorch_optim.tree import Tree
 
@@ -28,7 +29,7 @@ class UpdateFunction(Protocol):
     def __call__(self, updates: Tree, state: Any, params: Tree = None, /, **extra: Any) -> tuple[Tree, Any]: ...
 
 
-class GradientTransformation:
+class GradientTransformation(Recorded):
     """Transform gradients into updates: a pure pair of functions, `init, update = tx`.
 
     Make one from two functions over whole trees, or with `fo.leafwise` from a rule for one tensor. Transformations are
@@ -62,11 +63,7 @@ class GradientTransformation:
                 )
         self._links: tuple[Link, ...] = (Link(TreeRule(init, update, _declared_extras(update))),)
         self._layout: Any = 0
-        self._call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] = (
-            GradientTransformation,
-            (init, update),
-            {},
-        )
+        self._call = (GradientTransformation, (init, update), {})
 
     @classmethod
     def _of(cls, links: Sequence[Link], layout: Any) -> "GradientTransformation":
@@ -117,26 +114,6 @@ class GradientTransformation:
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """Unpack as a pair: init, update = tx."""
         return iter((self.init, self.update))
-
-    def __repr__(self) -> str:
-        function, args, kwargs = self._call
-        return _written_call(function, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make, self._call
-
-
-def _make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return function(*args, **kwargs)
-
-
-def _written_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    def written(value: Any) -> str:
-        plain_function = inspect.isroutine(value) or inspect.isclass(value)
-        return str(value.__qualname__) if plain_function else repr(value)
-
-    named = [f"{name}={written(value)}" for name, value in kwargs.items()]
-    return f"{function.__name__}({', '.join([written(value) for value in args] + named)})"
 
 
 def factory(function: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:

@@ -6,11 +6,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-Schedule: TypeAlias = Callable[[Tensor], Tensor | float]
-"""A function of the number of updates already done: 0 at the first update."""
-
-Hyperparameter: TypeAlias = float | Tensor | Schedule
-"""A number; a 0-dim tensor, which may require grad or be batched by vmap; or a schedule."""
+Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float]
+"""A number; a 0-dim tensor, which may require grad or be batched by vmap; or a schedule: a function of the number of
+updates already done, 0 at the first update."""
 
 
 def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:

@@ -270,27 +270,41 @@ def apply_rules(
     path: Callable[[int], str],
 ) -> tuple[list[Tensor], list[Any]]:
     """Run rules over tensors, and check that they returned what they were given the shape of."""
-    for link in links:
+    for k, link in enumerate(links):
         if params is None and link.rule.needs_params:  # type: ignore[union-attr]
             raise ValueError(
                 f"{link.name} needs the parameters, but update was called without them; "
                 "call tx.update(updates, state, params)"
             )
+        if link.rule.elementwise:  # type: ignore[union-attr]
+            for name, column in _fields(states[k]):
+                _check_shapes(
+                    f"The state's {name} for {link.name}", column, "the update", updates, path,
+                    "The state belongs to other parameters: make it with tx.init(params)",
+                )  # fmt: skip
     rules: list[Any] = [link.rule for link in links]
     new_updates, new_states = execution.run(rules, updates, states, params, scalars)
+    advice = "A rule must keep shapes, and what it computes from other shapes is not what its author meant"
     for link, old_state, new_state in zip(links, states, new_states, strict=True):
-        for name, old, new in zip(getattr(old_state, "_fields", ()), old_state, new_state, strict=True):
-            _check_shapes(f"the state's {name} after {link.name}", old, new, path)
-    _check_shapes("the update from " + ", ".join(link.name for link in links), updates, new_updates, path)
+        for (name, old), (_, new) in zip(_fields(old_state), _fields(new_state), strict=True):
+            _check_shapes(f"The state's {name} after {link.name}", new, "the one before", old, path, advice)
+    names = ", ".join([link.name for link in links])
+    _check_shapes(f"The update after {names}", new_updates, "the one before", updates, path, advice)
     return new_updates, new_states
 
 
-def _check_shapes(what: str, old: list[Tensor], new: list[Tensor], path: Callable[[int], str]) -> None:
-    for i, (before, after) in enumerate(zip(old, new, strict=True)):
-        if before.shape != after.shape:
+def _fields(state: Any) -> list[tuple[str, Any]]:
+    return list(zip(getattr(state, "_fields", ()), state, strict=True))
+
+
+def _check_shapes(
+    what: str, tensors: list[Tensor], what_else: str, others: list[Tensor], path: Callable[[int], str], advice: str
+) -> None:
+    for i, (tensor, other) in enumerate(zip(tensors, others, strict=True)):
+        if tensor.shape != other.shape:
             raise ValueError(
-                f"{what} has shape {tuple(after.shape)} at {path(i)!r}, where it had {tuple(before.shape)}; "
-                "the state belongs to other parameters, or the rule does not keep shapes"
+                f"{what} has shape {tuple(tensor.shape)} at {path(i)!r}, but {what_else} has {tuple(other.shape)}. "
+                f"{advice}"
             )
 
 

@@ -1,11 +1,12 @@
 """Scaling updates: by a number, by a schedule, by the learning rate."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, Schedule, at, check
+from functorch_optim.hyperparameters import Hyperparameter, at, check
 
 
 def _multiply(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
@@ -33,7 +34,7 @@ def scale(factor: Hyperparameter) -> GradientTransformation:
 
 
 @factory
-def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
+def scale_by_schedule(schedule: Callable[[Tensor], Tensor | float]) -> GradientTransformation:
     """Multiply updates by a schedule's value: `g <- s_t g`.
 
     Args:
