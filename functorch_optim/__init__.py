@@ -12,6 +12,7 @@ from functorch_optim.base import (
 from functorch_optim.combine import chain, masked, named_chain, partition
 from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt
+from functorch_optim.optim import Optimizer
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam
 from functorch_optim.optimizers.sgd import sgd

@@ -106,7 +106,7 @@ class GradientTransformation(Recorded):
             ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
             TypeError: an extra that nothing declares, or one that is missing.
         """
-        _check_extras(self._links, extra)
+        check_extras(self._links, extra)
         states = unnest(self._layout, state)
         new_updates, new_states = lift.update(self._links, updates, states, params, extra)
         return new_updates, nest(self._layout, new_states)
@@ -328,7 +328,7 @@ def _declared_extras(update: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
-def _check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
+def check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
     declared: set[str] = set()
     for link in links:
         if link.rule.extras is None:

@@ -76,6 +76,15 @@ def run(
     )
 
 
+def add_(params: list[Tensor], updates: list[Tensor]) -> None:
+    """Add updates to parameters in place."""
+    if torch.is_grad_enabled() or not _can_batch([*params, *updates], (), ()):
+        for p, u in zip(params, updates, strict=True):
+            p.add_(u)
+    elif params:
+        torch._foreach_add_(params, updates)
+
+
 def _kind_by_kind(
     rules: Sequence[Rule],
     updates: list[Tensor],

@@ -117,7 +117,7 @@ def update(
         rule = members[0].rule
         if isinstance(rule, TreeRule):
             active = members[0].active(like, len(leaves))
-            leaves, state = _run_tree_rule(members[0], leaves, some_states[0], params, extras, structure, active)
+            leaves, state = run_tree_rule(members[0], leaves, some_states[0], params, extras, structure, active)
             new_states.append(state)
         else:
             leaves, more = _run_pass(members, leaves, some_states, param_leaves, extras, structure, like)
@@ -137,10 +137,11 @@ def passes(links: Sequence[Link]) -> list[list[Link]]:
     return groups
 
 
-def _run_tree_rule(
+def run_tree_rule(
     link: Link, leaves: list[Any], state: Any, params: Tree, extras: dict[str, Any], structure: Any, active: list[bool]
 ) -> tuple[list[Any], Any]:
-    rule = link.rule
+    """Run a function of the whole tree on those leaves that it is for."""
+    rule: Any = link.rule
     wanted = extras if rule.extras is None else {name: extras[name] for name in rule.extras if name in extras}
     updates = tree.unflatten(structure, leaves)
     if link.where:

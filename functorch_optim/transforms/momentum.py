@@ -65,7 +65,7 @@ def trace(
         )
 
     def scalars(step: Tensor) -> TraceScalars:
-        gain = 1.0 if is_zero(dampening) else torch.where(step == 1, 1.0, 1 - at(dampening, step))
+        gain = 1.0 if is_zero(dampening) else torch.where(step == 1, torch.ones_like(step), 1 - at(dampening, step))
         return TraceScalars(at(momentum, step), gain)
 
     def update(g: Tensor, state: TraceState, p: Tensor | None, s: TraceScalars) -> Any:
