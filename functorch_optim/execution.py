@@ -56,12 +56,11 @@ def run(
     entered_params = [_enter(param) for param in params] if params is not None else None
 
     new_states: list[Columns] = []
-    at_once = _can_batch([*updates, *(params or ())], states, scalars)
+    eagerly = _can_batch([*updates, *(params or ())], states, scalars)
+    cast = _cast(new_updates[0], to_number=eagerly)
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
-        foreach = at_once and elementwise and len(updates) > 1
-        way = _foreach if foreach else _tensor_by_tensor
-        cast = _cast(new_updates[0], to_number=foreach)
+        way = _foreach if eagerly and elementwise and len(updates) > 1 else _tensor_by_tensor
         new_updates, columns = way(
             [rules[k] for k in links],
             new_updates,
@@ -180,6 +179,8 @@ def _enter(tensor: Tensor) -> Tensor:
 
 
 def _leave(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.dtype == like.dtype:
+        return tensor
     if like.is_complex():
         tensor = torch.view_as_complex(tensor.contiguous())
     return tensor.to(like.dtype)

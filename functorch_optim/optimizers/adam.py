@@ -43,10 +43,9 @@ class ScaleByAMSGradState(NamedTuple):
 
 
 class AdamScalars(NamedTuple):
-    """What Adam needs at a step: 1 - beta1, beta2, 1 - beta2, 1 - beta1^t, sqrt(1 - beta2^t), eps."""
+    """What Adam needs at a step: 1 - beta1, 1 - beta2, 1 - beta1^t, sqrt(1 - beta2^t), eps."""
 
     weight1: Any
-    beta2: Any
     weight2: Any
     correction1: Any
     root_correction2: Any
@@ -90,10 +89,10 @@ def scale_by_adam(
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
         root_correction2 = debias(beta2, step).sqrt()
-        return AdamScalars(1 - beta1, beta2, 1 - beta2, debias(beta1, step), root_correction2, at(eps, step))
+        return AdamScalars(1 - beta1, 1 - beta2, debias(beta1, step), root_correction2, at(eps, step))
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
-        return torch.lerp(state.exp_avg, g, s.weight1), s.beta2 * state.exp_avg_sq + s.weight2 * g * g
+        return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
 
     def ratio(m: Tensor, v: Tensor, s: AdamScalars) -> Tensor:
         return m / s.correction1 / (safe_sqrt(v) / s.root_correction2 + s.eps)
