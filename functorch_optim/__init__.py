@@ -9,6 +9,7 @@ from functorch_optim.base import (
     leafwise,
     stateless,
 )
+from functorch_optim.checkpoint import load_state_dict, state_dict
 from functorch_optim.combine import chain, masked, named_chain, partition
 from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt

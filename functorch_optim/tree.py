@@ -1,9 +1,10 @@
 """Trees of tensors: what this library needs of pytrees, over optree."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
+import torch
 
 Tree: TypeAlias = Any
 """A tensor, or any nesting of dicts, lists, tuples, NamedTuples, ... of tensors."""
@@ -153,4 +154,21 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa:
     leaves, structure = flatten(tree)
     others = [flatten_up_to(structure, other, f"tree {i + 2}", tree, "the first tree") for i, other in enumerate(rest)]
     columns = zip(leaves, *others, strict=True)
-    return unflatten(structure, [None if column[0] is None else function(*column) for column in columns])
+    results = [None if column[0] is None else function(*column) for column in columns]
+    if torch.compiler.is_compiling():
+        return _rebuild(tree, iter(results))
+    return unflatten(structure, results)
+
+
+def _rebuild(node: Tree, leaves: Iterator[Any]) -> Tree:
+    """Do what `unflatten` does, for what torch.compile cannot trace of it: dicts of constants, as masks are."""
+    if _is_leaf(node):
+        return next(leaves)
+    children, metadata, keys, unflatten_node = optree.tree_flatten_one_level(
+        node, none_is_leaf=True, namespace=NAMESPACE
+    )
+    rebuilt = [_rebuild(child, leaves) for child in children]
+    if type(node) is dict:
+        by_key = dict(zip(keys, rebuilt, strict=True))
+        return {key: by_key[key] for key in node}
+    return unflatten_node(metadata, rebuilt)

@@ -93,17 +93,6 @@ class Plan:
         """Make the state of a function of the whole tree."""
         return lift.init([self.links[k]], self.tree(self.params))[0]
 
-    def restored_tree_state(self, k: int, saved: dict[str, Tensor]) -> Any:
-        """Arrange a saved state, tensors by path, as the function of the whole tree keeps it."""
-        initial = self.initial_tree_state(k)
-        paths = tree.paths(initial)
-        if set(paths) != set(saved):
-            raise ValueError(
-                f"The saved state of {self.links[k].name} has {sorted(saved)}, where it keeps {sorted(paths)}; "
-                "it was saved by an optimizer of another kind"
-            )
-        return tree.unflatten(tree.flatten(initial)[1], [saved[path] for path in paths])
-
     def run_tree_rule(self, k: int, updates: list[Any], state: Any, extras: dict[str, Any]) -> tuple[list[Any], Any]:
         """Run a function of the whole tree."""
         leaves, structure = tree.flatten(self.tree(updates))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim import execution, lift, tree
+from functorch_optim import checkpoint, execution, lift, tree
 from functorch_optim.base import GradientTransformation, check_extras
 from functorch_optim.optim.plan import Part, Plan
 
@@ -280,8 +280,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
         if "transformation" in saved["state"]:
             saved["state"]["transformation"] = {
-                key: dict(zip(tree.paths(state), tree.flatten(state)[0], strict=True))
-                for key, state in saved["state"]["transformation"].items()
+                key: checkpoint.state_dict(state) for key, state in saved["state"]["transformation"].items()
             }
         return saved
 
@@ -309,8 +308,10 @@ class Optimizer(torch.optim.Optimizer):
                 _check_entry(plan, i, state.get(p, {}))
         if "transformation" in state:
             state["transformation"] = {
-                key: plans[int(key.split(".")[0])].restored_tree_state(int(key.split(".")[1]), saved)
-                for key, saved in state["transformation"].items()
+                f"{index}.{k}": checkpoint.load_state_dict(
+                    plans[index].initial_tree_state(k), state["transformation"][f"{index}.{k}"]
+                )
+                for index, k in [map(int, key.split(".")) for key in state["transformation"]]
             }
         self._plans = {}
         return {**loaded, "param_groups": groups}

@@ -1,0 +1,130 @@
+"""Every transformation of the library, with the options that change what it computes: a row each.
+
+A new transformation is one more row here, and every property in test_properties.py is tested of it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import functorch_optim as fo
+
+
+class Row(NamedTuple):
+    """A transformation and how to make it.
+
+    Attributes:
+        name: what the test is called.
+        make: takes the hyperparameters by name.
+        hyperparameters: values of the numeric ones; any of them may be given as a tensor or a schedule instead.
+        differentiable: whether it is smooth where the tests look.
+        elementwise: whether its links may be run on batches of tensors.
+    """
+
+    name: str
+    make: Callable[..., fo.GradientTransformation]
+    hyperparameters: dict[str, float] = {}  # noqa: RUF012
+    differentiable: bool = True
+    elementwise: bool = True
+
+    def __call__(self, **changed: Any) -> fo.GradientTransformation:
+        """Make the transformation, with some hyperparameters changed."""
+        return self.make(**{**self.hyperparameters, **changed})
+
+
+def with_betas(factory: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """Let a factory take its two betas apart."""
+
+    def make(beta1: Any, beta2: Any, **hyperparameters: Any) -> Any:
+        return factory(betas=(beta1, beta2), **hyperparameters, **static)
+
+    return make
+
+
+def not_vectors(params: Any) -> Any:
+    """Mask: parameters that are not vectors."""
+    return fo.tree.map(lambda p: p.ndim != 1, params)
+
+
+def chained(max_norm: Any, lr: Any) -> fo.GradientTransformation:
+    """Make a chain of a reduction over the tree, an optimizer, and a mask."""
+    return fo.chain(fo.clip_by_global_norm(max_norm), fo.adam(lr, eps=1e-3), fo.masked(fo.scale(0.5), not_vectors))
+
+
+def parted(lr: Any, momentum: Any) -> fo.GradientTransformation:
+    """Make a partition."""
+    parts = {True: fo.sgd(lr, momentum), False: fo.chain(fo.clip_by_norm(lr), fo.adamw(lr, eps=1e-3))}
+    return fo.partition(parts, not_vectors)
+
+
+def of_whole_trees(factor: Any) -> fo.GradientTransformation:
+    """Make a transformation from functions of whole trees, with a state."""
+
+    def init(params: Any) -> Any:
+        return fo.tree.map(torch.zeros_like, params)
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        total = fo.tree.map(lambda g, s: s + g, updates, state)
+        kept = fo.tree.map(lambda s, g: s if g is None else s + g, state, updates)
+        return fo.tree.map(torch.sin, total), kept
+
+    return fo.chain(fo.GradientTransformation(init, update), fo.clip_by_norm(factor))
+
+
+def tanh(updates: Any, params: Any) -> Any:
+    """Transform whole trees without a state."""
+    return fo.tree.map(torch.tanh, updates)
+
+
+ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
+DECAYED = {"lr": 0.1, "weight_decay": 0.1}
+
+CATALOGUE = [
+    Row("identity", fo.identity),
+    Row("scale", fo.scale, {"factor": -0.5}),
+    Row("scale_by_learning_rate", fo.scale_by_learning_rate, {"lr": 0.1}),
+    Row("scale_by_schedule", lambda gamma: fo.scale_by_schedule(fo.schedules.exponential(0.1, gamma)), {"gamma": 0.9}),
+    Row("maximize", fo.maximize),
+    Row("set_to_zero", fo.set_to_zero),
+    Row("zero_nans", fo.zero_nans),
+    Row("freeze", partial(fo.freeze, not_vectors)),
+    Row("stateless", partial(fo.stateless, tanh), elementwise=False),
+    Row("tree_transformation", of_whole_trees, {"factor": 2.0}, elementwise=False),
+    Row("clip", fo.clip, {"clip_value": 0.7}),
+    Row("clip_by_norm", fo.clip_by_norm, {"max_norm": 0.7}, elementwise=False),
+    Row("clip_by_norm_3", partial(fo.clip_by_norm, norm_type=3.0), {"max_norm": 0.7}, elementwise=False),
+    Row("clip_by_global_norm", fo.clip_by_global_norm, {"max_norm": 0.7}),
+    Row("clip_by_global_norm_1", partial(fo.clip_by_global_norm, norm_type=1.0, eps=1e-6), {"max_norm": 0.7}),
+    Row("clip_by_global_norm_inf", partial(fo.clip_by_global_norm, norm_type=float("inf")), {"max_norm": 0.7}),
+    Row("clip_by_global_norm_skip", partial(fo.clip_by_global_norm, nonfinite="skip"), {"max_norm": 0.7}),
+    Row("add_decayed_weights", fo.add_decayed_weights, {"weight_decay": 0.1}),
+    Row("add_decayed_weights_mask", partial(fo.add_decayed_weights, mask=not_vectors), {"weight_decay": 0.1}),
+    Row("trace", fo.trace, {"momentum": 0.9}),
+    Row("trace_dampening", fo.trace, {"momentum": 0.9, "dampening": 0.5}),
+    Row("trace_nesterov", partial(fo.trace, nesterov=True), {"momentum": 0.9}),
+    Row("scale_by_adam", with_betas(fo.scale_by_adam), ADAM),
+    Row("scale_by_amsgrad", with_betas(fo.scale_by_adam, amsgrad=True), ADAM),
+    Row("scale_by_adadelta", fo.scale_by_adadelta, {"rho": 0.9, "eps": 1e-3}),
+    Row("sgd", fo.sgd, {"lr": 0.1}),
+    Row("sgd_momentum", partial(fo.sgd, maximize=True), {**DECAYED, "momentum": 0.9, "dampening": 0.5}),
+    Row("sgd_nesterov", partial(fo.sgd, nesterov=True), {**DECAYED, "momentum": 0.9}),
+    Row("adam", with_betas(fo.adam), {**DECAYED, **ADAM}),
+    Row("adam_amsgrad", with_betas(fo.adam, amsgrad=True, maximize=True), {**DECAYED, **ADAM}),
+    Row("adam_decoupled", with_betas(fo.adam, decoupled_weight_decay=True), {**DECAYED, **ADAM}),
+    Row("adamw", with_betas(fo.adamw), {**DECAYED, **ADAM}),
+    Row("adamw_mask", with_betas(fo.adamw, mask=not_vectors, amsgrad=True, maximize=True), {**DECAYED, **ADAM}),
+    Row("adadelta", partial(fo.adadelta, maximize=True), {**DECAYED, "rho": 0.9, "eps": 1e-3}),
+    Row("chain", chained, {"max_norm": 0.7, "lr": 0.1}),
+    Row("named_chain", lambda lr: fo.named_chain(momentum=fo.trace(0.9), sgd=fo.sgd(lr)), {"lr": 0.1}),
+    Row("masked", lambda lr: fo.masked(fo.chain(fo.clip_by_global_norm(lr), fo.sgd(lr)), not_vectors), {"lr": 0.1}),
+    Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
+]
+
+rows = pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
+HYPERPARAMETERS = [(row, name) for row in CATALOGUE for name in row.hyperparameters]
+hyperparameters = pytest.mark.parametrize(
+    ("row", "name"), HYPERPARAMETERS, ids=[f"{row.name}-{name}" for row, name in HYPERPARAMETERS]
+)

@@ -1,0 +1,320 @@
+"""Properties that hold of every transformation, tested of every row of the catalogue."""
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from catalogue import CATALOGUE, hyperparameters, rows
+
+import functorch_optim as fo
+from functorch_optim import execution
+
+SHAPES = {"weight": (3, 2), "bias": (2,), "scale": (), "none": (0, 3)}
+
+
+def make_params(dtype=torch.float64, device="cpu", batch=()):
+    params = {name: torch.randn((*batch, *shape), dtype=dtype, device=device) for name, shape in SHAPES.items()}
+    return {"layer": params, "rest": [torch.randn(*batch, 3, dtype=dtype, device=device)]}
+
+
+def loss(params, x):
+    """Stand for a network: every parameter matters, at several scales, and the gradients depend on the parameters."""
+    layer, rest = params["layer"], params["rest"][0]
+    hidden = torch.tanh(layer["weight"] @ layer["bias"] + x * rest)
+    return (hidden * hidden * layer["scale"]).sum() + layer["scale"].square() + (rest * layer["bias"].sum()).cos().sum()
+
+
+def train(tx, params, x, steps=4, state=None):
+    """Run some steps; return the parameters and the state."""
+    state = tx.init(params) if state is None else state
+    for _ in range(steps):
+        grads = torch.func.grad(loss)(params, x)
+        updates, state = tx.update(grads, state, params)
+        params = fo.apply_updates(params, updates)
+    return params, state
+
+
+def assert_close(left, right, **tolerance):
+    left_leaves, left_structure = fo.tree.flatten(left)
+    right_leaves, right_structure = fo.tree.flatten(right)
+    assert left_structure == right_structure
+    for a, b in zip(left_leaves, right_leaves, strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-12, "atol": 1e-13}))
+
+
+def tree_by_tree(function, count, *trees):
+    """Apply a function to each slice of batched trees and stack the results: what vmap should do."""
+    results = [function(*[fo.tree.map(lambda leaf: leaf[i], tree) for tree in trees]) for i in range(count)]
+    return fo.tree.map(lambda *leaves: torch.stack(leaves), *results)
+
+
+@rows
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+def test_is_pure_and_keeps_structure_shapes_and_dtypes(row, dtype, device):
+    tx, params = row(), make_params(dtype, device)
+    state = tx.init(params)
+    for _ in range(3):
+        grads = fo.tree.map(torch.randn_like, params)
+        given = fo.tree.flatten((params, grads, state))[0]
+        before = [(leaf.clone(), leaf._version) for leaf in given]
+        updates, new_state = tx.update(grads, state, params)
+        for leaf, (value, version) in zip(given, before, strict=True):
+            assert leaf._version == version
+            assert torch.equal(leaf, value)
+        for old, new in ((grads, updates), (state, new_state)):
+            old_leaves, old_structure = fo.tree.flatten(old)
+            new_leaves, new_structure = fo.tree.flatten(new)
+            assert old_structure == new_structure
+            assert [(leaf.shape, leaf.dtype, leaf.device) for leaf in old_leaves] == [
+                (leaf.shape, leaf.dtype, leaf.device) for leaf in new_leaves
+            ]
+        params, state = fo.apply_updates(params, updates), new_state
+
+
+@rows
+def test_state_is_made_of_tensors_in_plain_trees(row):
+    state = row().init(make_params())
+    assert all(isinstance(leaf, torch.Tensor) for leaf in fo.tree.flatten(state)[0])
+    # torch.func sees trees through torch.utils._pytree: both must see the same tensors, and nothing else.
+    leaves = torch.utils._pytree.tree_leaves(state)
+    assert {id(leaf) for leaf in leaves} == {id(leaf) for leaf in fo.tree.flatten(state)[0]}
+
+
+@rows
+def test_ways_of_running_agree(row, device, monkeypatch):
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        params = make_params(dtype, device)
+        history = [fo.tree.map(torch.randn_like, params) for _ in range(4)]
+        calls = []
+
+        def run(by_tensor, params=params, history=history, calls=calls):
+            foreach = execution._foreach
+            with monkeypatch.context() as patch:
+                patch.setattr(execution, "_foreach", lambda *args: calls.append(1) or foreach(*args))
+                if by_tensor:
+                    patch.setattr(execution, "_can_batch", lambda *args: False)
+                tx = row()
+                state = tx.init(params)
+                for grads in history:
+                    updates, state = tx.update(grads, state, params)
+            return updates, state
+
+        reference = run(by_tensor=True)
+        assert not calls
+        assert_close(run(by_tensor=False), reference, rtol=tolerance, atol=tolerance)
+        assert bool(calls) == row.elementwise
+
+
+@rows
+def test_missing_gradients_leave_parameter_and_state_alone(row):
+    tx, params = row(), make_params()
+    _, state = train(tx, params, torch.ones(3, dtype=torch.float64), steps=2)
+    grads = fo.tree.map(torch.ones_like, params)
+    grads["layer"]["bias"] = grads["rest"][0] = None
+    updates, new_state = tx.update(grads, state, params)
+    assert updates["layer"]["bias"] is None
+    assert updates["rest"] == [None]
+    old, new = fo.state_dict(state), fo.state_dict(new_state)
+    missing = [path for path in old if path.endswith(("layer.bias", "rest.0"))]
+    assert all(torch.equal(old[path], new[path]) for path in missing)
+    moved = fo.apply_updates(params, updates)
+    assert moved["rest"][0] is params["rest"][0]
+    # With the gradient back, the others go on as if nothing had been.
+    everything, _ = tx.update(fo.tree.map(torch.ones_like, params), new_state, params)
+    assert everything["rest"][0] is not None
+
+
+@rows
+def test_pickles_prints_and_saves(row):
+    tx, params, x = row(), make_params(), torch.ones(3, dtype=torch.float64)
+    params, state = train(tx, params, x, steps=2)
+    assert repr(tx).endswith(")")
+
+    file = io.BytesIO()
+    torch.save(fo.state_dict(state), file)
+    file.seek(0)
+    loaded = fo.load_state_dict(tx.init(params), torch.load(file, weights_only=True))
+    assert_close(loaded, state, rtol=0, atol=0)
+    assert_close(pickle.loads(pickle.dumps(state)), state, rtol=0, atol=0)
+    assert_close(train(tx, params, x, state=loaded), train(tx, params, x, state=state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.cosine(0.1, 10), mask={"layer": True, "rest": False})),
+        fo.partition({"a": fo.sgd(0.1), "b": fo.adadelta()}, {"layer": "a", "rest": "b"}),
+        fo.named_chain(("clip", fo.clip(0.1)), ("lr", fo.scale(torch.tensor(2.0)))),
+    ],
+)
+def test_transformation_pickles(tx):
+    again = pickle.loads(pickle.dumps(tx))
+    assert repr(again) == repr(tx)
+    params, x = make_params(), torch.ones(3, dtype=torch.float64)
+    assert_close(train(again, params, x), train(tx, params, x), rtol=0, atol=0)
+
+
+@hyperparameters
+def test_numbers_tensors_and_schedules_are_the_same(row, name):
+    params, x = make_params(), torch.ones(3, dtype=torch.float64)
+    expected = train(row(), params, x)
+    number = row.hyperparameters[name]
+    kinds = [torch.tensor(number, dtype=torch.float64), lambda step: number + 0 * step]
+    for kind in kinds[: 1 if row.name == "scale_by_schedule" else 2]:
+        # The state too: its structure does not depend on the kind of a hyperparameter.
+        assert_close(train(row(**{name: kind}), params, x), expected)
+
+
+@hyperparameters
+def test_schedules_are_asked_for_the_number_of_updates_done(row, name):
+    if row.name == "scale_by_schedule":
+        pytest.skip("gamma is an argument of the schedule")
+    asked = []
+
+    def schedule(step):
+        asked.append(step.item())
+        assert step.dtype == torch.float64
+        return row.hyperparameters[name]
+
+    train(row(**{name: schedule}), make_params(), torch.ones(3, dtype=torch.float64), steps=3)
+    assert sorted(set(asked)) == [0, 1, 2]
+
+
+@rows
+def test_scalars_are_float64(row):
+    tx = row(**{name: torch.tensor(value) for name, value in row.hyperparameters.items()})
+    step = torch.tensor(2.0, dtype=torch.float64)
+    for link in tx._links:
+        scalars = getattr(link.rule, "scalars", None)
+        if scalars is not None:
+            extras = {"updates": [torch.ones(2)]} if link.rule.sees_tree else {}
+            tensors = [leaf for leaf in fo.tree.flatten(scalars(step, **extras))[0] if isinstance(leaf, torch.Tensor)]
+            assert all(leaf.dtype in (torch.float64, torch.bool) for leaf in tensors)
+
+
+@rows
+def test_vmap_over_parameters_equals_a_loop(row):
+    tx, params, x = row(), make_params(batch=(3,)), torch.randn(3, 3, dtype=torch.float64)
+    state = torch.vmap(tx.init)(params)
+    trained = torch.vmap(lambda p, s, x: train(tx, p, x, state=s))(params, state, x)
+    assert_close(trained, tree_by_tree(lambda p, s, x: train(tx, p, x, state=s), 3, params, state, x))
+
+
+@rows
+def test_vmap_over_tasks_with_shared_parameters_equals_a_loop(row):
+    tx, params, xs = row(), make_params(), torch.randn(3, 3, dtype=torch.float64)
+    trained = torch.vmap(lambda p, x: train(tx, p, x), in_dims=(None, 0))(params, xs)
+    assert_close(trained, tree_by_tree(lambda x: train(tx, params, x), 3, xs))
+
+
+@hyperparameters
+def test_vmap_over_hyperparameters_equals_a_loop(row, name):
+    params, x = make_params(), torch.ones(3, dtype=torch.float64)
+    values = row.hyperparameters[name] * torch.tensor([0.9, 1.0, 1.01], dtype=torch.float64)
+
+    def run(value):
+        return train(row(**{name: value}), params, x)[0]
+
+    assert_close(torch.vmap(run)(values), tree_by_tree(run, 3, values))
+
+
+def derivatives_of(row, *, stop=False):
+    """Return a scalar function of all numbers that training depends on, and its arguments."""
+
+    def outer(params, x, numbers):
+        # Small steps, so that rows without a learning rate do not run off to where differences are inexact.
+        trained, state = train(fo.chain(row(**numbers), fo.scale(0.1)), params, x, steps=3)
+        total = loss(fo.tree.map(torch.Tensor.detach, trained) if stop else trained, x)
+        return total + sum(leaf.sin().sum() for leaf in fo.tree.flatten(state)[0] if leaf.is_floating_point())
+
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyperparameters.items()}
+    return outer, (make_params(), torch.randn(3, dtype=torch.float64), numbers)
+
+
+def direction_like(arguments):
+    return fo.tree.map(torch.randn_like, arguments)
+
+
+def moved(arguments, direction, by):
+    return fo.tree.map(lambda a, d: a + by * d, arguments, direction)
+
+
+@rows
+def test_derivatives_equal_finite_differences_forward_and_reverse(row):
+    outer, arguments = derivatives_of(row)
+    gradient = torch.func.grad(lambda arguments: outer(*arguments))(arguments)
+    for _ in range(3):
+        direction = direction_like(arguments)
+        # One hyperparameter may be much smaller than the others: keep its steps in proportion.
+        direction[2].update({name: number * direction[2][name] for name, number in arguments[2].items()})
+        by = 1e-6
+        difference = (outer(*moved(arguments, direction, by)) - outer(*moved(arguments, direction, -by))) / (2 * by)
+        pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
+        reverse = sum((g * d).sum() for g, d in pairs)
+        _, forward = torch.func.jvp(lambda *arguments: outer(*arguments), arguments, direction)
+        torch.testing.assert_close(reverse, difference, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-10)
+
+
+def test_finite_differences_find_a_cut_graph():
+    row = next(row for row in CATALOGUE if row.name == "adam")
+    outer, arguments = derivatives_of(row, stop=True)
+    gradient = torch.func.grad(lambda params: outer(params, *arguments[1:]))(arguments[0])
+    direction = direction_like(arguments[0])
+    up, down = [outer(moved(arguments[0], direction, by), *arguments[1:]) for by in (1e-6, -1e-6)]
+    pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(sum((g * d).sum() for g, d in pairs), (up - down) / 2e-6, rtol=1e-6, atol=1e-7)
+
+
+@rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_are_finite_where_everything_is_zero(row, dtype):
+    def outer(params, x, numbers):
+        trained, _ = train(row(**numbers), params, x, steps=3)
+        return sum(leaf.sum() for leaf in fo.tree.flatten(trained)[0])
+
+    numbers = {name: torch.tensor(value, dtype=dtype) for name, value in row.hyperparameters.items()}
+    arguments = (fo.tree.map(torch.zeros_like, make_params(dtype)), torch.zeros(3, dtype=dtype), numbers)
+    gradient = torch.func.grad(lambda arguments: outer(*arguments))(arguments)
+    assert all(torch.isfinite(leaf).all() for leaf in fo.tree.flatten(gradient)[0])
+
+
+@rows
+def test_autograd_outside_of_torch_func(row):
+    """Parameters that require grad, as in a loop with `torch.autograd.grad(create_graph=True)`."""
+    x = torch.ones(3, dtype=torch.float64)
+    params = fo.tree.map(lambda p: p.requires_grad_(), make_params())
+    leaves, structure = fo.tree.flatten(params)
+    tx = row()
+    state, trained = tx.init(params), params
+    for _ in range(3):
+        grads = torch.autograd.grad(
+            loss(trained, x), fo.tree.flatten(trained)[0], create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        updates, state = tx.update(fo.tree.unflatten(structure, list(grads)), state, trained)
+        trained = fo.apply_updates(trained, updates)
+    gradient = torch.autograd.grad(loss(trained, x), leaves, allow_unused=True, materialize_grads=True)
+    expected = torch.func.grad(lambda params: loss(train(row(), params, x, steps=3)[0], x))(
+        fo.tree.map(torch.Tensor.detach, params)
+    )
+    assert_close(fo.tree.unflatten(structure, list(gradient)), expected)
+
+
+@rows
+def test_compiles_whole_and_once(row):
+    counter = torch._dynamo.testing.CompileCounter()
+    tx, x = row(), torch.ones(3, dtype=torch.float64)
+
+    def step(params, state):
+        return train(tx, params, x, steps=1, state=state)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    expected = result = (make_params(), tx.init(make_params()))
+    for _ in range(4):
+        expected, result = step(*expected), compiled(*result)
+        assert_close(result, expected)
+    # The states from init share one counter and those from update another; neither may cost more than one compilation.
+    assert counter.frame_count == 1
