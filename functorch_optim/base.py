@@ -1,32 +1,19 @@
 """Gradient transformations: pure (init, update) pairs over trees of tensors."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from functorch_optim import execution, lift, tree
-from functorch_optim.lift import Link, TreeRule
+from functorch_optim.lift import Link
 from functorch_optim.recorded import Recorded
-from functorch_optim.rule import EmptyState, Rule
+from functorch_optim.rule import EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
 
 P = ParamSpec("P")
-
-
-class InitFunction(Protocol):
-    """Make the state for these parameters."""
-
-    def __call__(self, params: Tree, /) -> Any: ...
-
-
-class UpdateFunction(Protocol):
-    """Transform updates; return them with the next state."""
-
-    def __call__(self, updates: Tree, state: Any, params: Tree = None, /, **extra: Any) -> tuple[Tree, Any]: ...
 
 
 class GradientTransformation(Recorded):
@@ -54,14 +41,14 @@ class GradientTransformation(Recorded):
         {'w': tensor([-0.1000,  0.1000])}
     """
 
-    def __init__(self, init: InitFunction, update: UpdateFunction) -> None:
+    def __init__(self, init: Callable[[Tree], Any], update: Callable[..., tuple[Tree, Any]]) -> None:
         for name, function in (("init", init), ("update", update)):
             if not callable(function):
                 raise TypeError(
                     f"GradientTransformation needs two functions, but {name} is a {type(function).__name__}; "
                     "write GradientTransformation(init, update)"
                 )
-        self._links: tuple[Link, ...] = (Link(TreeRule(init, update, _declared_extras(update))),)
+        self._links: tuple[Link, ...] = (Link(TreeRule(init, update)),)
         self._layout: Any = 0
         self._call = (GradientTransformation, (init, update), {})
 
@@ -262,9 +249,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     lift.check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
     present = [i for i, update in enumerate(update_leaves) if update is not None]
     if present:
-        added, _ = execution.run(
-            [_ADD], [update_leaves[i] for i in present], [()], [leaves[i] for i in present], [()]
-        )
+        added, _ = execution.run([_ADD], [update_leaves[i] for i in present], [()], [leaves[i] for i in present], [()])
         for i, new in zip(present, added, strict=True):
             leaves[i] = new
     return tree.unflatten(structure, leaves)
@@ -321,25 +306,11 @@ def shift(layout: Any, by: int) -> Any:
 # Extras. --------------------------------------------------------------------------------------------------------------
 
 
-def _declared_extras(update: Callable[..., Any]) -> frozenset[str] | None:
-    parameters = inspect.signature(update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-
-
 def check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
+    """Raise when an extra was given that no link declares, or one is missing that a link needs."""
     declared: set[str] = set()
     for link in links:
-        if link.rule.extras is None:
-            declared |= set(extras)
-            continue
-        declared |= link.rule.extras - {"updates"}
-        if isinstance(link.rule, Rule):
-            for name in sorted(link.rule.missing(extras)):
-                raise TypeError(
-                    f"{link.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)"
-                )
+        declared |= set(extras) if link.rule.extras is None else link.rule.extras - {"updates"}
     for name in extras:
         if name not in declared:
             known = ", ".join(sorted(declared)) or "none"
@@ -347,3 +318,6 @@ def check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
                 f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
                 "A transformation declares an extra as a keyword-only parameter of its update or scalars"
             )
+    for link in links:
+        for name in sorted(link.rule.missing(extras)):
+            raise TypeError(f"{link.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")

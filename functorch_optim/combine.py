@@ -35,9 +35,9 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
 
 
 @factory
-def named_chain(*transformations: tuple[str, GradientTransformation], **named: GradientTransformation) -> (
-    GradientTransformation
-):
+def named_chain(
+    *transformations: tuple[str, GradientTransformation], **named: GradientTransformation
+) -> GradientTransformation:
     """Run transformations one after the other, and name their states.
 
     Args:
@@ -71,9 +71,7 @@ def named_chain(*transformations: tuple[str, GradientTransformation], **named: G
 
 
 @factory
-def masked(
-    transformation: GradientTransformation, mask: Tree | Callable[[Tree], Tree]
-) -> GradientTransformation:
+def masked(transformation: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -> GradientTransformation:
     """Run a transformation on some of the parameters; the updates of the others pass through unchanged.
 
     Unchanged means that a raw gradient stays one: to keep parameters still use `freeze`, and to treat them otherwise

@@ -287,7 +287,20 @@ def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[list[An
 
 
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
-_UNARY = {"abs", "exp", "expm1", "log", "log1p", "neg", "reciprocal", "rsqrt", "sign", "sqrt", "tanh", safe_sqrt.__name__}
+_UNARY = {
+    "abs",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "neg",
+    "reciprocal",
+    "rsqrt",
+    "sign",
+    "sqrt",
+    "tanh",
+    safe_sqrt.__name__,
+}
 _COMMUTATIVE = {"add", "mul"}
 _WITH_LIST = {"add", "sub", "mul", "div", "maximum", "minimum", "pow"}
 _WITH_NUMBER = {"add", "sub", "mul", "div", "clamp_min", "clamp_max", "pow"}
@@ -316,7 +329,8 @@ def _foreach_call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> lis
         return None
     kernel = getattr(torch, f"_foreach_{'sqrt' if name == safe_sqrt.__name__ else name}")
     values = [value.tensors if isinstance(value, TensorList) else value for value in args]
-    return kernel(*values)  # type: ignore[no-any-return]
+    result: list[Tensor] = list(kernel(*values))
+    return result
 
 
 def _kind(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Hyperparameters: a number, a 0-dim tensor, or a schedule, wherever a number is wanted."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -83,7 +84,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
     "value > 0": lambda value: value > 0,
     "0 <= value < 1": lambda value: 0 <= value < 1,
     "0 <= value <= 1": lambda value: 0 <= value <= 1,
-    "a number": lambda value: value == value,  # NaN is not
+    "a number": lambda value: not math.isnan(value),
 }
 
 

@@ -12,22 +12,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim import execution, tree
-from functorch_optim.rule import Rule, tree_state_type
+from functorch_optim.rule import Rule, TreeRule, tree_state_type
 from functorch_optim.tree import MaskedNode, Tree
-
-
-class TreeRule(NamedTuple):
-    """A transformation given as two functions of whole trees.
-
-    Attributes:
-        init: params -> state.
-        update: (updates, state, params, **extras) -> (updates, state).
-        extras: names of the extras that `update` takes; None when it takes any.
-    """
-
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-    extras: frozenset[str] | None
 
 
 class Selection(NamedTuple):
@@ -129,9 +115,7 @@ def passes(links: Sequence[Link]) -> list[list[Link]]:
     """Split links into passes: a function of the tree alone, neighbouring rules together."""
     groups: list[list[Link]] = []
     for link in links:
-        alone = isinstance(link.rule, TreeRule)
-        first = alone or link.rule.sees_tree  # type: ignore[union-attr]
-        if not groups or first or isinstance(groups[-1][0].rule, TreeRule):
+        if not groups or link.rule.sees_tree or isinstance(groups[-1][0].rule, TreeRule):
             groups.append([])
         groups[-1].append(link)
     return groups
@@ -272,12 +256,12 @@ def apply_rules(
 ) -> tuple[list[Tensor], list[Any]]:
     """Run rules over tensors, and check that they returned what they were given the shape of."""
     for k, link in enumerate(links):
-        if params is None and link.rule.needs_params:  # type: ignore[union-attr]
+        if params is None and link.rule.needs_params:
             raise ValueError(
                 f"{link.name} needs the parameters, but update was called without them; "
                 "call tx.update(updates, state, params)"
             )
-        if link.rule.elementwise:  # type: ignore[union-attr]
+        if link.rule.elementwise:
             for name, column in _fields(states[k]):
                 _check_shapes(
                     f"The state's {name} for {link.name}", column, "the update", updates, path,
@@ -337,7 +321,8 @@ def check_updates(leaves: Sequence[Any], params: Sequence[Any] | None, path: Cal
             continue
         param = params[i]
         if not isinstance(param, Tensor):
-            raise ValueError(f"There is an update at {path(i)!r}, but the parameter there is {param!r}")
+            what = "None" if param is None else f"a {type(param).__name__}"
+            raise ValueError(f"There is an update at {path(i)!r}, but the parameter there is {what}")
         if leaf.shape != param.shape or leaf.dtype != param.dtype:
             raise ValueError(
                 f"The update at {path(i)!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, but its parameter "

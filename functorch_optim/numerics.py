@@ -24,7 +24,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
         tensor(0.)
     """
     if has_torch_function_unary(x):  # a batch of tensors has a kernel of its own for this
-        return handle_torch_function(safe_sqrt, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(safe_sqrt, (x,), x)
     zero = x == 0
     return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 

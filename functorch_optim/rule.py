@@ -1,8 +1,10 @@
 """A rule: an optimizer's algorithm for one tensor, and the state it keeps for it."""
 
+import inspect
 from collections import namedtuple
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -34,12 +36,12 @@ class Rule(NamedTuple):
     @property
     def extras(self) -> frozenset[str]:
         """Names of what `scalars` wants to be told besides the step."""
-        return keyword_only(self.scalars) if self.scalars is not None else frozenset()
+        return frozenset() if self.scalars is None else keyword_only(self.scalars)
 
     def missing(self, extras: Collection[str]) -> frozenset[str]:
         """Name the extras that have no default and are not among these."""
-        absent = self.extras - {"updates"} - set(extras)
-        return absent.difference(self.scalars.__kwdefaults__ or ()) if absent else absent  # type: ignore[union-attr]
+        absent = self.extras - {"updates"} - frozenset(extras)
+        return absent - with_default(self.scalars) if absent else absent
 
     @property
     def sees_tree(self) -> bool:
@@ -51,11 +53,62 @@ class Rule(NamedTuple):
         return self.init(p) if self.init is not None else ()
 
 
-def keyword_only(function: Callable[..., Any]) -> frozenset[str]:
-    """Name the keyword-only parameters of a plain function."""
-    code = function.__code__  # not inspect.signature: torch.compile cannot trace that
-    first = code.co_argcount
-    return frozenset(code.co_varnames[first : first + code.co_kwonlyargcount])
+@dataclass(frozen=True)
+class TreeRule:
+    """A transformation given as two functions of whole trees.
+
+    Attributes:
+        init: params -> state.
+        update: (updates, state, params, **extras) -> (updates, state).
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+    # What a rule for one tensor may have and this has not.
+    scalars: ClassVar[None] = None
+    elementwise: ClassVar[bool] = False
+    needs_params: ClassVar[bool] = False
+    sees_tree: ClassVar[bool] = True
+
+    @property
+    def extras(self) -> frozenset[str] | None:
+        """Names of the extras that `update` takes; None when it takes any."""
+        return None if takes_any(self.update) else keyword_only(self.update)
+
+    def missing(self, extras: Collection[str]) -> frozenset[str]:
+        """Name the extras that have no default and are not among these."""
+        absent = keyword_only(self.update) - frozenset(extras)
+        return absent - with_default(self.update) if absent else absent
+
+
+# What inspect.signature knows, in a form that torch.compile can trace for plain functions.
+
+
+def keyword_only(function: Any) -> frozenset[str]:
+    """Name the keyword-only parameters of a function."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        parameters = inspect.signature(function).parameters.values()
+        return frozenset([parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY])
+    return frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
+
+
+def with_default(function: Any) -> frozenset[str]:
+    """Name the keyword-only parameters of a function that have a default."""
+    if getattr(function, "__code__", None) is None:
+        parameters = inspect.signature(function).parameters.values()
+        return frozenset([parameter.name for parameter in parameters if parameter.default is not parameter.empty])
+    return frozenset(function.__kwdefaults__ or ())
+
+
+def takes_any(function: Any) -> bool:
+    """Tell whether a function takes `**anything`."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        parameters = inspect.signature(function).parameters.values()
+        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
 
 def leaf_state(state_type: type) -> type:
@@ -92,8 +145,9 @@ def leaf_state(state_type: type) -> type:
             f"{state_type.__name__} has a field 'step', but the step is counted for all tensors at once: "
             "leave it out and use the argument of scalars(step)"
         )
+    make_type: Any = namedtuple
     for lifted, names in (("counted", ("step", *fields)), ("uncounted", fields)):
-        tree_type: Any = namedtuple(state_type.__name__, names)  # type: ignore[misc]  # noqa: PYI024
+        tree_type: Any = make_type(state_type.__name__, names)
         tree_type.__module__ = state_type.__module__
         tree_type.__doc__ = state_type.__doc__
         tree_type.leaf_type = state_type

@@ -302,9 +302,7 @@ def warmup_cosine(
 
 
 @_schedule
-def join(
-    schedules: Sequence[Callable[[Tensor], Number]], milestones: Sequence[Number]
-) -> Callable[[Tensor], Number]:
+def join(schedules: Sequence[Callable[[Tensor], Number]], milestones: Sequence[Number]) -> Callable[[Tensor], Number]:
     """Follow one schedule after the other; each begins at its own step 0, as in torch's SequentialLR.
 
     Args:

@@ -41,7 +41,8 @@ def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, refer
         ValueError: `other` is built differently; the message names the path of the first difference.
     """
     try:
-        return structure.flatten_up_to(other)
+        leaves: list[Any] = structure.flatten_up_to(other)
+        return leaves
     except ValueError as error:
         raise ValueError(
             f"{name} and {reference_name} do not match: {first_difference(reference, other, reference_name, name)}. "

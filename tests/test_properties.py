@@ -144,7 +144,9 @@ def test_pickles_prints_and_saves(row):
 @pytest.mark.parametrize(
     "tx",
     [
-        fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.cosine(0.1, 10), mask={"layer": True, "rest": False})),
+        fo.chain(
+            fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.cosine(0.1, 10), mask={"layer": True, "rest": False})
+        ),
         fo.partition({"a": fo.sgd(0.1), "b": fo.adadelta()}, {"layer": "a", "rest": "b"}),
         fo.named_chain(("clip", fo.clip(0.1)), ("lr", fo.scale(torch.tensor(2.0)))),
     ],
@@ -253,7 +255,7 @@ def test_derivatives_equal_finite_differences_forward_and_reverse(row):
         difference = (outer(*moved(arguments, direction, by)) - outer(*moved(arguments, direction, -by))) / (2 * by)
         pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
         reverse = sum((g * d).sum() for g, d in pairs)
-        _, forward = torch.func.jvp(lambda *arguments: outer(*arguments), arguments, direction)
+        _, forward = torch.func.jvp(outer, arguments, direction)
         torch.testing.assert_close(reverse, difference, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-10)
 

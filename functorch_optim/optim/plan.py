@@ -9,8 +9,8 @@ from torch import Tensor
 
 from functorch_optim import lift, tree
 from functorch_optim.base import GradientTransformation
-from functorch_optim.lift import Link, TreeRule
-from functorch_optim.rule import Rule
+from functorch_optim.lift import Link
+from functorch_optim.rule import Rule, TreeRule
 
 
 class Part(NamedTuple):
@@ -87,7 +87,7 @@ class Plan:
             tuple([field if counts[field] == 1 else f"{k}.{field}" for field in some])
             for k, some in zip(links, fields, strict=True)
         ]
-        return Part(links, any(self.links[k].rule.scalars is not None for k in links), tuple(keys))  # type: ignore[union-attr]
+        return Part(links, any(self.links[k].rule.scalars is not None for k in links), tuple(keys))
 
     def initial_tree_state(self, k: int) -> Any:
         """Make the state of a function of the whole tree."""

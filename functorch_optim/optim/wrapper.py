@@ -66,9 +66,8 @@ class Optimizer(torch.optim.Optimizer):
         self._transformation = transformation
         self._plans: dict[int, tuple[Any, Plan]] = {}
         defaults = _defaults(transformation, hyperparameters)
-        super().__init__(params, {**defaults, "differentiable": differentiable})  # type: ignore[arg-type]
+        super().__init__(params, {**defaults, "differentiable": differentiable})
 
-    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
 
@@ -100,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
             self._plans.clear()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         """Update all parameters that have a gradient.
 
         Args:
@@ -131,7 +130,8 @@ class Optimizer(torch.optim.Optimizer):
                 execution.add_(params, updates)
                 self.state.update(states)
                 if tree_states:
-                    self.state.setdefault("transformation", {}).update(tree_states)  # type: ignore[call-overload]
+                    everything: dict[Any, Any] = self.state
+                    everything["transformation"] = {**self._tree_states(), **tree_states}
         return loss
 
     @property
@@ -140,8 +140,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _tree_states(self) -> dict[str, Any]:
         """Return the states of transformations of the whole tree, which belong to no parameter."""
-        state: dict[Any, Any] = self.state if "state" in self.__dict__ else {}
-        return state.get("transformation", {})  # type: ignore[no-any-return]
+        states: dict[str, Any] = self.__dict__.get("state", {}).get("transformation", {})
+        return states
 
     def _plan(self, index: int) -> Plan:
         """Make the plan of a tree, or find it when its hyperparameters are those of the last step."""
@@ -205,7 +205,7 @@ class Optimizer(torch.optim.Optimizer):
                 seen = {
                     j: [updates[i] for i in present if plan.active[j] is None or plan.active[j][i]]
                     for j in links
-                    if plan.links[j].rule.sees_tree  # type: ignore[union-attr]
+                    if plan.links[j].rule.sees_tree
                 }
                 for (step, part), some in buckets.items():
                     self._run_rules(plan, part, links, some, step, updates, entries, seen, extra)
@@ -381,7 +381,7 @@ def _check_entry(plan: Plan, i: int, entry: Any) -> None:
             f"keep; it keeps {', '.join(['step', *known])}. It was saved by an optimizer of another kind"
         )
     for key, link in known.items():
-        if key in entry and link.rule.elementwise and entry[key].shape != p.shape:  # type: ignore[union-attr]
+        if key in entry and link.rule.elementwise and entry[key].shape != p.shape:
             raise ValueError(
                 f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(entry[key].shape)}, "
                 f"but the parameter has {tuple(p.shape)}; it was saved for another model"

@@ -95,7 +95,8 @@ def scale_by_adam(
         return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
 
     def ratio(m: Tensor, v: Tensor, s: AdamScalars) -> Tensor:
-        return m / s.correction1 / (safe_sqrt(v) / s.root_correction2 + s.eps)
+        corrected: Tensor = m / s.correction1 / (safe_sqrt(v) / s.root_correction2 + s.eps)
+        return corrected
 
     def adam(g: Tensor, state: ScaleByAdamState, p: Tensor | None, s: AdamScalars) -> Any:
         m, v = moments(g, state, s)
