@@ -238,7 +238,8 @@ class TensorList:
         """Answer a torch function, or a method of Tensor, by its name."""
         kwargs = kwargs or {}
         name = function.__name__.strip("_")
-        if function.__name__.endswith("_") and not function.__name__.endswith("__"):
+        in_place = function.__name__.endswith("_") and not function.__name__.endswith("__")
+        if in_place and function not in (operator.and_, operator.or_):
             raise TypeError(f"A rule must not modify its arguments: use {name}() in place of {function.__name__}()")
         result = _foreach_call(_ALIASES.get(name, name), args, kwargs)
         if result is None:
@@ -251,6 +252,9 @@ class TensorList:
         if callable(attribute):
             return lambda *args, **kwargs: TensorList.__torch_function__(attribute, (), (self, *args), kwargs)
         return getattr(self.tensors[0], name)  # dtype, device, ...: the same for all
+
+    def __bool__(self) -> bool:
+        raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
 
     def __repr__(self) -> str:
         return f"TensorList({self.tensors!r})"

@@ -1,0 +1,82 @@
+"""A file imports only from those above it in this list; nobody imports upwards, and optimizers not each other."""
+
+import ast
+import pathlib
+
+import pytest
+
+import functorch_optim
+
+ROOT = pathlib.Path(functorch_optim.__file__).parent
+LAYERS = [
+    "tree",
+    "numerics",
+    "recorded",
+    "hyperparameters",
+    "rule",
+    "execution",
+    "lift",
+    "base",
+    "checkpoint",
+    "combine",
+    "schedules",
+    "transforms.scaling",
+    "transforms.zeros",
+    "transforms.decay",
+    "transforms.momentum",
+    "transforms.clipping",
+    "optimizers.descent",
+    "optimizers",
+    "optim.plan",
+    "optim.wrapper",
+    "optim",
+    "demo",
+]
+FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def module_of(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def layer_of(module):
+    names = [name for name in LAYERS if module == name or module.startswith(f"{name}.")]
+    assert names or module == "transforms", f"{module} has no place in the list of layers"
+    return LAYERS.index(max(names, key=len)) if names else -1
+
+
+def imports_of(path):
+    """Name the modules of this library that a file imports, and all other packages."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inside = node.module == "functorch_optim"
+            yield from (f"functorch_optim.{alias.name}" for alias in node.names) if inside else [node.module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_one_way(path):
+    module = module_of(path)
+    for imported in imports_of(path):
+        package, _, name = imported.partition(".")
+        if package == "functorch_optim" and not module.startswith("demo"):
+            above, here = layer_of(name), layer_of(module)
+            allowed = above < here or (above == here and module == "optim")
+            assert allowed, f"{module} imports {name}"
+        if package == "optree":
+            assert module == "tree", f"{module} imports optree"
+
+
+def test_the_list_is_of_files_that_exist():
+    modules = {module_of(path) for path in FILES}
+    assert [name for name in LAYERS if not any(m == name or m.startswith(f"{name}.") for m in modules)] == []
+
+
+def test_at_run_time_only_torch_and_optree():
+    standard = {"ast", "collections", "dataclasses", "functools", "inspect", "itertools", "math", "operator", "typing"}
+    for path in FILES:
+        if not module_of(path).startswith("demo"):
+            packages = {name.partition(".")[0] for name in imports_of(path)}
+            assert packages <= standard | {"torch", "optree", "functorch_optim"}, path

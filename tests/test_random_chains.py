@@ -1,0 +1,122 @@
+"""Random chains on random trees with random histories: the lift against a plain interpreter, and against torch."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import like, trees
+
+import functorch_optim as fo
+from functorch_optim import execution
+
+
+def not_scalars(params):
+    return fo.tree.map(lambda p: p.ndim > 0, params)
+
+
+LINKS = st.sampled_from(
+    [
+        fo.identity(),
+        fo.scale(-0.7),
+        fo.maximize(),
+        fo.zero_nans(),
+        fo.clip(0.5),
+        fo.clip_by_norm(0.5),
+        fo.clip_by_global_norm(0.5),
+        fo.add_decayed_weights(0.1),
+        fo.scale_by_schedule(fo.schedules.cosine(1.0, 3)),
+        fo.trace(0.8, 0.1),
+        fo.trace(0.8, nesterov=True),
+        fo.scale_by_adam(eps=1e-3),
+        fo.scale_by_adam(eps=1e-3, amsgrad=True),
+        fo.scale_by_adadelta(eps=1e-3),
+        fo.sgd(0.1, 0.9),
+        fo.adamw(0.1, eps=1e-3),
+        fo.stateless(lambda updates, params: fo.tree.map(torch.sin, updates)),
+        fo.masked(fo.trace(0.9), not_scalars),
+        fo.partition({True: fo.chain(fo.clip_by_global_norm(0.5), fo.sgd(0.1)), False: fo.adam(0.1)}, not_scalars),
+    ]
+)
+CHAINS = st.recursive(LINKS, lambda links: st.lists(links, max_size=4).map(lambda some: fo.chain(*some)), max_leaves=8)
+
+
+def one_by_one(tx, updates, states, params):
+    """Run the links of a chain each by itself, and each tensor by tensor."""
+    states = list(states)
+    with mock.patch.object(execution, "_can_batch", return_value=False):
+        for k, link in enumerate(tx._links):
+            alone = fo.GradientTransformation._of([link], 0)
+            updates, states[k] = alone.update(updates, states[k], params)
+    return updates, states
+
+
+@given(st.data())
+def test_a_chain_equals_its_links_one_by_one(data):
+    tx = data.draw(CHAINS)
+    params = data.draw(trees())
+    state = tx.init(params)
+    states = [fo.GradientTransformation._of([link], 0).init(params) for link in tx._links]
+    for _ in range(data.draw(st.integers(1, 3))):
+        grads = data.draw(like(params))
+        grads = fo.tree.map(lambda g: None if data.draw(st.integers(0, 4)) == 0 else g, grads)
+        expected, states = one_by_one(tx, grads, states, params)
+        updates, state = tx.update(grads, state, params)
+        for ours, theirs in (
+            (updates, expected),
+            (fo.state_dict(state), fo.state_dict(fo.base.nest(tx._layout, states))),
+        ):
+            ours_leaves, ours_structure = fo.tree.flatten(ours)
+            theirs_leaves, theirs_structure = fo.tree.flatten(theirs)
+            assert ours_structure == theirs_structure
+            for a, b in zip(ours_leaves, theirs_leaves, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-12
+                    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        params = fo.apply_updates(params, updates)
+
+
+rates = st.floats(0, 0.999)
+common = {
+    "lr": st.floats(0, 1),
+    "weight_decay": st.just(0.0) | st.floats(0, 1),
+    "maximize": st.booleans(),
+}
+betas = st.tuples(rates, rates)
+eps = st.floats(1e-10, 1)
+SAME = {
+    "sgd": (fo.sgd, torch.optim.SGD, {"momentum": rates, "dampening": rates}),
+    "nesterov": (fo.sgd, torch.optim.SGD, {"momentum": st.floats(0.1, 0.999), "nesterov": st.just(True)}),
+    "adam": (fo.adam, torch.optim.Adam, {"betas": betas, "eps": eps, "amsgrad": st.booleans()}),
+    "adamw": (fo.adamw, torch.optim.AdamW, {"betas": betas, "eps": eps, "amsgrad": st.booleans()}),
+    "adadelta": (fo.adadelta, torch.optim.Adadelta, {"rho": st.floats(0, 1), "eps": eps}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+@given(data=st.data())
+def test_random_hyperparameters_equal_torch(name, data):
+    factory, torch_class, drawn = SAME[name]
+    options = data.draw(st.fixed_dictionaries({**common, **drawn}))
+    params = data.draw(trees(max_leaves=3))
+    params = fo.tree.map(torch.Tensor.double, params)
+    leaves, structure = fo.tree.flatten(params)
+    if not leaves:
+        return
+    torch_params = [leaf.clone().requires_grad_() for leaf in leaves]
+    optimizer = torch_class(torch_params, **options)
+    tx = factory(**options)
+    state = tx.init(params)
+    for _ in range(data.draw(st.integers(1, 6))):
+        size = 10.0 ** data.draw(st.integers(-4, 4))
+        grads = fo.tree.map(lambda p: size * p, data.draw(like(params)))
+        for param, grad in zip(torch_params, fo.tree.flatten(grads)[0], strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+        updates, state = tx.update(grads, state, params)
+        params = fo.apply_updates(params, updates)
+        for ours, theirs in zip(fo.tree.flatten(params)[0], torch_params, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-12 * max(1.0, size))
+    assert fo.tree.flatten(params)[1] == structure
