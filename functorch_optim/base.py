@@ -13,7 +13,7 @@ from functorch_optim.recorded import Recorded
 from functorch_optim.rule import EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
 class GradientTransformation(Recorded):
@@ -61,7 +61,7 @@ class GradientTransformation(Recorded):
         made._call = (cls._of, (links, layout), {})
         return made
 
-    def init(self, params: Tree, /) -> Any:
+    def init(self, params: Tree) -> Any:
         """Make the state for these parameters.
 
         Args:
@@ -76,7 +76,7 @@ class GradientTransformation(Recorded):
         """
         return nest(self._layout, lift.init(self._links, params))
 
-    def update(self, updates: Tree, state: Any, params: Tree = None, /, **extra: Any) -> tuple[Tree, Any]:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
         """Transform updates, gradients at first; no argument is modified.
 
         Args:
@@ -103,7 +103,7 @@ class GradientTransformation(Recorded):
         return iter((self.init, self.update))
 
 
-def factory(function: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
+def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, GradientTransformation]:
     """Let transformations that `function` makes print and pickle as the call that made them.
 
     Example:
@@ -116,7 +116,7 @@ def factory(function: Callable[P, GradientTransformation]) -> Callable[P, Gradie
     """
 
     @functools.wraps(function)
-    def make(*args: P.args, **kwargs: P.kwargs) -> GradientTransformation:
+    def make(*args: _P.args, **kwargs: _P.kwargs) -> GradientTransformation:
         made = function(*args, **kwargs)
         named = GradientTransformation._of(made._links, made._layout)
         named._call = (make, args, kwargs)

@@ -25,6 +25,9 @@ from functorch_optim import tree
 from functorch_optim.numerics import safe_sqrt
 from functorch_optim.rule import Rule
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that foreach ops take; others, such as DTensor, go tensor by tensor."""
+
 Columns: TypeAlias = Any
 """State of one rule for many tensors: its NamedTuple with a list, one entry a tensor, in each field."""
 
@@ -195,11 +198,12 @@ def _cast(like: Tensor, to_number: bool) -> Callable[[Any], Any]:
     def cast(scalar: Any) -> Any:
         if not isinstance(scalar, Tensor):
             return scalar
-        if not scalar.is_floating_point():  # a condition
-            return scalar.to(device=like.device)
-        if to_number and scalar.device.type == "cpu":
+        on_cpu = scalar.device.type == "cpu"
+        if not scalar.is_floating_point():  # a condition stays one
+            return scalar.to(like.device, non_blocking=on_cpu)
+        if to_number and on_cpu:
             return scalar.item()  # on the CPU this waits for nothing, and foreach ops take numbers best
-        return scalar.to(device=like.device, dtype=like.dtype)
+        return scalar.to(like.device, like.dtype, non_blocking=on_cpu)
 
     return cast
 
@@ -215,7 +219,7 @@ def _can_batch(tensors: list[Tensor], states: Sequence[Columns], scalars: Sequen
         return False
     numbers = [leaf for leaf in tree.flatten(list(scalars))[0] if isinstance(leaf, Tensor)]
     everything = tensors + numbers + [tensor for columns in states for column in columns for tensor in column]
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in everything):
+    if any(type(tensor) not in PLAIN for tensor in everything):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in everything))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
             number of updates already done, as torch's schedulers and optax count.
 
     Returns:
-        The number as it is, or a 0-dim float64 tensor.
+        A float, or a 0-dim float64 tensor.
 
     Raises:
         ValueError: a tensor has more than one element.
@@ -34,7 +35,7 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
     """
     value = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
     if not isinstance(value, Tensor):
-        return value
+        return float(value)
     if value.ndim != 0:
         if value.numel() != 1:
             raise ValueError(
@@ -47,7 +48,7 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
 
 def is_zero(hyperparameter: Hyperparameter) -> bool:
     """Tell whether this is the python number 0: a feature that is switched off."""
-    return isinstance(hyperparameter, int | float) and hyperparameter == 0
+    return isinstance(hyperparameter, Real) and hyperparameter == 0
 
 
 def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
@@ -70,12 +71,12 @@ def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
     """
     if isinstance(value, Tensor) or callable(value):
         return  # never inspected: that would synchronize, and cannot be done in a traced function
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"Invalid {name}: {value!r} is a {type(value).__name__}; "
             "give a number, a 0-dim tensor, or a schedule such as fo.schedules.cosine(1e-3, 100)"
         )
-    if not _ALLOWED[allowed](value):
+    if not _ALLOWED[allowed](float(value)):
         raise ValueError(f"Invalid {name}: {value}; it needs {allowed}")
 
 

@@ -132,10 +132,12 @@ def run_tree_rule(
         updates = _masked(leaves, active, structure)
         params = None if params is None else _masked(structure.flatten_up_to(params), active, structure)
     new_updates, new_state = rule.update(updates, state, params, **wanted)
-    new_leaves = iter(
-        tree.flatten_up_to(tree.flatten(updates)[1], new_updates, f"the updates from {link.name}", updates, "updates")
-    )
-    return [next(new_leaves) if on else leaf for on, leaf in zip(active, leaves, strict=True)], new_state
+    old_leaves, masked_structure = tree.flatten(updates)
+    name = f"the updates from {link.name}"
+    new_leaves = tree.flatten_up_to(masked_structure, new_updates, name, updates, "updates")
+    check_updates(new_leaves, old_leaves, lambda i: tree.paths(updates)[i], name, "the one it was given")
+    remaining = iter(new_leaves)
+    return [next(remaining) if on else leaf for on, leaf in zip(active, leaves, strict=True)], new_state
 
 
 def _masked(leaves: list[Any], active: list[bool], structure: Any) -> Tree:
@@ -310,21 +312,27 @@ def check_params(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
             )
 
 
-def check_updates(leaves: Sequence[Any], params: Sequence[Any] | None, path: Callable[[int], str]) -> None:
-    """Raise unless every update is None or a tensor with the shape and dtype of its parameter."""
+def check_updates(
+    leaves: Sequence[Any],
+    others: Sequence[Any] | None,
+    path: Callable[[int], str],
+    name: str = "the updates",
+    other_name: str = "the parameter",
+) -> None:
+    """Raise unless every update is None or a tensor with the shape and dtype of its parameter, or of another update."""
     for i, leaf in enumerate(leaves):
         if leaf is None:
             continue
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"The update at {path(i)!r} is a {type(leaf).__name__}, not a tensor")
-        if params is None:
+            raise TypeError(f"{name} have a {type(leaf).__name__} at {path(i)!r}, not a tensor")
+        if others is None:
             continue
-        param = params[i]
-        if not isinstance(param, Tensor):
-            what = "None" if param is None else f"a {type(param).__name__}"
-            raise ValueError(f"There is an update at {path(i)!r}, but the parameter there is {what}")
-        if leaf.shape != param.shape or leaf.dtype != param.dtype:
+        other = others[i]
+        if not isinstance(other, Tensor):
+            what = "None" if other is None else f"a {type(other).__name__}"
+            raise ValueError(f"{name} have a tensor at {path(i)!r}, but {other_name} there is {what}")
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
             raise ValueError(
-                f"The update at {path(i)!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, but its parameter "
-                f"has shape {tuple(param.shape)} and dtype {param.dtype}; they must be the same"
+                f"{name} have shape {tuple(leaf.shape)} and dtype {leaf.dtype} at {path(i)!r}, but {other_name} there "
+                f"has shape {tuple(other.shape)} and dtype {other.dtype}; they must be the same"
             )

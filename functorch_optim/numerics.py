@@ -10,7 +10,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     Adam, RMSprop and Adagrad divide by the root of a running mean of squares. A unit that never fired has mean zero,
     where the root's derivative is infinite and the chain rule makes it inf * 0 = NaN. The forward value is `x.sqrt()`
-    everywhere: NaN for NaN and for negative numbers.
+    everywhere (NaN for NaN and for negative numbers; 0 for -0).
 
     Args:
         x: real tensor of any shape.
@@ -51,10 +51,10 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
         raise ValueError(f"Invalid norm order: {p}; a norm needs p > 0, as in safe_norm(x, p=2.0)")
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    if x.is_complex():
-        x = safe_sqrt(torch.view_as_real(x).square().sum(-1))
+    if x.is_complex() and p == 2:
+        x = torch.view_as_real(x.resolve_conj())
     if x.numel() == 0:
-        return x.sum()
+        return x.abs().sum()
     if p == float("inf"):
         return x.abs().amax()
     if p == 2:

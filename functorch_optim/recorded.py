@@ -27,5 +27,20 @@ def _make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _written(value: Any) -> str:
-    by_name = inspect.isroutine(value) or inspect.isclass(value)
-    return str(value.__qualname__) if by_name else repr(value)
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return str(value.__name__)
+    if type(value) in (list, tuple):
+        return repr(type(value)([_Written(item) for item in value]))
+    if type(value) is dict:
+        return repr({key: _Written(item) for key, item in value.items()})
+    return repr(value)
+
+
+class _Written:
+    """Prints as `_written` says, inside of containers."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return _written(self._value)

@@ -3,7 +3,8 @@
 A schedule takes the number of updates already done, 0 at the first update, and returns the value for the next one. A
 number or a tensor of any shape in, a float64 tensor of that shape out. Schedules are pure; they are differentiable in
 their arguments and may be vmapped over them. They can be added, subtracted, multiplied, divided and negated, with each
-other, with numbers and tensors, and with any other function of the step.
+other, with numbers and tensors, and with any other function of the step. (Inside a function that torch.compile traces,
+write `Schedule(lambda step: ...)` instead where a tensor takes part.)
 
 Every argument that is not said to be a list may be a number or a 0-dim tensor.
 
@@ -18,6 +19,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ParamSpec, TypeAlias
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 from functorch_optim.hyperparameters import check
 from functorch_optim.recorded import Recorded
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 Number: TypeAlias = float | Tensor
 
 
@@ -60,35 +62,38 @@ class Schedule(Recorded):
         step = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
         return self._function(step) + torch.zeros_like(step)
 
-    def __add__(self, other: Any) -> "Schedule":
+    def __add__(self, other: Any) -> Any:
         return _combined(operator.add, self, other)
 
-    def __radd__(self, other: Any) -> "Schedule":
+    def __radd__(self, other: Any) -> Any:
         return _combined(operator.add, other, self)
 
-    def __sub__(self, other: Any) -> "Schedule":
+    def __sub__(self, other: Any) -> Any:
         return _combined(operator.sub, self, other)
 
-    def __rsub__(self, other: Any) -> "Schedule":
+    def __rsub__(self, other: Any) -> Any:
         return _combined(operator.sub, other, self)
 
-    def __mul__(self, other: Any) -> "Schedule":
+    def __mul__(self, other: Any) -> Any:
         return _combined(operator.mul, self, other)
 
-    def __rmul__(self, other: Any) -> "Schedule":
+    def __rmul__(self, other: Any) -> Any:
         return _combined(operator.mul, other, self)
 
-    def __truediv__(self, other: Any) -> "Schedule":
+    def __truediv__(self, other: Any) -> Any:
         return _combined(operator.truediv, self, other)
 
-    def __rtruediv__(self, other: Any) -> "Schedule":
+    def __rtruediv__(self, other: Any) -> Any:
         return _combined(operator.truediv, other, self)
 
-    def __neg__(self) -> "Schedule":
+    def __neg__(self) -> Any:
         return _combined(operator.neg, self)
 
 
-def _combined(operation: Callable[..., Any], *operands: Any) -> Schedule:
+def _combined(operation: Callable[..., Any], *operands: Any) -> Any:
+    if not all(callable(operand) or isinstance(operand, Tensor | Real) for operand in operands):
+        return NotImplemented
+
     def function(step: Tensor) -> Number:
         values: Number = operation(*[operand(step) if callable(operand) else operand for operand in operands])
         return values
@@ -98,11 +103,11 @@ def _combined(operation: Callable[..., Any], *operands: Any) -> Schedule:
     return schedule
 
 
-def _schedule(make: Callable[P, Callable[[Tensor], Number]]) -> Callable[P, Schedule]:
+def _schedule(make: Callable[_P, Callable[[Tensor], Number]]) -> Callable[_P, Schedule]:
     """Let a function that returns a function of the step return a Schedule."""
 
     @functools.wraps(make)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         schedule = Schedule(make(*args, **kwargs))
         schedule._call = (made, args, kwargs)
         return schedule
@@ -113,7 +118,8 @@ def _schedule(make: Callable[P, Callable[[Tensor], Number]]) -> Callable[P, Sche
 def _progress(step: Tensor, total_iters: Number) -> Tensor:
     """Return step / total_iters until the end, and 1, with derivative zero, from there on."""
     under_way = step < total_iters
-    return torch.where(under_way, step / torch.where(under_way, total_iters, 1), 1)
+    length = torch.where(under_way, total_iters, torch.ones_like(step))
+    return torch.where(under_way, step / length, 1)
 
 
 def _mix(start: Number, end: Number, weight: Tensor) -> Tensor:
@@ -121,9 +127,17 @@ def _mix(start: Number, end: Number, weight: Tensor) -> Tensor:
     return start * (1 - weight) + end * weight
 
 
+_ALLOWED = {"total_iters": "value >= 0", "warmup_iters": "value >= 0", "power": "value >= 0", "step_size": "value > 0"}
+
+
 def _check(**numbers: Number) -> None:
     for name, number in numbers.items():
-        check(name, number, "value >= 0" if name in ("total_iters", "warmup_iters") else "a number")
+        if callable(number):
+            raise TypeError(
+                f"Invalid {name}: {number!r} is a function; the arguments of a schedule are numbers or tensors. "
+                "To compose functions of the step use arithmetic or join"
+            )
+        check(name, number, _ALLOWED.get(name, "a number"))
 
 
 @_schedule
@@ -228,8 +242,7 @@ def step(value: Number, step_size: Number, gamma: Number = 0.1) -> Callable[[Ten
         >>> schedules.step(1.0, 2)(torch.arange(5))
         tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100], dtype=torch.float64)
     """
-    _check(value=value, gamma=gamma)
-    check("step_size", step_size, "value > 0")
+    _check(value=value, step_size=step_size, gamma=gamma)
     return lambda step: value * gamma ** torch.floor(step / step_size)
 
 
@@ -248,7 +261,7 @@ def polynomial(
         end_value: value from step `total_iters` on.
 
     Raises:
-        ValueError: a number is NaN, or `total_iters` is negative.
+        ValueError: a number is NaN, or `total_iters` or `power` is negative.
 
     Example:
         >>> from functorch_optim import schedules
@@ -276,14 +289,14 @@ def warmup_cosine(
     """Rise in a straight line, go down half a cosine wave, and stay.
 
     Args:
-        peak_value: value at step `warmup_iters`.
+        peak_value: value at step `warmup_iters`, unless the schedule ends there.
         warmup_iters: number of steps of the rise >= 0.
         total_iters: number of all steps >= `warmup_iters`.
         start_value: value at step 0.
         end_value: value from step `total_iters` on.
 
     Raises:
-        ValueError: a number is NaN or negative, or `total_iters` is less than `warmup_iters`.
+        ValueError: a number is NaN, or `warmup_iters` is negative or greater than `total_iters`.
 
     Example:
         >>> from functorch_optim import schedules
@@ -322,6 +335,9 @@ def join(schedules: Sequence[Callable[[Tensor], Number]], milestones: Sequence[N
             f"{len(schedules)} schedules need {len(schedules) - 1} milestones, got {len(milestones)}; "
             "as in join([warmup, decay], [100])"
         )
+    schedules, milestones = tuple(schedules), tuple(milestones)
+    for index, milestone in enumerate(milestones):
+        _check(**{f"milestone at index {index}": milestone})
     numbers = [milestone for milestone in milestones if not isinstance(milestone, Tensor)]
     if sorted(numbers) != numbers:
         raise ValueError(f"The milestones {list(milestones)} are not in order")

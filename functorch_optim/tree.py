@@ -1,6 +1,6 @@
 """Trees of tensors: what this library needs of pytrees, over optree."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -26,12 +26,15 @@ class MaskedNode(NamedTuple):
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Split a tree into its leaves and its structure; None is a leaf, MaskedNode is none."""
+    if torch.compiler.is_compiling():
+        structure = _TracedStructure(tree)
+        return structure.flatten_up_to(tree), structure
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def unflatten(structure: Any, leaves: list[Any]) -> Tree:
+def unflatten(structure: Any, leaves: Sequence[Any]) -> Tree:
     """Build the tree of this structure with these leaves."""
-    return optree.tree_unflatten(structure, leaves)
+    return structure.unflatten(leaves)
 
 
 def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, reference_name: str) -> list[Any]:
@@ -42,44 +45,37 @@ def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, refer
     """
     try:
         leaves: list[Any] = structure.flatten_up_to(other)
-        return leaves
     except ValueError as error:
         raise ValueError(
             f"{name} and {reference_name} do not match: {first_difference(reference, other, reference_name, name)}. "
             f"{name} must be built like {reference_name}."
         ) from error
+    return leaves
 
 
-def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -> str:
-    """Say where and how the structure of `right` first differs from that of `left`."""
+def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - it is what the field calls it
+    """Apply `function` to every leaf of `tree` and to what stands at the same places in `rest`; None stays None.
 
-    def walk(left: Tree, right: Tree, path: str) -> str | None:
-        here = f"at {path!r}" if path else "at the root"
-        if _is_leaf(left):
-            return None
-        if _is_leaf(right) or type(left) is not type(right):
-            return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
-        left_children = dict(zip(*_children(left), strict=True))
-        right_children = dict(zip(*_children(right), strict=True))
-        for missing_from, those, others in (
-            (right_name, left_children, right_children),
-            (left_name, right_children, left_children),
-        ):
-            missing = [key for key in those if key not in others]
-            if missing:
-                return f"{dotted(path, missing[0])!r} is missing from {missing_from}"
-        for key, child in left_children.items():
-            found = walk(child, right_children[key], dotted(path, key))
-            if found is not None:
-                return found
-        return None
+    Args:
+        function: takes a leaf of `tree`, and a leaf or subtree of each of `rest`.
+        tree: any tree.
+        *rest: trees built like `tree`, or deeper.
 
-    return walk(left, right, "") or f"{left_name} and {right_name} have different node types"
+    Returns:
+        A tree built like `tree`.
 
+    Raises:
+        ValueError: a tree of `rest` is built differently.
 
-def dotted(path: str, key: Any) -> str:
-    """Append a key to a dotted path."""
-    return f"{path}.{key}" if path else str(key)
+    Example:
+        >>> import functorch_optim as fo
+        >>> fo.tree.map(lambda x, y: x + y, {"a": 1, "b": None}, {"a": 10, "b": None})
+        {'a': 11, 'b': None}
+    """
+    leaves, structure = flatten(tree)
+    others = [flatten_up_to(structure, other, f"tree {i + 2}", tree, "the first tree") for i, other in enumerate(rest)]
+    columns = zip(leaves, *others, strict=True)
+    return unflatten(structure, [None if column[0] is None else function(*column) for column in columns])
 
 
 def paths(tree: Tree) -> list[str]:
@@ -103,73 +99,94 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     def walk(prefix: Tree, tree: Tree, path: str) -> list[Any]:
         if _is_leaf(prefix):
             return [prefix] * len(flatten(tree)[0])
-        keys, children = _children(tree)
-        # Not by flattening the prefix: torch.compile cannot trace that for a dict of constants.
-        by_key = isinstance(prefix, Mapping | Sequence)
-        present = list(range(len(prefix)) if isinstance(prefix, Sequence) else prefix) if by_key else keys
-        if set(present) != set(keys):
+        given, wanted = _children(prefix), _children(tree)
+        if _is_leaf(tree) or set(given) != set(wanted):
             raise ValueError(
-                f"{name} do not fit the parameters: at {path or 'the root'!r} they have {present} where the parameters "
-                f"have {keys or 'a leaf'}. Give one value for each parameter, or one for a whole subtree"
+                f"{name} do not fit the parameters: at {path or 'the root'!r} they have {list(given)} where the "
+                f"parameters have {'a leaf' if _is_leaf(tree) else list(wanted)}. "
+                "Give one value for each parameter, or one for a whole subtree"
             )
-        return [
-            leaf
-            for key, child in zip(keys, children, strict=True)
-            for leaf in walk(prefix[key] if by_key else getattr(prefix, key), child, dotted(path, key))
-        ]
+        return [leaf for key, child in wanted.items() for leaf in walk(given[key], child, _dotted(path, key))]
 
     return walk(prefix, tree, "")
+
+
+def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -> str:
+    """Say where and how the structure of `right` first differs from that of `left`."""
+
+    def walk(left: Tree, right: Tree, path: str) -> str | None:
+        here = f"at {path!r}" if path else "at the root"
+        if _is_leaf(left):
+            return None
+        dicts = isinstance(left, dict) and isinstance(right, dict)  # any kind of dict matches any other
+        if _is_leaf(right) or not (dicts or type(left) is type(right)):
+            return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
+        lefts, rights = _children(left), _children(right)
+        for missing_from, those, others in ((right_name, lefts, rights), (left_name, rights, lefts)):
+            missing = [key for key in those if key not in others]
+            if missing:
+                return f"{_dotted(path, missing[0])!r} is missing from {missing_from}"
+        if not dicts and _one_level(left)[1] != _one_level(right)[1]:
+            return (
+                f"{here}, the {type(left).__name__} of {left_name} and that of {right_name} differ in their constants"
+            )
+        found = (walk(child, rights[key], _dotted(path, key)) for key, child in lefts.items())
+        return next((difference for difference in found if difference is not None), None)
+
+    return walk(left, right, "") or f"{left_name} and {right_name} have different node types"
+
+
+def _dotted(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _is_leaf(node: Tree) -> bool:
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def _children(node: Tree) -> tuple[list[Any], list[Any]]:
-    """List the keys and the children of a node; none for a leaf."""
-    if _is_leaf(node):
-        return [], []
-    children, _, keys, _ = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=NAMESPACE)
-    return list(keys), list(children)
+def _one_level(node: Tree) -> Any:
+    return optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - it is what the field calls it
-    """Apply `function` to every leaf of `tree` and to the leaves of `rest` at the same places; None stays None.
-
-    Args:
-        function: takes one leaf of each tree.
-        tree: any tree.
-        *rest: trees built like `tree`.
-
-    Returns:
-        A tree built like `tree`.
-
-    Raises:
-        ValueError: a tree of `rest` is built differently.
-
-    Example:
-        >>> import functorch_optim as fo
-        >>> fo.tree.map(lambda x, y: x + y, {"a": 1, "b": None}, {"a": 10, "b": None})
-        {'a': 11, 'b': None}
-    """
-    leaves, structure = flatten(tree)
-    others = [flatten_up_to(structure, other, f"tree {i + 2}", tree, "the first tree") for i, other in enumerate(rest)]
-    columns = zip(leaves, *others, strict=True)
-    results = [None if column[0] is None else function(*column) for column in columns]
-    if torch.compiler.is_compiling():
-        return _rebuild(tree, iter(results))
-    return unflatten(structure, results)
-
-
-def _rebuild(node: Tree, leaves: Iterator[Any]) -> Tree:
-    """Do what `unflatten` does, for what torch.compile cannot trace of it: dicts of constants, as masks are."""
-    if _is_leaf(node):
-        return next(leaves)
-    children, metadata, keys, unflatten_node = optree.tree_flatten_one_level(
-        node, none_is_leaf=True, namespace=NAMESPACE
-    )
-    rebuilt = [_rebuild(child, leaves) for child in children]
+def _children(node: Tree) -> dict[Any, Tree]:
+    """Return the children of a node by key, in the order of `flatten`; none for a leaf."""
     if type(node) is dict:
-        by_key = dict(zip(keys, rebuilt, strict=True))
-        return {key: by_key[key] for key in node}
-    return unflatten_node(metadata, rebuilt)
+        # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
+        return {key: node[key] for key in optree.utils.total_order_sorted(node)}
+    if _is_leaf(node):
+        return {}
+    children, _, keys, _ = _one_level(node)
+    return dict(zip(getattr(node, "_fields", keys), children, strict=True))
+
+
+class _TracedStructure:
+    """What optree's PyTreeSpec does, for what torch.compile cannot trace of it: dicts without tensors, as masks are."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    def flatten_up_to(self, other: Tree) -> list[Any]:
+        def walk(node: Tree, other: Tree) -> list[Any]:
+            if _is_leaf(node):
+                return [other]
+            children, others = _children(node), _children(other)
+            dicts = isinstance(node, dict) and isinstance(other, dict)
+            if _is_leaf(other) or set(children) != set(others) or not (dicts or type(node) is type(other)):
+                raise ValueError("the structures differ")
+            return [leaf for key, child in children.items() for leaf in walk(child, others[key])]
+
+        return walk(self._tree, other)
+
+    def unflatten(self, leaves: Sequence[Any]) -> Tree:
+        remaining = iter(leaves)
+
+        def build(node: Tree) -> Tree:
+            if _is_leaf(node):
+                return next(remaining)
+            rebuilt = {key: build(child) for key, child in _children(node).items()}
+            if type(node) is dict:
+                return {key: rebuilt[key] for key in node}
+            _, metadata, _, unflatten_node = _one_level(node)
+            return unflatten_node(metadata, list(rebuilt.values()))
+
+        return build(self._tree)

@@ -1,6 +1,5 @@
 """A torch.optim.Optimizer around any transformation."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +8,12 @@ from torch import Tensor
 
 from functorch_optim import checkpoint, execution, lift, tree
 from functorch_optim.base import GradientTransformation, check_extras
-from functorch_optim.optim.plan import Part, Plan
+from functorch_optim.optim import factories
+from functorch_optim.optim.plan import Plan
+from functorch_optim.rule import TreeRule
+
+# The key in `state` of what belongs to no parameter: the states of functions of the whole tree.
+TREE = "transformation"
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -55,17 +59,19 @@ class Optimizer(torch.optim.Optimizer):
         (0.05, ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    state: dict[Any, Any]  # type: ignore[assignment]
+
     def __init__(
         self,
         params: Iterable[Any],
-        transformation: GradientTransformation | Callable[..., GradientTransformation],
+        transformation: GradientTransformation | factories.Factory,
         *,
         differentiable: bool = False,
         **hyperparameters: Any,
     ) -> None:
         self._transformation = transformation
         self._plans: dict[int, tuple[Any, Plan]] = {}
-        defaults = _defaults(transformation, hyperparameters)
+        defaults = factories.defaults(transformation, hyperparameters)
         super().__init__(params, {**defaults, "differentiable": differentiable})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -82,18 +88,18 @@ class Optimizer(torch.optim.Optimizer):
             tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
             if len({id(tensor) for tensor in tensors}) != len(tensors):
                 raise ValueError("Some parameters come more than once in a group; give each of them once")
-            if isinstance(self._transformation, GradientTransformation):
-                _check_group_without_hyperparameters(param_group)
-        if isinstance(self._transformation, GradientTransformation) and self._tree_states():
-            raise ValueError(
-                "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
-                "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"
-            )
+        if isinstance(self._transformation, GradientTransformation):
+            factories.check_no_hyperparameters(param_group)
+            if TREE in self.__dict__.get("state", ()):
+                raise ValueError(
+                    "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
+                    "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"
+                )
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            lift.check_params(group["params"], lambda i: group.get("param_names", range(i + 1))[i])
-            self._plan(len(self.param_groups) - 1 if self._is_factory else 0)
+            names = param_group.get("param_names", range(len(param_group["params"])))
+            lift.check_params(param_group["params"], lambda i: str(names[i]))
+            self._plan(len(self.param_groups) - 1 if self._has_factory else 0)
         except Exception:
             self.param_groups.pop()
             self._plans.clear()
@@ -118,171 +124,77 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = self.defaults["differentiable"]
-        with torch.set_grad_enabled(differentiable):
-            trees = range(len(self.param_groups) if self._is_factory else 1)
-            plans = [self._plan(index) for index in trees]
-            if loss is not None and "value" not in extra and any(_declares(plan, "value") for plan in plans):
-                extra["value"] = loss
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            plans = [self._plan(index) for index in range(self._number_of_trees)]
+            links = [link for plan in plans for link in plan.links]
+            if loss is not None and any(link.rule.extras is None or "value" in link.rule.extras for link in links):
+                extra.setdefault("value", loss)
+            check_extras(links, extra)
             # Everything is computed before anything is changed.
-            computed = [self._compute(index, plan, extra) for index, plan in zip(trees, plans, strict=True)]
-            for params, updates, states, tree_states in computed:
-                execution.add_(params, updates)
-                self.state.update(states)
+            results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
+            for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
+                moved = [i for i, update in enumerate(updates) if update is not None]
+                execution.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
+                for p, state in zip(plan.params, states, strict=True):
+                    if state:
+                        self.state[p].update(state)
                 if tree_states:
-                    everything: dict[Any, Any] = self.state
-                    everything["transformation"] = {**self._tree_states(), **tree_states}
+                    self.state[TREE] = {**self.state.get(TREE, {}), **tree_states}
         return loss
-
-    @property
-    def _is_factory(self) -> bool:
-        return not isinstance(self._transformation, GradientTransformation)
-
-    def _tree_states(self) -> dict[str, Any]:
-        """Return the states of transformations of the whole tree, which belong to no parameter."""
-        states: dict[str, Any] = self.__dict__.get("state", {}).get("transformation", {})
-        return states
-
-    def _plan(self, index: int) -> Plan:
-        """Make the plan of a tree, or find it when its hyperparameters are those of the last step."""
-        groups = [self.param_groups[index]] if self._is_factory else self.param_groups
-        values = [[(name, value) for name, value in group.items() if name != "params"] for group in groups]
-        counts = [len(group["params"]) for group in groups]
-        known = self._plans.get(index)
-        if known is not None and known[0][1] == counts and _same(known[0][0], values):
-            return known[1]
-        transformation: Any = self._transformation
-        if self._is_factory:
-            given = {name: groups[0][name] for name in _parameters(transformation) if name in groups[0]}
-            missing = [name for name, p in _parameters(transformation).items() if p.default is p.empty]
-            missing = [name for name in missing if name not in given]
-            if missing:
-                raise TypeError(
-                    f"Group {index} lacks the hyperparameter {missing[0]!r}, which has no default; "
-                    f"write Optimizer(params, factory, {missing[0]}=...)"
-                )
-            transformation = transformation(**given)
-            if not isinstance(transformation, GradientTransformation):
-                raise TypeError(
-                    f"{self._transformation!r} returned a {type(transformation).__name__}, not a "
-                    "GradientTransformation; write a function of hyperparameters that returns, say, chain(...)"
-                )
-        params = [p for group in groups for p in group["params"]]
-        names = [name for group in groups for name in group.get("param_names", ())]
-        plan = Plan(transformation, params, names or None)
-        self._plans[index] = ((values, counts), plan)
-        return plan
 
     def _compute(
         self, index: int, plan: Plan, extra: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], dict[Any, Any], dict[str, Any]]:
+    ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
-        check_extras(plan.links, extra)
-        updates: list[Any] = [p.grad for p in plan.params]
-        present = [i for i, g in enumerate(updates) if g is not None]
-        if not present:
-            return [], [], {}, {}
-        if any(updates[i].layout != torch.strided for i in present):
+        grads: list[Any] = [p.grad for p in plan.params]
+        if any(g is not None and g.layout != torch.strided for g in grads):
             raise RuntimeError("Sparse gradients are not supported by this transformation; use dense ones")
-        lift.check_updates(updates, plan.params, plan.path)
-        entries = {i: self._entry(plan, i) for i in present}
-        tree_states: dict[str, Any] = {}
-        buckets: dict[tuple[float, Part], list[int]] = {}
-        for i in present:
-            step = entries[i]["step"].item() if plan.parts[i].counted else 0.0
-            buckets.setdefault((step, plan.parts[i]), []).append(i)
+        states = [self.state.get(p, {}) for p in plan.params]
+        saved = self.state.get(TREE, {})
+        tree_states = {k: saved[f"{index}.{k}"] for k in range(len(plan.links)) if f"{index}.{k}" in saved}
+        updates, states, tree_states = plan.update(grads, states, tree_states, extra)
+        # A state may be what the rule was given, and that will be modified in place.
+        given = {tensor.data_ptr() for tensor in plan.params + grads if type(tensor) in execution.PLAIN}
 
-        k = 0
-        for members in lift.passes(plan.links):
-            if plan.is_tree_rule(k):
-                key = f"{index}.{k}"
-                state = self._tree_states().get(key, plan.initial_tree_state(k))
-                updates, state = plan.run_tree_rule(k, updates, state, extra)
-                if tree.flatten(state)[0]:
-                    tree_states[key] = state
-            else:
-                links = range(k, k + len(members))
-                seen = {
-                    j: [updates[i] for i in present if plan.active[j] is None or plan.active[j][i]]
-                    for j in links
-                    if plan.links[j].rule.sees_tree
-                }
-                for (step, part), some in buckets.items():
-                    self._run_rules(plan, part, links, some, step, updates, entries, seen, extra)
-            k += len(members)
+        def kept(tensor: Any) -> Any:
+            return tensor.clone() if type(tensor) in execution.PLAIN and tensor.data_ptr() in given else tensor
 
-        steps = torch.tensor([step + 1 for step, _ in buckets], dtype=torch.get_default_dtype())
-        for ((_, part), some), new_step in zip(buckets.items(), steps.unbind(), strict=True):
-            for i in some:
-                if part.counted:
-                    entries[i]["step"] = new_step.to(entries[i]["step"], copy=True)
-        states = {plan.params[i]: entry for i, entry in entries.items() if entry}
-        return [plan.params[i] for i in present], [updates[i] for i in present], states, tree_states
-
-    def _entry(self, plan: Plan, i: int) -> dict[str, Any]:
-        """Return a copy of `state[p]`, completed with what is not there yet."""
-        p, part = plan.params[i], plan.parts[i]
-        entry = dict(self.state.get(p, ()))
-        if part.counted and "step" not in entry:
-            entry["step"] = torch.zeros((), dtype=_step_dtype())
-        for k, keys in zip(part.links, part.keys, strict=True):
-            if any(key not in entry for key in keys):
-                initial = plan.links[k].rule.init_leaf(p)  # type: ignore[union-attr]
-                for key, tensor in zip(keys, initial, strict=True):
-                    entry.setdefault(key, tensor)
-        return entry
-
-    def _run_rules(
-        self,
-        plan: Plan,
-        part: Part,
-        members: range,
-        indices: list[int],
-        step: float,
-        updates: list[Any],
-        entries: dict[int, dict[str, Any]],
-        seen: dict[int, list[Tensor]],
-        extra: dict[str, Any],
-    ) -> None:
-        """Run those rules among `members` that apply to these parameters; write into `updates` and `entries`."""
-        chosen = [(k, keys) for k, keys in zip(part.links, part.keys, strict=True) if k in members]
-        if not chosen:
-            return
-        links = [plan.links[k] for k, _ in chosen]
-        number = torch.tensor(step + 1, dtype=torch.float64)
-        states = []
-        for k, keys in chosen:
-            columns = [[entries[i][key] for i in indices] for key in keys]
-            states.append(plan.state_type(k, plan.params[indices[0]])(*columns) if keys else ())
-        new_updates, new_states = lift.apply_rules(
-            links,
-            [updates[i] for i in indices],
-            states,
-            [plan.params[i] for i in indices],
-            [lift.evaluate_scalars(plan.links[k], number, extra, seen.get(k, [])) for k, _ in chosen],
-            lambda position: plan.path(indices[position]),
+        return (
+            updates,
+            [{key: kept(value) for key, value in state.items()} for state in states],
+            {f"{index}.{k}": tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
         )
-        for position, i in enumerate(indices):
-            updates[i] = new_updates[position]
-        for (_, keys), new_state in zip(chosen, new_states, strict=True):
-            for key, column in zip(keys, new_state, strict=True):
-                for i, tensor in zip(indices, column, strict=True):
-                    entries[i][key] = tensor
+
+    @property
+    def _has_factory(self) -> bool:
+        return not isinstance(self._transformation, GradientTransformation)
+
+    @property
+    def _number_of_trees(self) -> int:
+        return len(self.param_groups) if self._has_factory else 1
+
+    def _plan(self, index: int) -> Plan:
+        """Make the plan of a tree, or find it when nothing has changed since the last step."""
+        groups = [self.param_groups[index]] if self._has_factory else self.param_groups
+        known = self._plans.get(index)
+        if known is not None and factories.same(known[0], groups):
+            return known[1]
+        transformation: Any = self._transformation
+        if self._has_factory:
+            transformation = factories.make(transformation, groups[0])
+        params = [p for group in groups for p in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", ())]
+        plan = Plan(transformation, params, names or None)
+        self._plans[index] = (factories.snapshot(groups), plan)
+        return plan
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
 
         Hyperparameters that are functions, schedules say, belong to the program and are left out.
         """
-        saved = super().state_dict()
-        saved["param_groups"] = [
-            {name: value for name, value in group.items() if not callable(value)} for group in saved["param_groups"]
-        ]
-        if "transformation" in saved["state"]:
-            saved["state"]["transformation"] = {
-                key: checkpoint.state_dict(state) for key, state in saved["state"]["transformation"].items()
-            }
-        return saved
+        with self.register_state_dict_post_hook(_make_plain, prepend=True):
+            return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_transformation": self._transformation, "_plans": {}}
@@ -301,101 +213,43 @@ class Optimizer(torch.optim.Optimizer):
         ]
         candidate = type(self).__new__(type(self))
         candidate.__dict__.update({**self.__dict__, "param_groups": groups, "_plans": {}})
-        state = loaded["state"]
-        plans = [candidate._plan(index) for index in range(len(groups) if self._is_factory else 1)]
-        for plan in plans:
+        state: dict[Any, Any] = loaded["state"]
+        saved = dict(state.get(TREE, {}))
+        tree_states = {}
+        for index in range(self._number_of_trees):
+            plan = candidate._plan(index)
+            # After an edit, such as momentum set to 0, states hold what only the former hyperparameters need.
+            others = [self._plan(index)]
+            if self._has_factory:
+                transformation: Any = self._transformation
+                others.append(Plan(factories.make(transformation, self.defaults), plan.params, plan.names))
             for i, p in enumerate(plan.params):
-                _check_entry(plan, i, state.get(p, {}))
-        if "transformation" in state:
-            state["transformation"] = {
-                f"{index}.{k}": checkpoint.load_state_dict(
-                    plans[index].initial_tree_state(k), state["transformation"][f"{index}.{k}"]
-                )
-                for index, k in [map(int, key.split(".")) for key in state["transformation"]]
-            }
+                if p in state:
+                    if "step" in state[p]:
+                        state[p]["step"] = torch.as_tensor(state[p]["step"], dtype=torch.get_default_dtype())
+                    plan.check_state(i, state[p], set().union(*[other.parts[i].known for other in others]))
+            for k, link in enumerate(plan.links):
+                initial = plan.initial_tree_state(k) if isinstance(link.rule, TreeRule) and state else ()
+                if tree.flatten(initial)[0]:
+                    tree_states[f"{index}.{k}"] = checkpoint.load_state_dict(initial, saved.pop(f"{index}.{k}", {}))
+        if saved:
+            raise ValueError(
+                f"The saved state has one for link {next(iter(saved))} of the transformation, which keeps none here; "
+                "an optimizer of another kind saved it"
+            )
+        if tree_states:
+            state[TREE] = tree_states
         self._plans = {}
         return {**loaded, "param_groups": groups}
 
     def __repr__(self) -> str:
-        name = getattr(self._transformation, "__name__", repr(self._transformation))
-        return super().__repr__().replace(f"{type(self).__name__} (", f"{type(self).__name__} of {name} (", 1)
+        name = type(self).__name__
+        return super().__repr__().replace(f"{name} (", f"{name} of {factories.name_of(self._transformation)} (", 1)
 
 
-def _step_dtype() -> torch.dtype:
-    """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(factory).parameters
-    for parameter in parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(
-                f"{getattr(factory, '__name__', factory)} takes {parameter}, which has no name to be a hyperparameter; "
-                "write lambda lr: chain(clip(1.0), sgd(lr)), or give the transformation itself"
-            )
-    return dict(parameters)
-
-
-def _defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that groups begin with."""
-    if isinstance(transformation, GradientTransformation):
-        if hyperparameters:
-            raise TypeError(
-                f"{transformation!r} has its hyperparameters already; {', '.join(hyperparameters)} would not be used. "
-                "Give a factory: Optimizer(params, adamw, lr=1e-3)"
-            )
-        return {}
-    if not callable(transformation):
-        raise TypeError(
-            f"Optimizer needs a transformation or a factory of one, got {transformation!r}; "
-            "write Optimizer(params, adamw(1e-3)) or Optimizer(params, adamw, lr=1e-3)"
-        )
-    parameters = _parameters(transformation)
-    unknown = [name for name in hyperparameters if name not in parameters]
-    if unknown:
-        raise TypeError(
-            f"{transformation.__name__} has no hyperparameter {unknown[0]!r}; it has {', '.join(parameters)}"
-        )
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {**defaults, **hyperparameters}
-
-
-def _check_group_without_hyperparameters(group: dict[str, Any]) -> None:
-    extra = [name for name in group if name not in ("params", "param_names", "name", "differentiable")]
-    if extra:
-        raise ValueError(
-            f"A parameter group gives {', '.join(extra)}, but the transformation has its hyperparameters already. "
-            "Give a factory, Optimizer(groups, adamw, lr=1e-3), or use partition"
-        )
-
-
-def _check_entry(plan: Plan, i: int, entry: Any) -> None:
-    """Raise unless a loaded `state[p]` is one that this transformation makes."""
-    p, part = plan.params[i], plan.parts[i]
-    known = {key: plan.links[k] for k, keys in zip(part.links, part.keys, strict=True) for key in keys}
-    foreign = [key for key in entry if key not in known and not (key == "step" and part.counted)]
-    if foreign:
-        raise ValueError(
-            f"The saved state of parameter {plan.path(i)!r} has {foreign[0]!r}, which this transformation does not "
-            f"keep; it keeps {', '.join(['step', *known])}. It was saved by an optimizer of another kind"
-        )
-    for key, link in known.items():
-        if key in entry and link.rule.elementwise and entry[key].shape != p.shape:
-            raise ValueError(
-                f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(entry[key].shape)}, "
-                f"but the parameter has {tuple(p.shape)}; it was saved for another model"
-            )
-
-
-def _declares(plan: Plan, extra: str) -> bool:
-    return any(link.rule.extras is not None and extra in link.rule.extras for link in plan.links)
-
-
-def _same(old: Any, new: Any) -> bool:
-    """Compare hyperparameters: numbers and text by value, all else, tensors too, by identity."""
-    if isinstance(old, list | tuple):
-        return type(old) is type(new) and len(old) == len(new) and all(map(_same, old, new))
-    if isinstance(old, bool | int | float | str):
-        return type(old) is type(new) and old == new
-    return old is new
+def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        for name in [name for name, value in group.items() if factories.has_function(value)]:
+            del group[name]
+    if TREE in saved["state"]:
+        saved["state"][TREE] = {key: checkpoint.state_dict(state) for key, state in saved["state"][TREE].items()}

@@ -1,0 +1,70 @@
+"""Time one Adam step in every way there is, against torch.optim: `python benchmarks/step.py`.
+
+Interleaved in one process; medians in milliseconds, and their ratio to torch's default.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import functorch_optim as fo
+
+SHAPES = {
+    "mlp (6 tensors, 26k)": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
+    "small (500 tensors, 72k)": [(12, 12)] * 500,
+    "medium (160 tensors, 10M)": [(256, 256)] * 152 + [(64,)] * 8,
+    "big (2 tensors, 33.5M)": [(4096, 4096)] * 2,
+}
+
+
+def ways(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
+    """Return a function for each way that runs one step on tensors of its own."""
+
+    def params() -> list[torch.Tensor]:
+        made = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        for param in made:
+            param.grad = torch.randn_like(param)
+        return made
+
+    tx = fo.adam(1e-3)
+    functional = [param.detach() for param in params()]
+    grads = [torch.randn_like(param) for param in functional]
+    carried = [functional, tx.init(functional)]
+
+    def pure() -> None:
+        updates, carried[1] = tx.update(grads, carried[1], carried[0])
+        carried[0] = fo.apply_updates(carried[0], updates)
+
+    return {
+        "torch.optim.Adam": torch.optim.Adam(params()).step,
+        "torch.optim.Adam(foreach=True)": torch.optim.Adam(params(), foreach=True).step,
+        "torch.optim.Adam(fused=True)": torch.optim.Adam(params(), fused=True).step,
+        "fo.Optimizer(params, fo.adam)": fo.Optimizer(params(), fo.adam).step,
+        "fo.adam: update and apply_updates": pure,
+    }
+
+
+def main() -> None:
+    """Print a table for each set of shapes."""
+    torch.set_num_threads(2)
+    print(f"torch {torch.__version__}, optree {fo.tree.optree.__version__}, {torch.get_num_threads()} threads")
+    for name, shapes in SHAPES.items():
+        functions = ways(shapes)
+        times: dict[str, list[float]] = {way: [] for way in functions}
+        for repetition in range(13):
+            for way, function in functions.items():
+                start = time.perf_counter()
+                function()
+                if repetition >= 3:
+                    times[way].append((time.perf_counter() - start) * 1e3)
+        first = statistics.median(next(iter(times.values())))
+        print(f"\n{name}")
+        for way, measured in times.items():
+            median = statistics.median(measured)
+            print(f"  {way:36} {median:9.3f} ms  {median / first:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
