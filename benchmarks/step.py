@@ -6,10 +6,12 @@ Interleaved in one process; medians in milliseconds, and their ratio to torch's 
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
 import functorch_optim as fo
+from functorch_optim import execution
 
 SHAPES = {
     "mlp (6 tensors, 26k)": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
@@ -28,21 +30,32 @@ def ways(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
             param.grad = torch.randn_like(param)
         return made
 
-    tx = fo.adam(1e-3)
-    functional = [param.detach() for param in params()]
-    grads = [torch.randn_like(param) for param in functional]
-    carried = [functional, tx.init(functional)]
+    def functional(*transformations: fo.GradientTransformation) -> Callable[[], None]:
+        trained = [param.detach() for param in params()]
+        grads = [torch.randn_like(param) for param in trained]
+        states = [tx.init(trained) for tx in transformations]
 
-    def pure() -> None:
-        updates, carried[1] = tx.update(grads, carried[1], carried[0])
-        carried[0] = fo.apply_updates(carried[0], updates)
+        def step() -> None:
+            nonlocal trained
+            updates = grads
+            for k, tx in enumerate(transformations):
+                updates, states[k] = tx.update(updates, states[k], trained)
+            trained = fo.apply_updates(trained, updates)
 
+        return step
+
+    def tensor_by_tensor(step: Callable[[], None]) -> Callable[[], None]:
+        return mock.patch.object(execution, "_can_batch", return_value=False)(lambda _: step())
+
+    links = fo.add_decayed_weights(1e-2), fo.scale_by_adam(), fo.scale_by_learning_rate(1e-3)
     return {
-        "torch.optim.Adam": torch.optim.Adam(params()).step,
-        "torch.optim.Adam(foreach=True)": torch.optim.Adam(params(), foreach=True).step,
-        "torch.optim.Adam(fused=True)": torch.optim.Adam(params(), fused=True).step,
-        "fo.Optimizer(params, fo.adam)": fo.Optimizer(params(), fo.adam).step,
-        "fo.adam: update and apply_updates": pure,
+        "torch.optim.Adam": torch.optim.Adam(params(), weight_decay=1e-2).step,
+        "torch.optim.Adam(foreach=True)": torch.optim.Adam(params(), weight_decay=1e-2, foreach=True).step,
+        "torch.optim.Adam(fused=True)": torch.optim.Adam(params(), weight_decay=1e-2, fused=True).step,
+        "fo.Optimizer(params, fo.adam)": fo.Optimizer(params(), fo.adam, weight_decay=1e-2).step,
+        "functional, one chain": functional(fo.chain(*links)),
+        "functional, link by link": functional(*links),
+        "functional, tensor by tensor": tensor_by_tensor(functional(fo.chain(*links))),
     }
 
 

@@ -80,7 +80,8 @@ def masked(transformation: GradientTransformation, mask: Tree | Callable[[Tree],
     Args:
         transformation: runs where the mask is True. Reductions such as a global norm see only those leaves.
         mask: tree of bools built like the parameters, or a prefix of such a tree; or a function of the parameters
-            that returns one. The function must look at shapes and structure only.
+            that returns one. The function must look at shapes and structure only; it sees the updates where `update`
+            is called without parameters.
 
     Returns:
         Transformation whose state is that of `transformation`, with `MaskedNode()` where the mask is False.

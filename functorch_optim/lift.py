@@ -97,6 +97,7 @@ def update(
         param_leaves = tree.flatten_up_to(structure, params, "params", updates, "updates")
     check_updates(leaves, param_leaves, lambda i: tree.paths(updates)[i])
     like = updates if params is None else params
+    counters: list[tuple[Tensor, Tensor]] = []
     new_states: list[Any] = []
     for members in passes(links):
         some_states = states[len(new_states) : len(new_states) + len(members)]
@@ -106,7 +107,7 @@ def update(
             leaves, state = run_tree_rule(members[0], leaves, some_states[0], params, extras, structure, active)
             new_states.append(state)
         else:
-            leaves, more = _run_pass(members, leaves, some_states, param_leaves, extras, structure, like)
+            leaves, more = _run_pass(members, leaves, some_states, param_leaves, extras, structure, like, counters)
             new_states += more
     return tree.unflatten(structure, leaves), new_states
 
@@ -152,24 +153,20 @@ def _run_pass(
     extras: dict[str, Any],
     structure: Any,
     like: Tree,
+    counters: list[tuple[Tensor, Tensor]],
 ) -> tuple[list[Any], list[Any]]:
-    rules: list[Any] = [link.rule for link in links]
     columns = [_columns(link, state, structure, like) for link, state in zip(links, states, strict=True)]
     active = [
         [on and leaf is not None for on, leaf in zip(link.active(like, len(leaves)), leaves, strict=True)]
         for link in links
     ]
-    steps: list[Any] = []
-    scalars = []
-    for k, (link, state) in enumerate(zip(links, states, strict=True)):
-        if rules[k].scalars is None:
-            steps.append(None)
-        elif k > 0 and steps[-1] is not None and state.step is states[k - 1].step:
-            steps.append(steps[-1])  # a chain's links count together
-        else:
-            steps.append(state.step + 1)
-        seen = [leaf for leaf, on in zip(leaves, active[k], strict=True) if on] if rules[k].sees_tree else []
-        scalars.append(evaluate_scalars(link, steps[-1], extras, seen))
+    steps = [
+        _count(state.step, counters) if link.rule.scalars else None for link, state in zip(links, states, strict=True)
+    ]
+    scalars = [
+        evaluate_scalars(link, step, extras, [leaf for leaf, on in zip(leaves, some, strict=True) if on])
+        for link, step, some in zip(links, steps, active, strict=True)
+    ]
 
     new_leaves = list(leaves)
     new_columns = [[list(column) for column in some] for some in columns]
@@ -198,6 +195,15 @@ def _run_pass(
         counter = () if step is None else (step,)
         new_states.append(type(state)(*counter, *[tree.unflatten(structure, column) for column in some]))
     return new_leaves, new_states
+
+
+def _count(step: Tensor, counters: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Add one to a counter; the links of a chain share theirs, before and after."""
+    for old, new in counters:
+        if old is step:
+            return new
+    counters.append((step, step + 1))
+    return counters[-1][1]
 
 
 def _columns(link: Link, state: Any, structure: Any, like: Tree) -> Any:

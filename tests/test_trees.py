@@ -91,7 +91,8 @@ def test_state_fields_are_built_like_the_parameters(params):
 
 def test_one_counter_for_a_chain():
     params = {"w": ones(2)}
-    tx = fo.chain(fo.chain(fo.scale(1.0), fo.trace(0.9)), fo.adam(0.1))
+    whole = fo.stateless(lambda updates, params: updates)
+    tx = fo.chain(fo.chain(fo.scale(1.0), fo.trace(0.9)), whole, fo.clip_by_global_norm(1.0), fo.adam(0.1))
     _, state = tx.update(params, tx.init(params), params)
     steps = {id(leaf) for path, leaf in fo.state_dict(state).items() if path.endswith("step")}
     assert len(steps) == 1
