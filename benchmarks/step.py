@@ -61,7 +61,7 @@ def ways(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Print a table for each set of shapes."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(f"torch {torch.__version__}, optree {fo.tree.optree.__version__}, {torch.get_num_threads()} threads")
     for name, shapes in SHAPES.items():
         functions = ways(shapes)

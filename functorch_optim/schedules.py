@@ -39,13 +39,17 @@ class Schedule(Recorded):
         function: takes the step as a float64 tensor, returns a number or tensor.
 
     Example:
-        Any function of the step is a schedule already; this one can be computed with.
+        Any function of the step is a schedule already; this one can be computed with. To drive a torch scheduler with
+        one, make numbers of its tensors: `LambdaLR(optimizer, lambda step: schedule(step).item())`.
 
         >>> from functorch_optim import schedules
         >>> inverse_sqrt = schedules.Schedule(lambda step: (step + 1) ** -0.5)
         >>> (0.1 * inverse_sqrt)(3)
         tensor(0.0500, dtype=torch.float64)
     """
+
+    # Not in __dict__, which torch's LambdaLR would put into its state_dict.
+    __slots__ = ("_call", "_function")
 
     def __init__(self, function: Callable[[Tensor], Number]) -> None:
         if not callable(function):
@@ -292,7 +296,7 @@ def warmup_cosine(
         peak_value: value at step `warmup_iters`, unless the schedule ends there.
         warmup_iters: number of steps of the rise >= 0.
         total_iters: number of all steps >= `warmup_iters`.
-        start_value: value at step 0.
+        start_value: value at step 0. With 0 the first update does nothing.
         end_value: value from step `total_iters` on.
 
     Raises:

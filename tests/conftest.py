@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Tensors are small here, and tests run in several processes: threads would only be in each other's way.
+torch.set_num_threads(1)
+
 # Deterministic where it counts; `--hypothesis-profile=search` looks for new cases, longer.
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=1000)

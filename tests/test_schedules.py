@@ -662,3 +662,9 @@ def test_tensors_as_arguments_change_nothing(start, end, length, step, power):
 
 def test_reachable_from_the_package():
     assert fo.schedules is schedules
+
+
+def test_torchs_schedulers_can_save_what_they_drive():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules.linear(1.0, 0.0, 10))
+    assert pickle.loads(pickle.dumps(scheduler.state_dict()))["lr_lambdas"] == [{}]

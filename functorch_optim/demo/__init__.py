@@ -1,0 +1,1 @@
+"""A demonstration on real data, handwritten digits: run `python -m functorch_optim.demo`."""
