@@ -43,12 +43,18 @@ class ScaleByAMSGradState(NamedTuple):
 
 
 class AdamScalars(NamedTuple):
-    """What Adam needs at a step: 1 - beta1, 1 - beta2, 1 - beta1^t, sqrt(1 - beta2^t), eps."""
+    """What Adam needs at a step.
+
+    Attributes:
+        weight1: 1 - beta1.
+        weight2: 1 - beta2.
+        rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
+        eps: eps sqrt(1 - beta2^t).
+    """
 
     weight1: Any
     weight2: Any
-    correction1: Any
-    root_correction2: Any
+    rate: Any
     eps: Any
 
 
@@ -88,14 +94,14 @@ def scale_by_adam(
 
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
-        root_correction2 = debias(beta2, step).sqrt()
-        return AdamScalars(1 - beta1, 1 - beta2, debias(beta1, step), root_correction2, at(eps, step))
+        root = debias(beta2, step).sqrt()
+        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), root * at(eps, step))
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
         return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
 
     def ratio(m: Tensor, v: Tensor, s: AdamScalars) -> Tensor:
-        corrected: Tensor = m / s.correction1 / (safe_sqrt(v) / s.root_correction2 + s.eps)
+        corrected: Tensor = s.rate * m / (safe_sqrt(v) + s.eps)
         return corrected
 
     def adam(g: Tensor, state: ScaleByAdamState, p: Tensor | None, s: AdamScalars) -> Any:
