@@ -184,3 +184,12 @@ def test_adadelta_equals_its_paper():
         updates, state = tx.update(torch.tensor(g), state)
         params = fo.apply_updates(params, updates)
         np.testing.assert_allclose(params.numpy(), x, rtol=1e-12, atol=1e-13)
+
+
+def test_adams_derivative_is_exact_where_nothing_has_fired():
+    """At g = 0 the first update is -lr g / (|g| + eps): its derivative there is -lr / eps."""
+    lr, eps = 0.1, 1e-3
+    tx = fo.adam(lr, eps=eps)
+    params = torch.zeros(3, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda g: tx.update(g, tx.init(params))[0])(torch.zeros_like(params))
+    torch.testing.assert_close(jacobian, -lr / eps * torch.eye(3, dtype=torch.float64), rtol=1e-12, atol=0)
