@@ -89,6 +89,17 @@ def test_state_fields_are_built_like_the_parameters(params):
     assert state.step.ndim == 0
 
 
+def test_leaves_on_several_devices():
+    """The meta device stands for one that is not there."""
+    params = {"a": ones(2), "b": torch.ones(3, device="meta"), "c": ones(2)}
+    tx = fo.chain(fo.clip_by_norm(0.5), fo.adamw(fo.schedules.linear(0.1, 0.0, 5), weight_decay=0.1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["b"].device.type == "meta"
+    alone = {"a": params["a"]}
+    expected, _ = tx.update(alone, tx.init(alone), alone)
+    torch.testing.assert_close(updates["a"], expected["a"])
+
+
 def test_one_counter_for_a_chain():
     params = {"w": ones(2)}
     whole = fo.stateless(lambda updates, params: updates)

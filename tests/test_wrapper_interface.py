@@ -360,3 +360,14 @@ def test_differentiable_steps_have_the_right_derivatives(steps, names, device):
     initial = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
     values = [torch.tensor(0.1, dtype=torch.float64, device=device, requires_grad=True) for _ in names]
     assert torch.autograd.gradcheck(trained, (initial, *values))
+
+
+def test_a_default_device_is_for_the_model():
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+        opt = fo.Optimizer(model.parameters(), fo.adam)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        opt.step()
+    assert opt.state[model.bias]["step"] == 1
+    assert opt.state[model.bias]["exp_avg"].device.type == "meta"

@@ -168,7 +168,8 @@ class Plan:
         begun = any(key in state for keys in part.keys for key in keys)
         if part.counted and "step" not in state:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
-            state["step"] = torch.full((), float(begun), dtype=_step_dtype())
+            # On the CPU, whatever the default device: it is read at every step.
+            state["step"] = torch.full((), float(begun), dtype=_step_dtype(), device="cpu")
         step = state["step"].item() if part.counted else 0.0
         fresh = []
         for k, keys in zip(part.links, part.keys, strict=True):
@@ -197,7 +198,7 @@ class Plan:
         chosen = [(k, keys) for k, keys in zip(part.links, part.keys, strict=True) if k in members]
         if not chosen or not indices:
             return
-        now = torch.tensor(bucket.step + 1, dtype=torch.float64)
+        now = torch.tensor(bucket.step + 1, dtype=torch.float64, device="cpu")
         first = torch.ones_like(now)
         columns, scalars = [], []
         for k, keys in chosen:
