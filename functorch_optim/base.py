@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim import execution, lift, tree
-from functorch_optim.lift import Link
+from functorch_optim.checks import check_updates
+from functorch_optim.links import Link
 from functorch_optim.recorded import Recorded
 from functorch_optim.rule import EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
@@ -68,7 +69,8 @@ class GradientTransformation(Recorded):
             params: tree of floating-point or complex tensors; None where a parameter is missing.
 
         Returns:
-            The state: tensors in NamedTuples; one entry a link for a chain.
+            The state: a NamedTuple of tensors and trees of them for each rule; a tuple of states for a chain; a dict of
+            states for named parts.
 
         Raises:
             TypeError: a leaf is no tensor, or a tensor of integers.
@@ -81,13 +83,15 @@ class GradientTransformation(Recorded):
 
         Args:
             updates: tree of tensors built like the parameters; None where there is no gradient: that parameter and its
-                state stay as they are.
+                state stay as they are. The step counts for the whole tree, so that the bias correction of a parameter
+                whose gradients begin late is that of a late step; `fo.Optimizer` counts for each parameter.
             state: what `init` or the last `update` returned.
             params: the parameters; may be left out when nothing in the chain needs them.
             **extra: by name, what some transformation in the chain declares, such as `value`.
 
         Returns:
-            Updates to add to the parameters (see `fo.apply_updates`), and the next state.
+            Updates to add to the parameters (see `fo.apply_updates`), and the next state. They may share memory with
+            each other and with the arguments: do not modify them in place.
 
         Raises:
             ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
@@ -145,7 +149,8 @@ def leafwise(
             itself: every field then starts at `zeros_like(p)`. None: the rule keeps no state.
         update: `update(g, state, p, s) -> (g, state)` transforms the gradient of one parameter, keeping its shape. `p`
             is None when the caller gave no parameters; `s` is what `scalars` returned, and `()` without it; `state` is
-            `()` when the rule keeps none.
+            `()` when the rule keeps none. An elementwise rule sees complex tensors as pairs of reals, `(..., 2)`;
+            every rule sees float16 and bfloat16 as float32.
         scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs, from the
             0-dim float64 tensor `step`, 1 at the first update: 0-dim tensors or numbers in any tree. Use
             `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
@@ -168,9 +173,9 @@ def leafwise(
         ...     momentum_buffer: torch.Tensor
         >>> def scale_by_signum(momentum=0.9):
         ...     def scalars(step):
-        ...         return fo.at(momentum, step)
-        ...     def update(g, state, p, beta):
-        ...         m = beta * state.momentum_buffer + (1 - beta) * g
+        ...         return 1 - fo.at(momentum, step)
+        ...     def update(g, state, p, weight):
+        ...         m = torch.lerp(state.momentum_buffer, g, weight)
         ...         return torch.sign(m), SignumState(m)
         ...     return fo.leafwise(SignumState, update, scalars, elementwise=True)
         >>> tx = fo.chain(scale_by_signum(), fo.scale_by_learning_rate(0.1))
@@ -179,17 +184,17 @@ def leafwise(
         >>> updates, state[0].step
         ({'w': tensor([-0.1000,  0.1000])}, tensor(1))
     """
+    state_type: Any = init if isinstance(init, type) else getattr(init, "__annotations__", {}).get("return")
+    make_state: Any = init
     if isinstance(init, type):
-        state_type: Any = init
         count = len(getattr(init, "_fields", ()))
 
-        def rule_init(p: Tensor) -> Any:
+        def make_state(p: Tensor) -> Any:
             return state_type(*[torch.zeros_like(p) for _ in range(count)])
 
-        return GradientTransformation._of((Link(Rule(rule_init, update, scalars, elementwise, needs_params, init)),), 0)
-    declared = getattr(init, "__annotations__", {}).get("return")
-    state_type = declared if hasattr(declared, "_fields") else None
-    return GradientTransformation._of((Link(Rule(init, update, scalars, elementwise, needs_params, state_type)),), 0)
+    declared = state_type if hasattr(state_type, "_fields") else None
+    rule = Rule(make_state, update, scalars, elementwise, needs_params, declared)
+    return GradientTransformation._of((Link(rule),), 0)
 
 
 @factory
@@ -237,7 +242,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         Tree like `params`, of the same dtypes.
 
     Raises:
-        ValueError: trees or shapes do not match.
+        ValueError: trees, shapes or dtypes do not match.
+        TypeError: an update is no tensor.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -246,7 +252,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """
     leaves, structure = tree.flatten(params)
     update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
-    lift.check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
+    check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
     present = [i for i, update in enumerate(update_leaves) if update is not None]
     if present:
         added, _ = execution.run([_ADD], [update_leaves[i] for i in present], [()], [leaves[i] for i in present], [()])
@@ -308,16 +314,17 @@ def shift(layout: Any, by: int) -> Any:
 
 def check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
     """Raise when an extra was given that no link declares, or one is missing that a link needs."""
-    declared: set[str] = set()
-    for link in links:
-        declared |= set(extras) if link.rule.extras is None else link.rule.extras - {"updates"}
+    declared = [link.rule.extras for link in links]
+    names = {name for some in declared for name in some.names} - {"updates"}
     for name in extras:
-        if name not in declared:
-            known = ", ".join(sorted(declared)) or "none"
+        if name not in names and not any(some.any for some in declared):
+            known = ", ".join(sorted(names)) or "none"
             raise TypeError(
                 f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
                 "A transformation declares an extra as a keyword-only parameter of its update or scalars"
             )
-    for link in links:
-        for name in sorted(link.rule.missing(extras)):
-            raise TypeError(f"{link.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")
+    for link, some in zip(links, declared, strict=True):
+        for name in sorted(some.missing(extras)):
+            raise TypeError(
+                f"{link.rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)"
+            )

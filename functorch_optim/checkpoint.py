@@ -17,13 +17,21 @@ def state_dict(state: Tree) -> dict[str, Tensor]:
     Returns:
         Dict: dotted path -> tensor. The tensors are those of the state, not copies.
 
+    Raises:
+        ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b".
+
     Example:
         >>> import functorch_optim as fo, torch
         >>> state = fo.trace(0.9).init({"w": torch.zeros(1)})
         >>> fo.state_dict(state)
         {'step': tensor(0), 'momentum_buffer.w': tensor([0.])}
     """
-    return dict(zip(tree.paths(state), tree.flatten(state)[0], strict=True))
+    paths = tree.paths(state)
+    saved = dict(zip(paths, tree.flatten(state)[0], strict=True))
+    if len(saved) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"Two tensors of the state have the path {twice!r}; rename the keys that contain dots")
+    return saved
 
 
 def load_state_dict(state: Tree, saved: Mapping[str, Tensor]) -> Tree:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from functorch_optim.base import GradientTransformation, factory, shift
-from functorch_optim.lift import Link, Selection
+from functorch_optim.links import Link, Selection
 from functorch_optim.tree import Tree
 
 

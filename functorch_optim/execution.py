@@ -8,8 +8,8 @@ Two ways, chosen from what the tensors are:
 - foreach: eagerly and without grad, a list of tensors that answers like one tensor turns each torch op of an
   elementwise rule into one `torch._foreach_*` call.
 
-Complex tensors are run as pairs of reals, as torch.optim does. float16 and bfloat16 tensors are computed in float32 and
-rounded once at the end, as torch's fused kernels do.
+Elementwise rules see complex tensors as pairs of reals, as torch.optim does; others see them as they are. float16 and
+bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do.
 """
 
 import operator
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functorch_optim import tree
+from functorch_optim.checks import HALF
 from functorch_optim.numerics import safe_sqrt
 from functorch_optim.rule import Rule
 
@@ -51,30 +52,35 @@ def run(
     Returns:
         The transformed updates, and for each rule its new state.
     """
-    kinds = {(update.device, update.dtype) for update in updates}
-    if len(kinds) > 1:
+    if len({(update.device, update.dtype) for update in updates}) > 1:
         return _kind_by_kind(rules, updates, states, params, scalars)
-    new_updates = [_enter(update) for update in updates]
-    entered_states = [_map_columns(_enter, state) for state in states]
-    entered_params = [_enter(param) for param in params] if params is not None else None
-
-    new_states: list[Columns] = []
     eagerly = _can_batch([*updates, *(params or ())], states, scalars)
+    new_updates = [_widened(update) for update in updates]
+    new_states = [_map_columns(_widened, state) for state in states]
+    wide_params = [_widened(param) for param in params] if params is not None else None
     cast = _cast(new_updates[0], to_number=eagerly)
+    given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
+    versions = [tensor._version for tensor in given if not tensor.is_inference()] if eagerly else []
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
+        view = _as_reals if elementwise else _as_it_is
         way = _foreach if eagerly and elementwise and len(updates) > 1 else _tensor_by_tensor
-        new_updates, columns = way(
+        results, columns = way(
             [rules[k] for k in links],
-            new_updates,
-            [entered_states[k] for k in links],
-            entered_params,
+            [view(update) for update in new_updates],
+            [_map_columns(view, new_states[k]) for k in links],
+            [view(param) for param in wide_params] if wide_params is not None else None,
             [tree.map(cast, scalars[k]) for k in links],
         )
-        new_states += columns
+        new_updates = [_like(new, old) for new, old in zip(results, new_updates, strict=True)]
+        for k, column in zip(links, columns, strict=True):
+            new_states[k] = _columns_like(column, new_states[k])
+    if eagerly and versions != [tensor._version for tensor in given if not tensor.is_inference()]:
+        names = ", ".join([rule.name for rule in rules])
+        raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
     return (
-        [_leave(new, old) for new, old in zip(new_updates, updates, strict=True)],
-        [_leave_columns(new, old) for new, old in zip(new_states, states, strict=True)],
+        [_narrowed(new, old) for new, old in zip(new_updates, updates, strict=True)],
+        [_narrowed_columns(new, old) for new, old in zip(new_states, states, strict=True)],
     )
 
 
@@ -85,6 +91,17 @@ def add_(params: list[Tensor], updates: list[Tensor]) -> None:
             p.add_(u)
     elif params:
         torch._foreach_add_(params, updates)
+
+
+def unshared(tensors: list[Any], given: list[Any]) -> list[Any]:
+    """Clone those tensors whose memory begins where that of a given one does: the given ones are about to change."""
+    memory = {tensor.data_ptr() for tensor in given if type(tensor) in PLAIN}
+    return [t.clone() if type(t) in PLAIN and t.data_ptr() in memory else t for t in tensors]
+
+
+def unmodified(params: list[Tensor]) -> list[Tensor]:
+    """Return parameters that may be modified in place while autograd remembers what was computed from these."""
+    return [p.clone() for p in params] if torch.is_grad_enabled() else params
 
 
 def _kind_by_kind(
@@ -128,7 +145,7 @@ def _tensor_by_tensor(
     for i, update in enumerate(updates):
         p = params[i] if params is not None else None
         for k, rule in enumerate(rules):
-            update, new_state = rule.update(update, _row(states[k], i), p, scalars[k])  # noqa: PLW2901
+            update, new_state = _applied(rule, update, _row(states[k], i), p, scalars[k])  # noqa: PLW2901
             for column, tensor in zip(new_states[k], new_state, strict=True):
                 column.append(tensor)
         new_updates.append(update)
@@ -147,7 +164,7 @@ def _foreach(
     new_states: list[Columns] = []
     for rule, columns, s in zip(rules, states, scalars, strict=True):
         state = _make(type(columns), [TensorList(column) for column in columns])
-        g, state = rule.update(g, state, p, s)
+        g, state = _applied(rule, g, state, p, s)
         new_states.append(_make(type(columns), [tensor_list.tensors for tensor_list in state]))
     return g.tensors, new_states
 
@@ -175,26 +192,58 @@ def _map_columns(function: Callable[[Tensor], Tensor] | None, columns: Columns) 
 # What a rule is given, and what is made of what it returns. ----------------------------------------------------------
 
 
-def _enter(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def _leave(tensor: Tensor, like: Tensor) -> Tensor:
-    if tensor.dtype == like.dtype:
-        return tensor
-    if like.is_complex():
-        tensor = torch.view_as_complex(tensor.contiguous())
-    return tensor.to(like.dtype)
+def _narrowed(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
-def _leave_columns(columns: Columns, like: Columns) -> Columns:
-    pairs = zip(columns, like, strict=True)
-    return _make(type(like), [[_leave(n, o) for n, o in zip(new, old, strict=True)] for new, old in pairs])
+def _as_reals(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Make pairs of reals complex again."""
+    if like.is_complex() and not tensor.is_complex():
+        return torch.view_as_complex(tensor.contiguous())
+    return tensor
+
+
+def _columns_like(columns: Columns, like: Columns) -> Columns:
+    return _zip_columns(_like, columns, like)
+
+
+def _narrowed_columns(columns: Columns, like: Columns) -> Columns:
+    return _zip_columns(_narrowed, columns, like)
+
+
+def _zip_columns(function: Callable[[Tensor, Tensor], Tensor], columns: Columns, others: Columns) -> Columns:
+    pairs = zip(columns, others, strict=True)
+    return _make(type(others), [[function(a, b) for a, b in zip(some, more, strict=True)] for some, more in pairs])
+
+
+def _applied(rule: Rule, g: Any, state: Any, p: Any, s: Any) -> tuple[Any, Any]:
+    """Run a rule, and check what it returns."""
+    returned = rule.update(g, state, p, s)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(f"The rule of {rule.name} must return a pair, (update, state), but it returned {returned!r}")
+    if not isinstance(returned[1], tuple) or len(returned[1]) != len(state):
+        raise TypeError(
+            f"The rule of {rule.name} must return a state like the one it was given, with "
+            f"{', '.join(getattr(state, '_fields', ())) or 'no fields'}, but it returned {returned[1]!r}"
+        )
+    return returned
 
 
 def _cast(like: Tensor, to_number: bool) -> Callable[[Any], Any]:
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+
     def cast(scalar: Any) -> Any:
         if not isinstance(scalar, Tensor):
             return scalar
@@ -203,7 +252,7 @@ def _cast(like: Tensor, to_number: bool) -> Callable[[Any], Any]:
             return scalar.to(like.device, non_blocking=on_cpu)
         if to_number and on_cpu:
             return scalar.item()  # on the CPU this waits for nothing, and foreach ops take numbers best
-        return scalar.to(like.device, like.dtype, non_blocking=on_cpu)
+        return scalar.to(like.device, dtype, non_blocking=on_cpu)
 
     return cast
 
@@ -255,7 +304,9 @@ class TensorList:
         attribute = getattr(Tensor, name)
         if callable(attribute):
             return lambda *args, **kwargs: TensorList.__torch_function__(attribute, (), (self, *args), kwargs)
-        return getattr(self.tensors[0], name)  # dtype, device, ...: the same for all
+        if name in ("device", "dtype"):
+            return getattr(self.tensors[0], name)  # the same for all
+        raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
 
     def __bool__(self) -> bool:
         raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
@@ -271,7 +322,7 @@ def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
     def backward(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, other: TensorList.__torch_function__(function, (), (other, self))
 
-    for name in ("add", "sub", "mul", "truediv", "pow"):
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
         yield f"__{name}__", forward(getattr(operator, name))
         yield f"__r{name}__", backward(getattr(operator, name))
     for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "invert"):

@@ -69,17 +69,36 @@ def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
         ...
         ValueError: Invalid learning rate: -0.1; it needs value >= 0
     """
-    if isinstance(value, Tensor) or callable(value):
-        return  # never inspected: that would synchronize, and cannot be done in a traced function
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() and value.dtype not in _INTEGERS:
+            raise TypeError(f"Invalid {name}: a tensor of dtype {value.dtype}; it needs real numbers")
+    elif not callable(value):  # neither is inspected: a value would have to be waited for, and is not there in a trace
+        try:
+            check_number(name, value, allowed)
+        except TypeError as error:
+            raise TypeError(f"{error}, a 0-dim tensor, or a schedule such as schedules.cosine(1e-3, 100)") from None
+
+
+def check_number(name: str, value: Any, allowed: str = "value >= 0") -> None:
+    """Raise unless `value` is a python number that is allowed; see `check`.
+
+    Raises:
+        ValueError: the number is not allowed; NaN never is.
+        TypeError: it is no number.
+
+    Example:
+        >>> check_number("norm_type", None)
+        Traceback (most recent call last):
+        ...
+        TypeError: Invalid norm_type: None is a NoneType; give a number
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"Invalid {name}: {value!r} is a {type(value).__name__}; "
-            "give a number, a 0-dim tensor, or a schedule such as fo.schedules.cosine(1e-3, 100)"
-        )
+        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; give a number")
     if not _ALLOWED[allowed](float(value)):
         raise ValueError(f"Invalid {name}: {value}; it needs {allowed}")
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "value >= 0": lambda value: value >= 0,
     "value > 0": lambda value: value > 0,

@@ -18,6 +18,9 @@ class Recorded:
         named = [f"{name}={_written(value)}" for name, value in kwargs.items()]
         return f"{function.__name__}({', '.join([_written(value) for value in args] + named)})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recorded":
+        return self  # it never changes
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _make, self._call
 

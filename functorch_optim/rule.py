@@ -34,19 +34,19 @@ class Rule(NamedTuple):
     state_type: type | None  # the NamedTuple that holds the state of one tensor, where it was declared
 
     @property
-    def extras(self) -> frozenset[str]:
-        """Names of what `scalars` wants to be told besides the step."""
-        return frozenset() if self.scalars is None else keyword_only(self.scalars)
-
-    def missing(self, extras: Collection[str]) -> frozenset[str]:
-        """Name the extras that have no default and are not among these."""
-        absent = self.extras - {"updates"} - frozenset(extras)
-        return absent - with_default(self.scalars) if absent else absent
+    def extras(self) -> "Extras":
+        """What `scalars` wants to be told besides the step."""
+        return Extras(frozenset(), False, None) if self.scalars is None else extras_of(self.scalars)
 
     @property
     def sees_tree(self) -> bool:
         """Tell whether the scalars depend on all updates of the tree, as a global norm does."""
-        return "updates" in self.extras
+        return "updates" in self.extras.names
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function that made the rule, for messages."""
+        return _name(self.update)
 
     def init_leaf(self, p: Tensor) -> Any:
         """Make the state for one parameter."""
@@ -72,43 +72,57 @@ class TreeRule:
     sees_tree: ClassVar[bool] = True
 
     @property
-    def extras(self) -> frozenset[str] | None:
-        """Names of the extras that `update` takes; None when it takes any."""
-        return None if takes_any(self.update) else keyword_only(self.update)
+    def name(self) -> str:
+        """Return the name of the function that made the transformation, for messages."""
+        return _name(self.update)
 
-    def missing(self, extras: Collection[str]) -> frozenset[str]:
-        """Name the extras that have no default and are not among these."""
-        absent = keyword_only(self.update) - frozenset(extras)
-        return absent - with_default(self.update) if absent else absent
-
-
-# What inspect.signature knows, in a form that torch.compile can trace for plain functions.
+    @property
+    def extras(self) -> "Extras":
+        """What `update` wants to be told by keyword."""
+        return extras_of(self.update)
 
 
-def keyword_only(function: Any) -> frozenset[str]:
-    """Name the keyword-only parameters of a function."""
+def _name(update: Any) -> str:
+    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
+
+
+class Extras(NamedTuple):
+    """The keyword-only parameters of a function.
+
+    Attributes:
+        names: what they are called.
+        any: whether the function takes `**anything` besides.
+        function: the function.
+    """
+
+    names: frozenset[str]
+    any: bool
+    function: Any
+
+    def wanted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Pick from what was given what the function takes."""
+        return dict(given) if self.any else {name: given[name] for name in self.names if name in given}
+
+    def missing(self, given: Collection[str]) -> frozenset[str]:
+        """Name the parameters that have no default and were not given."""
+        absent = self.names - frozenset(given) - {"updates"}  # the lift gives the updates
+        if not absent:
+            return absent
+        parameters = inspect.signature(self.function).parameters
+        return frozenset([name for name in absent if parameters[name].default is inspect.Parameter.empty])
+
+
+def extras_of(function: Any) -> Extras:
+    """Read a function's extras off its signature."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
     code = getattr(function, "__code__", None)
-    if code is None:
-        parameters = inspect.signature(function).parameters.values()
-        return frozenset([parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY])
-    return frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
-
-
-def with_default(function: Any) -> frozenset[str]:
-    """Name the keyword-only parameters of a function that have a default."""
-    if getattr(function, "__code__", None) is None:
-        parameters = inspect.signature(function).parameters.values()
-        return frozenset([parameter.name for parameter in parameters if parameter.default is not parameter.empty])
-    return frozenset(function.__kwdefaults__ or ())
-
-
-def takes_any(function: Any) -> bool:
-    """Tell whether a function takes `**anything`."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        parameters = inspect.signature(function).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    if code is not None:  # torch.compile cannot trace inspect.signature
+        names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        return Extras(frozenset(names), bool(code.co_flags & inspect.CO_VARKEYWORDS), function)
+    parameters = inspect.signature(function).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return Extras(frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters), function)
 
 
 def leaf_state(state_type: type) -> type:

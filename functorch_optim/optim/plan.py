@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import lift, tree
+from functorch_optim import execution, lift, passes, tree
 from functorch_optim.base import GradientTransformation
-from functorch_optim.lift import Link
+from functorch_optim.checks import check_updates
+from functorch_optim.links import select
+from functorch_optim.passes import Bucket, Leaves
 from functorch_optim.rule import Rule, TreeRule
 
 State = dict[str, Any]
@@ -34,20 +36,6 @@ class Part(NamedTuple):
         return {key for keys in self.keys for key in keys} | ({"step"} if self.counted else set())
 
 
-class Bucket(NamedTuple):
-    """Parameters that are at the same step and take the same rules: they are run together.
-
-    Attributes:
-        step: number of updates done.
-        part: the rules.
-        fresh: those of them that have no state yet. They are at their first update, whatever the step.
-    """
-
-    step: float
-    part: Part
-    fresh: tuple[int, ...]
-
-
 class Plan:
     """A transformation for a list of parameters.
 
@@ -59,13 +47,15 @@ class Plan:
 
     Raises:
         ValueError: masks or labels do not fit the parameters, or names are not unique where they are needed.
+
+    Attributes:
+        params: the parameters in the order in which everything here is.
     """
 
     def __init__(
         self, transformation: GradientTransformation, params: Sequence[Tensor], names: Sequence[str] | None
     ) -> None:
         self.links = transformation._links
-        self.params = list(params)
         self.names = names
         twice = [name for name, count in Counter(names or ()).items() if count > 1]
         if twice and any(link.where or isinstance(link.rule, TreeRule) for link in self.links):
@@ -73,24 +63,30 @@ class Plan:
                 f"Two parameters are named {twice[0]!r}, but {transformation!r} looks at parameters by name; "
                 "give each a name of its own"
             )
-        self.active = [self._active(link) for link in self.links]
+        self._tree: Any = list(params) if names is None or twice else dict(zip(names, params, strict=True))
+        self.params, self._structure = tree.flatten(self._tree)
+        self._paths = tree.paths(self._tree)
+        try:
+            self._active = select(self.links, self._tree)
+        except ValueError as error:
+            hint = "" if names else ". The parameters have no names here: give model.named_parameters() to see a dict"
+            raise ValueError(f"{error}{hint}") from error
         self._state_types: dict[int, Any] = {}
         rules = [k for k, link in enumerate(self.links) if isinstance(link.rule, Rule)]
         parts: dict[tuple[int, ...], Part] = {}
         self.parts: list[Part] = []
         for i, p in enumerate(self.params):
-            applying = tuple([k for k in rules if self.active[k][i]])
+            applying = tuple([k for k in rules if self._active[k][i]])
             if applying not in parts:
                 parts[applying] = self._part(applying, p)
             self.parts.append(parts[applying])
 
     def update(
-        self, grads: list[Any], states: list[State], tree_states: dict[int, Any], extra: dict[str, Any]
+        self, states: list[State], tree_states: dict[int, Any], extra: dict[str, Any]
     ) -> tuple[list[Any], list[State], dict[int, Any]]:
         """Compute updates and next states; change nothing.
 
         Args:
-            grads: a gradient for each parameter, or None.
             states: what is known of `state[p]`, for each parameter; it is completed.
             tree_states: the states of functions of the whole tree, by link.
             extra: by name, what some transformation declares.
@@ -98,43 +94,38 @@ class Plan:
         Returns:
             An update for each parameter, or None; the next states of those that have one; and of the tree.
         """
-        lift.check_updates(grads, self.params, self.path)
-        updates, new_states, new_tree_states = list(grads), list(states), {}
-        buckets: dict[Bucket, list[int]] = {}
+        grads: list[Any] = [p.grad for p in self.params]
+        if any(g is not None and g.layout != torch.strided for g in grads):
+            raise RuntimeError("Sparse gradients are not supported by this transformation; use dense ones")
+        check_updates(grads, self.params, self.path)
+        states = list(states)
+        groups: dict[tuple[float, tuple[int, ...]], list[int]] = {}
         for i, g in enumerate(grads):
             if g is not None:
-                bucket, new_states[i] = self._complete(i, states[i])
-                buckets.setdefault(bucket, []).append(i)
-        # Autograd must not see parameters that are later modified in place.
-        params = [p.clone() for p in self.params] if torch.is_grad_enabled() else self.params
-
-        k = 0
-        for members in lift.passes(self.links) if buckets else ():
-            links = range(k, k + len(members))
-            if isinstance(members[0].rule, TreeRule):
-                state = tree_states[k] if k in tree_states else self.initial_tree_state(k)
-                updates, new_tree_states[k] = self._run_tree_rule(k, updates, state, params, extra)
-            else:
-                seen = [u for u, on in zip(updates, self.active[k], strict=True) if on and u is not None]
-                for bucket, indices in buckets.items():
-                    present = [i for i in indices if updates[i] is not None]
-                    self._run_rules(bucket, links, present, updates, new_states, params, seen, extra)
-            k += len(members)
-
-        for bucket, indices in buckets.items():
-            if bucket.part.counted:
-                for i in indices:
-                    step = new_states[i]["step"]
-                    new_states[i]["step"] = torch.full_like(step, bucket.step + 1)
-        return updates, new_states, new_tree_states
+                step, fresh, states[i] = self._completed(i, states[i])
+                groups.setdefault((step, fresh), []).append(i)
+        if not groups:
+            return grads, states, {}
+        columns = [self._columns(k, grads, states, tree_states) for k in range(len(self.links))]
+        leaves = Leaves(self._structure, self.path, execution.unmodified(self.params), self._active)
+        buckets = [Bucket(members, self._steps(step, fresh)) for (step, fresh), members in groups.items()]
+        updates, columns = passes.run(self.links, leaves, buckets, grads, columns, extra)
+        for (step, _), members in groups.items():
+            for i in members:
+                if self.parts[i].counted:
+                    states[i]["step"] = torch.full_like(states[i]["step"], step + 1)
+                for k, keys in zip(self.parts[i].links, self.parts[i].keys, strict=True):
+                    states[i].update({key: column[i] for key, column in zip(keys, columns[k], strict=True)})
+        new_tree_states = {k: columns[k] for k, link in enumerate(self.links) if isinstance(link.rule, TreeRule)}
+        return updates, states, new_tree_states
 
     def path(self, i: int) -> str:
         """Name a parameter for messages."""
-        return str(i) if self.names is None else self.names[i]
+        return self._paths[i]
 
     def initial_tree_state(self, k: int) -> Any:
         """Make the state of a function of the whole tree."""
-        return lift.init([self.links[k]], self._arranged(self.params))[0]
+        return lift.init([self.links[k]], self._tree)[0]
 
     def check_state(self, i: int, state: State, known: set[str]) -> None:
         """Raise unless a loaded `state[p]` is one that this transformation makes.
@@ -162,15 +153,19 @@ class Plan:
                         f"but the parameter has {tuple(p.shape)}; it was saved for another model"
                     )
 
-    def _complete(self, i: int, state: State) -> tuple[Bucket, State]:
-        """Add to a copy of `state[p]` what is not there yet, and find its bucket."""
+    def _completed(self, i: int, state: State) -> tuple[float, tuple[int, ...], State]:
+        """Add to a copy of `state[p]` what is not there yet.
+
+        Returns:
+            The number of updates done; the links that have no state yet, and so are at their first update, whatever
+            the step; and the state.
+        """
         part, state = self.parts[i], dict(state)
         begun = any(key in state for keys in part.keys for key in keys)
         if part.counted and "step" not in state:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
             # On the CPU, whatever the default device: it is read at every step.
             state["step"] = torch.full((), float(begun), dtype=_step_dtype(), device="cpu")
-        step = state["step"].item() if part.counted else 0.0
         fresh = []
         for k, keys in zip(part.links, part.keys, strict=True):
             missing = [key for key in keys if key not in state]
@@ -178,65 +173,30 @@ class Plan:
                 rule: Any = self.links[k].rule
                 initial = dict(zip(keys, rule.init_leaf(self.params[i]), strict=True))
                 state.update({key: initial[key] for key in missing})
-            if step > 0 and keys and len(missing) == len(keys):
-                fresh.append(k)
-        return Bucket(step, part, tuple(fresh)), state
+                if len(missing) == len(keys):
+                    fresh.append(k)
+        return state["step"].item() if part.counted else 0.0, tuple(fresh), state
 
-    def _run_rules(
-        self,
-        bucket: Bucket,
-        members: range,
-        indices: list[int],
-        updates: list[Any],
-        states: list[State],
-        params: list[Tensor],
-        seen: list[Tensor],
-        extra: dict[str, Any],
-    ) -> None:
-        """Run those rules among `members` that apply to these parameters; write into `updates` and `states`."""
-        part = bucket.part
-        chosen = [(k, keys) for k, keys in zip(part.links, part.keys, strict=True) if k in members]
-        if not chosen or not indices:
-            return
-        now = torch.tensor(bucket.step + 1, dtype=torch.float64, device="cpu")
+    def _columns(self, k: int, grads: list[Any], states: list[State], tree_states: dict[int, Any]) -> Any:
+        """Collect the state of one link over all parameters."""
+        if isinstance(self.links[k].rule, TreeRule):
+            return tree_states[k] if k in tree_states else self.initial_tree_state(k)
+        users = [i for i, part in enumerate(self.parts) if k in part.links and grads[i] is not None]
+        if not users:
+            return ()
+        state_type = self._state_type(k, self.params[users[0]])
+        columns: list[list[Any]] = [[None] * len(states) for _ in getattr(state_type, "_fields", ())]
+        for i in users:
+            for column, key in zip(columns, self.parts[i].keys[self.parts[i].links.index(k)], strict=True):
+                column[i] = states[i][key]
+        return state_type(*columns) if columns else ()
+
+    def _steps(self, step: float, fresh: tuple[int, ...]) -> list[Tensor | None]:
+        now = torch.tensor(step + 1, dtype=torch.float64, device="cpu")
         first = torch.ones_like(now)
-        columns, scalars = [], []
-        for k, keys in chosen:
-            fields = [[states[i][key] for i in indices] for key in keys]
-            columns.append(self._state_type(k, params[indices[0]])(*fields) if keys else ())
-            step = first if k in bucket.fresh else now
-            scalars.append(lift.evaluate_scalars(self.links[k], step, extra, seen))
-        new_updates, new_columns = lift.apply_rules(
-            [self.links[k] for k, _ in chosen],
-            [updates[i] for i in indices],
-            columns,
-            [params[i] for i in indices],
-            scalars,
-            lambda position: self.path(indices[position]),
-        )
-        for position, i in enumerate(indices):
-            updates[i] = new_updates[position]
-        for (_, keys), new_state in zip(chosen, new_columns, strict=True):
-            for key, column in zip(keys, new_state, strict=True):
-                for i, tensor in zip(indices, column, strict=True):
-                    states[i][key] = tensor
-
-    def _run_tree_rule(
-        self, k: int, updates: list[Any], state: Any, params: list[Tensor], extra: dict[str, Any]
-    ) -> tuple[list[Any], Any]:
-        leaves, structure = tree.flatten(self._arranged(updates))
-        active = tree.flatten(self._arranged(self.active[k]))[0]
-        new_leaves, new_state = lift.run_tree_rule(
-            self.links[k], leaves, state, self._arranged(params), extra, structure, active
-        )
-        return self._listed(tree.unflatten(structure, new_leaves)), new_state
-
-    def _active(self, link: Link) -> list[bool]:
-        """Tell for each parameter whether a link is for it."""
-        if not link.where:
-            return [True] * len(self.params)
-        arranged = self._arranged(self.params)
-        return self._listed(tree.unflatten(tree.flatten(arranged)[1], link.active(arranged, len(self.params))))
+        return [
+            None if link.rule.scalars is None else first if k in fresh else now for k, link in enumerate(self.links)
+        ]
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:
         fields = [getattr(self._state_type(k, p), "_fields", ()) for k in links]
@@ -254,12 +214,6 @@ class Plan:
             # A rule that did not declare it is asked with a tensor that has no data.
             self._state_types[k] = rule.state_type or type(rule.init_leaf(torch.empty_like(p, device="meta")))
         return self._state_types[k]
-
-    def _arranged(self, leaves: Sequence[Any]) -> Any:
-        return list(leaves) if self.names is None else dict(zip(self.names, leaves, strict=True))
-
-    def _listed(self, arranged: Any) -> list[Any]:
-        return list(arranged) if self.names is None else [arranged[name] for name in self.names]
 
 
 def _step_dtype() -> torch.dtype:

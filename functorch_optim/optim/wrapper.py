@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim import checkpoint, execution, lift, tree
+from functorch_optim import checkpoint, execution, tree
 from functorch_optim.base import GradientTransformation, check_extras
+from functorch_optim.checks import check_params
 from functorch_optim.optim import factories
 from functorch_optim.optim.plan import Plan
 from functorch_optim.rule import TreeRule
@@ -42,6 +43,8 @@ class Optimizer(torch.optim.Optimizer):
         TypeError: `transformation` is neither; a hyperparameter is unknown or missing; a parameter is no tensor, or
             one of integers.
         ValueError: there are no parameters, or one comes twice, or one is no leaf; a hyperparameter is out of range.
+
+    Learning rate schedulers need the form with a factory: they look for `param_groups[i]["lr"]`.
 
     `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
     is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an
@@ -95,10 +98,12 @@ class Optimizer(torch.optim.Optimizer):
                     "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
                     "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"
                 )
+        if isinstance(param_group, dict) and param_group.get("differentiable", False) > self.defaults["differentiable"]:
+            raise ValueError("differentiable is for all groups: write Optimizer(..., differentiable=True)")
         super().add_param_group(param_group)
         try:
             names = param_group.get("param_names", range(len(param_group["params"])))
-            lift.check_params(param_group["params"], lambda i: str(names[i]))
+            check_params(param_group["params"], lambda i: str(names[i]))
             self._plan(len(self.param_groups) - 1 if self._has_factory else 0)
         except Exception:
             self.param_groups.pop()
@@ -127,7 +132,7 @@ class Optimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             plans = [self._plan(index) for index in range(self._number_of_trees)]
             links = [link for plan in plans for link in plan.links]
-            if loss is not None and any(link.rule.extras is None or "value" in link.rule.extras for link in links):
+            if loss is not None and any(link.rule.extras.any or "value" in link.rule.extras.names for link in links):
                 extra.setdefault("value", loss)
             check_extras(links, extra)
             # Everything is computed before anything is changed.
@@ -146,23 +151,19 @@ class Optimizer(torch.optim.Optimizer):
         self, index: int, plan: Plan, extra: dict[str, Any]
     ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
-        grads: list[Any] = [p.grad for p in plan.params]
-        if any(g is not None and g.layout != torch.strided for g in grads):
-            raise RuntimeError("Sparse gradients are not supported by this transformation; use dense ones")
-        states = [self.state.get(p, {}) for p in plan.params]
         saved = self.state.get(TREE, {})
         tree_states = {k: saved[f"{index}.{k}"] for k in range(len(plan.links)) if f"{index}.{k}" in saved}
-        updates, states, tree_states = plan.update(grads, states, tree_states, extra)
-        # A state may be what the rule was given, and that will be modified in place.
-        given = {tensor.data_ptr() for tensor in plan.params + grads if type(tensor) in execution.PLAIN}
-
-        def kept(tensor: Any) -> Any:
-            return tensor.clone() if type(tensor) in execution.PLAIN and tensor.data_ptr() in given else tensor
-
+        updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], tree_states, extra)
+        given = [*plan.params, *[p.grad for p in plan.params]]
+        kept = execution.unshared
         return (
-            updates,
-            [{key: kept(value) for key, value in state.items()} for state in states],
-            {f"{index}.{k}": tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
+            kept(updates, given),
+            [dict(zip(state, kept(list(state.values()), given), strict=True)) for state in states],
+            {
+                f"{index}.{k}": tree.unflatten(structure, kept(leaves, given))
+                for k, (leaves, structure) in [(k, tree.flatten(state)) for k, state in tree_states.items()]
+                if leaves
+            },
         )
 
     @property

@@ -25,9 +25,10 @@ class ScaleByAdadeltaState(NamedTuple):
 
 
 class AdadeltaScalars(NamedTuple):
-    """What Adadelta needs at a step."""
+    """What Adadelta needs at a step: rho, 1 - rho, eps."""
 
     rho: Any
+    weight: Any
     eps: Any
 
 
@@ -60,12 +61,12 @@ def scale_by_adadelta(rho: Hyperparameter = 0.9, eps: Hyperparameter = 1e-6) -> 
     check("epsilon value", eps)
 
     def scalars(step: Tensor) -> AdadeltaScalars:
-        return AdadeltaScalars(at(rho, step), at(eps, step))
+        return AdadeltaScalars(at(rho, step), 1 - at(rho, step), at(eps, step))
 
     def update(g: Tensor, state: ScaleByAdadeltaState, p: Tensor | None, s: AdadeltaScalars) -> Any:
-        v = s.rho * state.square_avg + (1 - s.rho) * g * g
+        v = s.rho * state.square_avg + s.weight * g * g
         d = safe_sqrt(state.acc_delta + s.eps) / safe_sqrt(v + s.eps) * g
-        w = s.rho * state.acc_delta + (1 - s.rho) * d * d
+        w = s.rho * state.acc_delta + s.weight * d * d
         return d, ScaleByAdadeltaState(v, w)
 
     return leafwise(ScaleByAdadeltaState, update, scalars, elementwise=True)

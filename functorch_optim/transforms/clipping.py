@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check
+from functorch_optim.hyperparameters import Hyperparameter, at, check, check_number
 from functorch_optim.numerics import safe_norm
 
 
@@ -39,7 +39,7 @@ def clip(clip_value: Hyperparameter) -> GradientTransformation:
 
 @factory
 def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTransformation:
-    """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`.
+    """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`; a NaN in it makes all of it NaN.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
@@ -47,6 +47,7 @@ def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTr
 
     Raises:
         ValueError: a number is out of range.
+        TypeError: `norm_type` is no number.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -56,7 +57,7 @@ def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTr
         {'a': tensor([0.6000, 0.8000]), 'b': tensor([0.1000])}
     """
     check("max_norm", max_norm)
-    check("norm_type", norm_type, "value > 0")
+    check_number("norm_type", norm_type, "value > 0")
 
     def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
         return g * _shrink(safe_norm(g, norm_type), c), state
@@ -69,25 +70,26 @@ def clip_by_global_norm(
     max_norm: Hyperparameter,
     norm_type: float = 2.0,
     *,
-    eps: float = 0.0,
+    eps: Hyperparameter = 0.0,
     nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
 ) -> GradientTransformation:
     """Scale all updates down together to a largest norm: `g <- g min(1, c / (|g| + eps))`, |g| over the whole tree.
 
-    The gradient flows through the norm; where the norm is zero its derivative is zero. The norm is summed up in
-    float64.
+    The gradient flows through the norm; where the norm is zero its derivative is zero. Each tensor's norm is taken in
+    its own precision (float32 for halves), and that of the norms in float64.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
         norm_type: order of the norm: number > 0, or inf.
-        eps: number >= 0. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`; with the default, 0, the clipped
-            norm is exactly c.
-        nonfinite: what to do when the norm is NaN or inf. "propagate": nothing, as torch does. "skip": all updates are
-            set to zero, without waiting for the device. "raise": a RuntimeError; this waits for the device, and cannot
-            be done under `torch.vmap` or `torch.compile`.
+        eps: >= 0: number, 0-dim tensor, or schedule. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`; with
+            the default, 0, the clipped norm is exactly c.
+        nonfinite: what to do when the norm is NaN or inf. "propagate": nothing, as torch does: a NaN makes all updates
+            NaN. "skip": all updates are set to zero, without waiting for the device. "raise": a RuntimeError; this
+            waits for the device, and torch refuses it under `torch.vmap` and `torch.compile`.
 
     Raises:
         ValueError: a number is out of range, or `nonfinite` is none of the three.
+        TypeError: `norm_type` is no number.
         RuntimeError: the norm is not finite, and `nonfinite="raise"`.
 
     Source: Pascanu et al., On the difficulty of training recurrent neural networks, arXiv:1211.5063, algorithm 1.
@@ -100,25 +102,28 @@ def clip_by_global_norm(
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
     check("max_norm", max_norm)
-    check("norm_type", norm_type, "value > 0")
+    check_number("norm_type", norm_type, "value > 0")
     check("eps", eps)
     if nonfinite not in ("propagate", "skip", "raise"):
         raise ValueError(f"Invalid nonfinite: {nonfinite!r}; choose 'propagate', 'skip' or 'raise'")
+    skip = nonfinite == "skip"
 
     def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:
         norm = global_norm(updates, norm_type, step)
-        factor = _shrink(norm + eps, at(max_norm, step))
-        if nonfinite == "raise" and not torch.isfinite(norm):
+        finite = torch.isfinite(norm)
+        if nonfinite == "raise" and not finite:
             raise RuntimeError(
                 f"The total norm of order {norm_type} is {norm.item()}, so it cannot be clipped. Find the cause, or "
                 "choose clip_by_global_norm(..., nonfinite='skip')"
             )
-        return factor, torch.isfinite(norm)
+        if skip:  # what is thrown away must not reach derivatives either
+            norm = global_norm([_finite_part(update) for update in updates], norm_type, step)
+        return _shrink(norm + at(eps, step), at(max_norm, step)), finite
 
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         factor, finite = s
-        if nonfinite == "skip":  # a selection, since 0 * inf would be NaN
-            return torch.where(finite, factor * g, torch.zeros_like(g)), state
+        if skip:
+            return torch.where(finite, factor * _finite_part(g), torch.zeros_like(g)), state
         return factor * g, state
 
     return leafwise(None, update, scalars, elementwise=True)
@@ -133,6 +138,10 @@ def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor
 
 
 def _shrink(norm: Tensor, max_norm: Any) -> Tensor:
-    """Return min(1, max_norm / norm), with finite derivatives at norm zero."""
-    too_long = norm > max_norm
-    return torch.where(too_long, max_norm / torch.where(too_long, norm, 1), 1)
+    """Return min(1, max_norm / norm); NaN for NaN; with derivative zero where nothing is clipped."""
+    fits = norm <= max_norm
+    return torch.where(fits, 1, max_norm / torch.where(fits, 1, norm))
+
+
+def _finite_part(g: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(g), g, torch.zeros_like(g))

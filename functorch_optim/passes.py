@@ -1,0 +1,197 @@
+"""Running links over leaves, in passes: what the functional and the stateful form share.
+
+Neighbouring rules are one pass over the leaves. A function of the whole tree, or a rule whose scalars depend on the
+whole tree, begins a new one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import execution, tree
+from functorch_optim.checks import Path, check_kept, check_state, check_updates
+from functorch_optim.links import Link
+from functorch_optim.rule import TreeRule
+from functorch_optim.tree import MaskedNode, Tree
+
+
+class Leaves(NamedTuple):
+    """The leaves that a transformation runs over.
+
+    Attributes:
+        structure: of the tree whose leaves they are.
+        path: names a leaf, for messages.
+        params: the parameters; None when they were not given.
+        active: for each link, whether it is for each leaf.
+    """
+
+    structure: Any
+    path: Path
+    params: list[Any] | None
+    active: list[list[bool]]
+
+
+class Bucket(NamedTuple):
+    """Leaves that have had the same number of updates.
+
+    Attributes:
+        members: their indices.
+        steps: for each link, the number of this update, 1 at the first: 0-dim tensor; None for a link without scalars.
+    """
+
+    members: Sequence[int]
+    steps: Sequence[Tensor | None]
+
+
+def run(
+    links: Sequence[Link],
+    leaves: Leaves,
+    buckets: Sequence[Bucket],
+    updates: Sequence[Any],
+    states: Sequence[Any],
+    extras: dict[str, Any],
+) -> tuple[list[Any], list[Any]]:
+    """Run links one after the other; no argument is modified.
+
+    Args:
+        links: of the transformation.
+        leaves: what they run over.
+        buckets: all leaves that have an update, each in one bucket.
+        updates: for each leaf, a tensor or None.
+        states: for each link, its state: the NamedTuple of its rule with a list, an entry a leaf, in each field; or
+            what the `init` of a function of the whole tree made.
+        extras: what was given to `update` by keyword.
+
+    Returns:
+        New updates, and new states.
+    """
+    updates = list(updates)
+    states = [_copied(state) if not isinstance(link.rule, TreeRule) else state for link, state in zip(links, states)]  # noqa: B905
+    for members in _passes(links):
+        first = members[0]
+        if isinstance(links[first].rule, TreeRule):
+            updates, states[first] = _run_tree_rule(links[first], leaves, first, updates, states[first], extras)
+            continue
+        seen = [u for u, on in zip(updates, leaves.active[first], strict=True) if on and u is not None]
+        for bucket in buckets:
+            scalars = {k: evaluate_scalars(links[k], bucket.steps[k], extras, seen) for k in members}
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for i in bucket.members:
+                if updates[i] is not None:
+                    groups.setdefault(tuple([k for k in members if leaves.active[k][i]]), []).append(i)
+            for applying, indices in groups.items():
+                if applying:
+                    _run_rules(links, leaves, applying, indices, updates, states, scalars)
+    return updates, states
+
+
+def _passes(links: Sequence[Link]) -> list[list[int]]:
+    """Split links into passes, by index."""
+    groups: list[list[int]] = []
+    for k, link in enumerate(links):
+        if not groups or link.rule.sees_tree or isinstance(links[groups[-1][0]].rule, TreeRule):
+            groups.append([])
+        groups[-1].append(k)
+    return groups
+
+
+def _run_rules(
+    links: Sequence[Link],
+    leaves: Leaves,
+    applying: Sequence[int],
+    indices: list[int],
+    updates: list[Any],
+    states: list[Any],
+    scalars: dict[int, Any],
+) -> None:
+    """Run rules on some of the leaves; write into `updates` and `states`."""
+    some_updates = [updates[i] for i in indices]
+    some_states = [_picked(states[k], indices) for k in applying]
+
+    def path(position: int) -> str:
+        return leaves.path(indices[position])
+
+    for k, state in zip(applying, some_states, strict=True):
+        rule = links[k].rule
+        if leaves.params is None and rule.needs_params:
+            raise ValueError(
+                f"{links[k].rule.name} needs the parameters, but update was called without them; "
+                "call tx.update(updates, state, params)"
+            )
+        if rule.elementwise:
+            for field, column in _fields(state):
+                check_state(links[k].rule.name, field, column, some_updates, path)
+    rules: list[Any] = [links[k].rule for k in applying]
+    params = [leaves.params[i] for i in indices] if leaves.params is not None else None
+    new_updates, new_states = execution.run(rules, some_updates, some_states, params, [scalars[k] for k in applying])
+    check_kept("The update after " + ", ".join([links[k].rule.name for k in applying]), new_updates, some_updates, path)
+    for k, old, new in zip(applying, some_states, new_states, strict=True):
+        for (field, before), (_, after), column in zip(_fields(old), _fields(new), states[k], strict=True):
+            check_kept(f"The state's {field} after {links[k].rule.name}", after, before, path)
+            for i, tensor in zip(indices, after, strict=True):
+                column[i] = tensor
+    for i, update in zip(indices, new_updates, strict=True):
+        updates[i] = update
+
+
+def _run_tree_rule(
+    link: Link, leaves: Leaves, k: int, updates: list[Any], state: Any, extras: dict[str, Any]
+) -> tuple[list[Any], Any]:
+    """Run a function of the whole tree on those leaves that it is for."""
+
+    def arranged(some: Sequence[Any]) -> Tree:
+        active = leaves.active[k] if link.where else [True] * len(some)
+        kept = [leaf if on else MaskedNode() for leaf, on in zip(some, active, strict=True)]
+        return tree.unflatten(leaves.structure, kept)
+
+    rule: Any = link.rule
+    given = arranged(updates)
+    params = None if leaves.params is None else arranged(leaves.params)
+    returned, new_state = rule.update(given, state, params, **rule.extras.wanted(extras))
+    old_leaves, structure = tree.flatten(given)
+    name = f"the updates from {link.rule.name}"
+    new_leaves = tree.flatten_up_to(structure, returned, name, given, "updates")
+    check_updates(new_leaves, old_leaves, lambda i: tree.paths(given)[i], name, "the one it was given")
+    remaining = iter(new_leaves)
+    return [
+        next(remaining) if on or not link.where else u for on, u in zip(leaves.active[k], updates, strict=True)
+    ], new_state
+
+
+def evaluate_scalars(link: Link, step: Tensor | None, extras: dict[str, Any], updates: list[Tensor]) -> Any:
+    """Compute the numbers that a rule needs at this step.
+
+    Args:
+        link: the link of a rule.
+        step: number of this update, 1 at the first: 0-dim tensor; None when the rule has no scalars.
+        extras: everything that was given to `update` by keyword.
+        updates: what the rule is about to transform, for a rule that sees the tree.
+    """
+    rule: Any = link.rule
+    if rule.scalars is None or step is None:
+        return ()
+    wanted = rule.extras.wanted(extras)
+    if rule.sees_tree:
+        wanted["updates"] = updates
+    return rule.scalars(step.to(torch.float64), **wanted)
+
+
+# States of many leaves: a NamedTuple of lists. ------------------------------------------------------------------------
+
+
+def _fields(state: Any) -> list[tuple[str, Any]]:
+    return list(zip(getattr(state, "_fields", ()), state, strict=True))
+
+
+def _mapped(function: Callable[[Any], Any], state: Any) -> Any:
+    return type(state)(*[function(column) for column in state]) if state else ()
+
+
+def _copied(state: Any) -> Any:
+    return _mapped(list, state)
+
+
+def _picked(state: Any, indices: list[int]) -> Any:
+    return _mapped(lambda column: [column[i] for i in indices], state)
