@@ -42,6 +42,9 @@ OPERATIONS = {
     "method_with_keywords": (lambda x: x.clamp(min=0.6, max=0.9), 1, ()),
     "clamp_scalars": (lambda x: torch.clamp(x, -SCALAR, SCALAR), 1, ()),
     "maximum": (torch.maximum, 2, ()),
+    "maximum_scalar_first": (lambda x: torch.maximum(SCALAR, x), 1, ()),
+    "floordiv": (operator.floordiv, 2, ()),
+    "mod": (operator.mod, 1, (0.4,)),
     "lerp_number": (torch.lerp, 2, (0.3,)),
     "lerp_scalar": (torch.lerp, 2, (SCALAR,)),
     "lerp_list": (torch.lerp, 3, ()),
@@ -139,3 +142,47 @@ def test_dual_tensors_are_differentiated():
         tx = fo.sgd(dual)
         updates, _ = tx.update(PARAMS, tx.init(PARAMS))
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(updates["a"]).tangent, -PARAMS["a"])
+
+
+def test_rules_that_work_in_place_are_found_where_tensors_are_plain():
+    def update(g, state, p, s):
+        return g.mul_(2), state
+
+    tx = fo.leafwise(None, update)
+    with pytest.raises(TypeError, match="must not modify its arguments, but one of these did: test_rules_that"):
+        tx.update(PARAMS, tx.init(PARAMS))
+    PARAMS["a"].fill_(1)
+    with torch.inference_mode():  # there tensors do not count their versions
+        fo.adam().update({"a": torch.ones(2)}, fo.adam().init({"a": torch.ones(2)}))
+
+
+@pytest.mark.parametrize("name", ["shape", "ndim", "T"])
+def test_elementwise_rules_cannot_look_at_shapes(name):
+    with pytest.raises(AttributeError, match=f"must not look at .{name}; declare it with elementwise=False"):
+        getattr(lists(1)[0], name)
+
+
+def test_numbers_on_the_cpu_are_numbers_to_a_rule():
+    seen = []
+
+    def update(g, state, p, s):
+        seen.append(type(s))
+        return s * g, state
+
+    tx = fo.leafwise(None, update, lambda step: 2 * step, elementwise=True)
+    tx.update(PARAMS, tx.init(PARAMS))
+    assert seen == [float]
+    torch.func.grad(lambda params: tx.update(params, tx.init(params))[0]["a"].sum())(PARAMS)
+    assert set(seen[1:]) == {torch.Tensor}
+
+
+def test_single_precision_sees_exact_numbers():
+    """1 - rho is computed before it is rounded, however the rule is run."""
+    rho = torch.tensor(0.9999, dtype=torch.float64)
+    states = []
+    for kind in (0.9999, rho, rho.clone().requires_grad_()):
+        tx = fo.scale_by_adadelta(kind)
+        _, state = tx.update({"w": torch.ones(2)}, tx.init({"w": torch.ones(2)}))
+        states.append(state.square_avg["w"].detach())
+    for state in states:
+        torch.testing.assert_close(state, torch.full((2,), 1e-4), rtol=1e-6, atol=0)

@@ -668,3 +668,13 @@ def test_torchs_schedulers_can_save_what_they_drive():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules.linear(1.0, 0.0, 10))
     assert pickle.loads(pickle.dumps(scheduler.state_dict()))["lr_lambdas"] == [{}]
+
+
+def test_a_schedule_is_not_asked_for_steps_at_which_it_does_not_hold():
+    """Ten steps of it are finite, a thousand are not; the derivative at a thousand must be."""
+
+    def value(gamma):
+        return schedules.join([schedules.exponential(1.0, gamma), schedules.constant(2.0)], [10])(1000)
+
+    assert value(10.0) == 2
+    assert torch.func.grad(value)(torch.tensor(10.0, dtype=torch.float64)) == 0

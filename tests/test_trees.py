@@ -1,7 +1,9 @@
 """The lift: every kind of tree, missing gradients, masks and labels, and errors that name the path."""
 
 import collections
+import copy
 import os
+import pickle
 from typing import NamedTuple
 
 import optree
@@ -445,3 +447,157 @@ def test_sharded_tensors():
         assert state[1][0].exp_avg["w"].placements == (Shard(0),)
     finally:
         destroy_process_group()
+
+
+def test_a_missing_subtree_is_named():
+    params = {"a": {"x": ones(1), "y": ones(1)}, "b": ones(1)}
+    tx = fo.masked(fo.scale(100.0), {"a": True, "b": False})
+    with pytest.raises(ValueError, match="at 'a', params has a dict and updates has a NoneType"):
+        tx.update({"a": None, "b": ones(1)}, tx.init(params), params)
+
+
+def test_masks_by_function_where_leaves_are_missing():
+    def vectors(params):
+        return fo.tree.map(lambda p: p.ndim == 1, params)
+
+    tx = fo.masked(fo.scale(2.0), vectors)
+    updates, _ = tx.update({"a": None, "b": ones(1)}, tx.init({"a": ones(1), "b": ones(1)}))
+    assert updates == {"a": None, "b": 2}
+    partly = {"w": ones(2, 2), "b": None}
+    tx = fo.adamw(0.1, mask=vectors)
+    updates, _ = tx.update(partly, tx.init(partly), partly)
+    assert updates["b"] is None
+
+
+def test_masks_of_tensors_are_refused():
+    with pytest.raises(TypeError, match="label at 'a' is a tensor; masks and labels are python values"):
+        fo.masked(fo.sgd(0.1), {"a": torch.tensor(True)}).init({"a": ones(1)})
+
+
+def test_labels_are_read_once_an_update():
+    calls = []
+
+    def labels(params):
+        calls.append(1)
+        return {"a": "x", "b": "y"}
+
+    params = {"a": ones(1), "b": ones(1)}
+    tx = fo.partition({"x": fo.adamw(0.1), "y": fo.sgd(0.1, 0.9)}, labels)
+    state = tx.init(params)
+    assert len(calls) == 1
+    tx.update(params, state, params)
+    assert len(calls) == 2
+
+
+def test_gradients_with_the_conjugate_bit():
+    params = torch.randn(3, dtype=torch.complex128)
+    grads = params.conj()
+    assert grads.is_conj()
+    for tx in (fo.adamw(0.1), fo.chain(fo.clip_by_norm(0.1), fo.sgd(0.1))):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        expected, _ = tx.update(grads.resolve_conj(), tx.init(params), params)
+        assert torch.equal(updates, expected)
+
+
+def test_other_rules_see_complex_tensors_whole():
+    seen = []
+
+    def update(g, state, p, s):
+        seen.append((g.shape, g.dtype))
+        return s * g, state
+
+    scale = fo.leafwise(None, update, lambda step: 2 * step)
+    g = torch.randn(2, 2, dtype=torch.complex64)
+    updates, _ = scale.update(g, scale.init(g))
+    assert seen == [((2, 2), torch.complex64)]
+    assert torch.equal(updates, 2 * g)
+
+
+def test_states_of_other_dtypes():
+    params = {"w": ones(2)}
+    for tx in (fo.trace(0.9), fo.scale_by_adam()):
+        state = tx.init({"w": ones(2).float()})
+        with pytest.raises(ValueError, match="has shape .* dtype torch.float32 at 'w', but the update .*float64"):
+            tx.update(params, state)
+    precise = fo.tree.map(torch.Tensor.float, fo.trace(0.9).init({"w": ones(2).bfloat16()}).momentum_buffer)
+    state = fo.trace(0.9).init({"w": ones(2).bfloat16()})._replace(momentum_buffer=precise)
+    updates, state = fo.trace(0.9).update({"w": ones(2).bfloat16()}, state)
+    assert state.momentum_buffer["w"].dtype == torch.float32
+    assert updates["w"].dtype == torch.bfloat16
+
+
+def test_batched_states_outside_of_vmap():
+    state = torch.vmap(fo.adam().init)({"w": torch.ones(3, 2)})
+    with pytest.raises(ValueError, match=r"step in the state of .* has shape \(3,\)"):
+        fo.adam().update({"w": torch.ones(3, 2)}, state)
+
+
+def test_extras_of_decorated_functions():
+    @torch.no_grad()
+    def scalars(step, *, value, **others):
+        return value * len(others)
+
+    tx = fo.leafwise(None, lambda g, state, p, s: (s * g, state), scalars)
+    assert tx.update(ones(1), tx.init(ones(1)), value=3.0, another=1, one_more=2)[0] == 6
+
+    @torch.no_grad()
+    def update(updates, state, params, *, value):
+        return fo.tree.map(lambda u: value * u, updates), state
+
+    tx = fo.GradientTransformation(lambda params: (), update)
+    assert tx.update(ones(1), (), value=3.0)[0] == 3
+    with pytest.raises(TypeError, match="extra 'valeu', which nothing in the chain declares; declared are: value"):
+        tx.update(ones(1), (), valeu=3.0)
+
+
+class MeanState(NamedTuple):
+    mean: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda g, state, p, s: g, r"rule of <lambda> must return a pair, \(update, state\), but it returned"),
+        (lambda g, state, p, s: (g, ()), r"must return a state like .* with mean, but it returned \(\)"),
+        (lambda g, state, p, s: (g, None), "must return a state like .* with mean, but it returned None"),
+    ],
+)
+@pytest.mark.parametrize("params", [{"a": ones(1)}, {"a": ones(1), "b": ones(2)}], ids=["one", "several"])
+def test_rules_that_return_something_else(update, message, params):
+    tx = fo.leafwise(MeanState, update, elementwise=True)
+    with pytest.raises(TypeError, match=message):
+        tx.update(params, tx.init(params))
+
+
+def test_modules_are_not_trees():
+    model = torch.nn.Linear(2, 2)
+    for thing in (model, model.parameters()):
+        with pytest.raises(TypeError, match=r"parameter at 'the root' is a .*dict\(model.named_parameters\(\)\)"):
+            fo.adam().init(thing)
+
+
+def test_paths_that_collide():
+    state = fo.trace(0.9).init({"a.b": ones(1), "a": {"b": ones(1)}})
+    with pytest.raises(ValueError, match="Two tensors of the state have the path 'momentum_buffer.a.b'"):
+        fo.state_dict(state)
+
+
+def test_saved_states_take_the_dtypes_of_those_they_are_loaded_into():
+    state = fo.trace(0.9).init({"w": ones(2)})
+    loaded = fo.load_state_dict(state, {"step": torch.tensor(3.0), "momentum_buffer.w": torch.ones(2)})
+    assert (loaded.step, loaded.step.dtype, loaded.momentum_buffer["w"].dtype) == (3, torch.int64, torch.float64)
+
+
+def test_states_without_a_step_pickle():
+    tx = fo.leafwise(MeanState, lambda g, state, p, s: (g, MeanState(g)), elementwise=True)
+    _, state = tx.update({"w": ones(2)}, tx.init({"w": ones(2)}))
+    again = pickle.loads(pickle.dumps(state))
+    assert type(again) is type(state)
+    assert again._fields == ("mean",)
+    assert torch.equal(again.mean["w"], ones(2))
+
+
+def test_transformations_are_copied_as_what_they_are():
+    lr = torch.tensor(0.1, requires_grad=True) * 2  # torch refuses to copy this one
+    tx = fo.sgd(lr)
+    assert copy.deepcopy(tx) is tx

@@ -295,3 +295,34 @@ def test_extras_go_to_those_groups_that_want_them(device):
     assert [first.item(), second.item()] == [0.0, 0.5]
     optimizer.step(value=4.0)
     assert [first.item(), second.item()] == [-2.0, 0.0]
+
+
+def test_updates_may_be_the_parameters_themselves():
+    a, b = [torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 2.0)]
+    a.grad = b.grad = torch.ones(1)
+    fo.Optimizer([a, b], fo.stateless(lambda updates, params: [params[1], params[0]])).step()
+    assert (a.item(), b.item()) == (3.0, 3.0)
+
+
+def test_masks_by_name_need_names():
+    model = torch.nn.Linear(2, 2)
+    tx = fo.masked(fo.sgd(0.1), {"weight": True, "bias": False})
+    fo.Optimizer(model.named_parameters(), tx)
+    with pytest.raises(ValueError, match=r"parameters have no names here: give model.named_parameters\(\)"):
+        fo.Optimizer(model.parameters(), tx)
+
+
+def test_differentiable_is_for_all_groups():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "differentiable": True}]
+    with pytest.raises(ValueError, match="differentiable is for all groups: write Optimizer"):
+        fo.Optimizer(groups, fo.sgd, lr=0.1)
+
+
+def test_edits_are_noticed_by_type_too():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    opt = fo.Optimizer([p], fo.sgd, lr=0.1)
+    opt.step()
+    opt.param_groups[0]["lr"] = False
+    with pytest.raises(TypeError, match="Invalid learning rate: False is a bool"):
+        opt.step()
