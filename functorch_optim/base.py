@@ -7,9 +7,11 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from functorch_optim import execution, lift, tree
+from functorch_optim import lift, passes, tree
 from functorch_optim.checks import check_updates
+from functorch_optim.layout import nest, unnest
 from functorch_optim.links import Link
+from functorch_optim.passes import Bucket, Leaves
 from functorch_optim.recorded import Recorded
 from functorch_optim.rule import EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
@@ -253,60 +255,13 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     leaves, structure = tree.flatten(params)
     update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
     check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
-    present = [i for i, update in enumerate(update_leaves) if update is not None]
-    if present:
-        added, _ = execution.run([_ADD], [update_leaves[i] for i in present], [()], [leaves[i] for i in present], [()])
-        for i, new in zip(present, added, strict=True):
-            leaves[i] = new
-    return tree.unflatten(structure, leaves)
+    count = len(leaves)
+    over = Leaves(structure, lambda i: tree.paths(params)[i], leaves, [[True] * count])
+    added, _ = passes.run([_ADD], over, [Bucket(range(count), [None])], update_leaves, [()], {})
+    return tree.unflatten(structure, [p if new is None else new for p, new in zip(leaves, added, strict=True)])
 
 
-_ADD = Rule(None, lambda u, state, p, s: (p + u, state), None, True, True, None)
-
-
-# How states nest: an index for a link, a tuple for a chain, a dict for named parts. -----------------------------------
-
-
-def nest(layout: Any, states: Sequence[Any]) -> Any:
-    """Arrange the states of links as users see them."""
-    if isinstance(layout, int):
-        return states[layout]
-    if isinstance(layout, tuple):
-        return tuple([nest(part, states) for part in layout])
-    return {name: nest(part, states) for name, part in layout.items()}
-
-
-def unnest(layout: Any, state: Any, path: str = "state") -> list[Any]:
-    """List the states of links in order.
-
-    Raises:
-        ValueError: the state is arranged differently.
-    """
-    if isinstance(layout, int):
-        return [state]
-    names = list(range(len(layout))) if isinstance(layout, tuple) else list(layout)
-    if type(state) is not type(layout) or set(range(len(state)) if isinstance(state, tuple) else state) != set(names):
-        expected = f"a tuple of {len(names)}" if isinstance(layout, tuple) else f"a dict with the keys {names}"
-        raise ValueError(
-            f"{path} should be {expected}, but it is {_describe(state)}: it belongs to another transformation. "
-            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
-        )
-    return [found for name in names for found in unnest(layout[name], state[name], f"{path}[{name!r}]")]
-
-
-def _describe(state: Any) -> str:
-    if type(state) is tuple:
-        return f"a tuple of {len(state)}"
-    return f"a dict with the keys {list(state)}" if type(state) is dict else f"a {type(state).__name__}"
-
-
-def shift(layout: Any, by: int) -> Any:
-    """Renumber the links in a layout."""
-    if isinstance(layout, int):
-        return layout + by
-    if isinstance(layout, tuple):
-        return tuple([shift(part, by) for part in layout])
-    return {name: shift(part, by) for name, part in layout.items()}
+_ADD = Link(Rule(None, lambda u, state, p, s: (p + u, state), None, True, True, None))
 
 
 # Extras. --------------------------------------------------------------------------------------------------------------

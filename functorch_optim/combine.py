@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from functorch_optim.base import GradientTransformation, factory, shift
+from functorch_optim.base import GradientTransformation, factory
+from functorch_optim.layout import shift
 from functorch_optim.links import Link, Selection
 from functorch_optim.tree import Tree
 

@@ -12,8 +12,7 @@ Elementwise rules see complex tensors as pairs of reals, as torch.optim does; ot
 bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do.
 """
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -23,8 +22,8 @@ from torch.autograd import forward_ad
 
 from functorch_optim import tree
 from functorch_optim.checks import HALF
-from functorch_optim.numerics import safe_sqrt
 from functorch_optim.rule import Rule
+from functorch_optim.tensor_list import TensorList
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that foreach ops take; others, such as DTensor, go tensor by tensor."""
@@ -44,7 +43,7 @@ def run(
 
     Args:
         rules: the links of a chain.
-        updates: one tensor for each parameter.
+        updates: one tensor for each parameter, at least one; all of one device and dtype.
         states: for each rule, its state for these parameters.
         params: the parameters, where they were given.
         scalars: for each rule, what its `scalars` returned: numbers and 0-dim float64 tensors in any tree.
@@ -52,8 +51,6 @@ def run(
     Returns:
         The transformed updates, and for each rule its new state.
     """
-    if len({(update.device, update.dtype) for update in updates}) > 1:
-        return _kind_by_kind(rules, updates, states, params, scalars)
     eagerly = _can_batch([*updates, *(params or ())], states, scalars)
     new_updates = [_widened(update) for update in updates]
     new_states = [_map_columns(_widened, state) for state in states]
@@ -104,35 +101,6 @@ def unmodified(params: list[Tensor]) -> list[Tensor]:
     return [p.clone() for p in params] if torch.is_grad_enabled() else params
 
 
-def _kind_by_kind(
-    rules: Sequence[Rule],
-    updates: list[Tensor],
-    states: Sequence[Columns],
-    params: list[Tensor] | None,
-    scalars: Sequence[Any],
-) -> tuple[list[Tensor], list[Columns]]:
-    """Run the tensors of each device and dtype together."""
-    kinds: dict[Any, list[int]] = {}
-    for i, update in enumerate(updates):
-        kinds.setdefault((update.device, update.dtype), []).append(i)
-    new_updates = list(updates)
-    new_states = [_map_columns(lambda tensor: tensor, state) for state in states]
-    for members in kinds.values():
-        some_updates, some_states = run(
-            rules,
-            [updates[i] for i in members],
-            [_pick(state, members) for state in states],
-            [params[i] for i in members] if params is not None else None,
-            scalars,
-        )
-        for position, i in enumerate(members):
-            new_updates[i] = some_updates[position]
-            for new_state, some_state in zip(new_states, some_states, strict=True):
-                for new_column, some_column in zip(new_state, some_state, strict=True):
-                    new_column[i] = some_column[position]
-    return new_updates, new_states
-
-
 def _tensor_by_tensor(
     rules: Sequence[Rule],
     updates: list[Tensor],
@@ -178,10 +146,6 @@ def _make(state_type: Any, fields: Sequence[Any]) -> Any:
 
 def _row(columns: Columns, i: int) -> Any:
     return _make(type(columns), [column[i] for column in columns])
-
-
-def _pick(columns: Columns, members: list[int]) -> Columns:
-    return _make(type(columns), [[column[i] for i in members] for column in columns])
 
 
 def _map_columns(function: Callable[[Tensor], Tensor] | None, columns: Columns) -> Columns:
@@ -271,131 +235,3 @@ def _can_batch(tensors: list[Tensor], states: Sequence[Columns], scalars: Sequen
     if any(type(tensor) not in PLAIN for tensor in everything):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in everything))
-
-
-class TensorList:
-    """A list of tensors that answers like one tensor.
-
-    Each torch function called on it is one `torch._foreach_*` call over the list where there is such a kernel for these
-    arguments, and the function itself on each tensor where there is not.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        """Hold these tensors, of one dtype and device."""
-        self.tensors = tensors
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> "TensorList":
-        """Answer a torch function, or a method of Tensor, by its name."""
-        kwargs = kwargs or {}
-        name = function.__name__.strip("_")
-        in_place = function.__name__.endswith("_") and not function.__name__.endswith("__")
-        if in_place and function not in (operator.and_, operator.or_):
-            raise TypeError(f"A rule must not modify its arguments: use {name}() in place of {function.__name__}()")
-        result = _foreach_call(_ALIASES.get(name, name), args, kwargs)
-        if result is None:
-            result = [function(*row, **row_kwargs) for row, row_kwargs in _rows(args, kwargs)]
-        return cls(result)
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer a method or property of Tensor."""
-        attribute = getattr(Tensor, name)
-        if callable(attribute):
-            return lambda *args, **kwargs: TensorList.__torch_function__(attribute, (), (self, *args), kwargs)
-        if name in ("device", "dtype"):
-            return getattr(self.tensors[0], name)  # the same for all
-        raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
-
-    def __bool__(self) -> bool:
-        raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
-
-    def __repr__(self) -> str:
-        return f"TensorList({self.tensors!r})"
-
-
-def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
-    def forward(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, *others: TensorList.__torch_function__(function, (), (self, *others))
-
-    def backward(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: TensorList.__torch_function__(function, (), (other, self))
-
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-        yield f"__{name}__", forward(getattr(operator, name))
-        yield f"__r{name}__", backward(getattr(operator, name))
-    for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "invert"):
-        yield f"__{name.strip('_')}__", forward(getattr(operator, name))
-
-
-for _name, _operator in _operators():
-    setattr(TensorList, _name, _operator)
-TensorList.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yield the arguments for each tensor of the list."""
-
-    def row(value: Any, i: int) -> Any:
-        return value.tensors[i] if isinstance(value, TensorList) else value
-
-    length = next(len(value.tensors) for value in (*args, *kwargs.values()) if isinstance(value, TensorList))
-    for i in range(length):
-        yield [row(value, i) for value in args], {name: row(value, i) for name, value in kwargs.items()}
-
-
-_ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
-_UNARY = {
-    "abs",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "neg",
-    "reciprocal",
-    "rsqrt",
-    "sign",
-    "sqrt",
-    "tanh",
-    safe_sqrt.__name__,
-}
-_COMMUTATIVE = {"add", "mul"}
-_WITH_LIST = {"add", "sub", "mul", "div", "maximum", "minimum", "pow"}
-_WITH_NUMBER = {"add", "sub", "mul", "div", "clamp_min", "clamp_max", "pow"}
-_WITH_SCALAR_TENSOR = {"add", "mul", "div"}
-
-
-def _foreach_call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
-    """Call the foreach kernel for these arguments; None when there is none."""
-    if kwargs:
-        if name in ("addcmul", "addcdiv") and set(kwargs) == {"value"} and isinstance(kwargs["value"], int | float):
-            args, kwargs = (*args, kwargs["value"]), {}
-        else:
-            return None
-    kinds = "".join(map(_kind, args))
-    if name in _COMMUTATIVE and kinds in ("nl", "sl"):
-        args, kinds = args[::-1], kinds[::-1]
-    known = (
-        (kinds == "l" and name in _UNARY)
-        or (kinds == "ll" and name in _WITH_LIST)
-        or (kinds == "ln" and name in _WITH_NUMBER)
-        or (kinds == "ls" and name in _WITH_SCALAR_TENSOR)
-        or (kinds in ("lll", "lln") and name == "lerp")
-        or (kinds in ("lll", "llln") and name in ("addcmul", "addcdiv"))
-    )
-    if not known:
-        return None
-    kernel = getattr(torch, f"_foreach_{'sqrt' if name == safe_sqrt.__name__ else name}")
-    values = [value.tensors if isinstance(value, TensorList) else value for value in args]
-    result: list[Tensor] = list(kernel(*values))
-    return result
-
-
-def _kind(value: Any) -> str:
-    """Return l for a list of tensors, n for a number, s for a scalar tensor, and ? for anything else."""
-    if isinstance(value, TensorList):
-        return "l"
-    if isinstance(value, int | float):
-        return "n"
-    return "s" if isinstance(value, Tensor) and value.ndim == 0 else "?"

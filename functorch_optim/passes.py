@@ -68,7 +68,10 @@ def run(
         New updates, and new states.
     """
     updates = list(updates)
-    states = [_copied(state) if not isinstance(link.rule, TreeRule) else state for link, state in zip(links, states)]  # noqa: B905
+    states = [
+        state if isinstance(link.rule, TreeRule) else _mapped(list, state)
+        for link, state in zip(links, states, strict=True)
+    ]
     for members in _passes(links):
         first = members[0]
         if isinstance(links[first].rule, TreeRule):
@@ -77,11 +80,13 @@ def run(
         seen = [u for u, on in zip(updates, leaves.active[first], strict=True) if on and u is not None]
         for bucket in buckets:
             scalars = {k: evaluate_scalars(links[k], bucket.steps[k], extras, seen) for k in members}
-            groups: dict[tuple[int, ...], list[int]] = {}
+            groups: dict[tuple[Any, ...], list[int]] = {}
             for i in bucket.members:
-                if updates[i] is not None:
-                    groups.setdefault(tuple([k for k in members if leaves.active[k][i]]), []).append(i)
-            for applying, indices in groups.items():
+                u = updates[i]
+                if u is not None:
+                    applying = tuple([k for k in members if leaves.active[k][i]])
+                    groups.setdefault((applying, u.device, u.dtype), []).append(i)
+            for (applying, _, _), indices in groups.items():
                 if applying:
                     _run_rules(links, leaves, applying, indices, updates, states, scalars)
     return updates, states
@@ -187,10 +192,6 @@ def _fields(state: Any) -> list[tuple[str, Any]]:
 
 def _mapped(function: Callable[[Any], Any], state: Any) -> Any:
     return type(state)(*[function(column) for column in state]) if state else ()
-
-
-def _copied(state: Any) -> Any:
-    return _mapped(list, state)
 
 
 def _picked(state: Any, indices: list[int]) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 import functorch_optim as fo
 from functorch_optim import execution
-from functorch_optim.execution import TensorList
+from functorch_optim.tensor_list import TensorList
 
 GROUPS = [(2, 3), (), (0,), (4,)]
 

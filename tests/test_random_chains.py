@@ -10,6 +10,7 @@ from strategies import like, trees
 
 import functorch_optim as fo
 from functorch_optim import execution
+from functorch_optim.layout import nest
 
 
 def not_scalars(params):
@@ -65,7 +66,7 @@ def test_a_chain_equals_its_links_one_by_one(data):
         updates, state = tx.update(grads, state, params)
         for ours, theirs in (
             (updates, expected),
-            (fo.state_dict(state), fo.state_dict(fo.base.nest(tx._layout, states))),
+            (fo.state_dict(state), fo.state_dict(nest(tx._layout, states))),
         ):
             ours_leaves, ours_structure = fo.tree.flatten(ours)
             theirs_leaves, theirs_structure = fo.tree.flatten(theirs)
