@@ -678,3 +678,12 @@ def test_a_schedule_is_not_asked_for_steps_at_which_it_does_not_hold():
 
     assert value(10.0) == 2
     assert torch.func.grad(value)(torch.tensor(10.0, dtype=torch.float64)) == 0
+
+
+def test_what_schedules_cannot_be_computed_with():
+    with pytest.raises(TypeError, match="Schedule"):
+        schedules.constant(1.0) * "a"
+    with pytest.raises(TypeError, match="Invalid end_value: .* is a function; the arguments of a schedule are numbers"):
+        schedules.linear(1.0, lambda step: 3.0, 10)
+    with pytest.raises(TypeError, match="A schedule is a function of the step, got 0.1; write constant"):
+        schedules.Schedule(0.1)

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import os
 import pickle
 from typing import NamedTuple
@@ -601,3 +602,32 @@ def test_transformations_are_copied_as_what_they_are():
     lr = torch.tensor(0.1, requires_grad=True) * 2  # torch refuses to copy this one
     tx = fo.sgd(lr)
     assert copy.deepcopy(tx) is tx
+
+
+def test_a_gradient_for_a_parameter_that_is_not_there():
+    with pytest.raises(ValueError, match="updates have a tensor at 'b', but the parameter there is None"):
+        fo.sgd(0.1).update({"a": ones(1), "b": ones(1)}, fo.sgd(0.1).init({"a": ones(1)}), {"a": ones(1), "b": None})
+
+
+def test_extras_of_things_that_are_not_plain_functions():
+    def update(factor, updates, state, params, *, value, offset=0.0):
+        return fo.tree.map(lambda u: factor * u + value + offset, updates), state
+
+    tx = fo.GradientTransformation(lambda params: (), functools.partial(update, 2.0))
+    assert tx.update(ones(1), (), value=3.0)[0] == 5
+    with pytest.raises(TypeError, match="partial needs the extra 'value'"):
+        tx.update(ones(1), ())
+    with pytest.raises(TypeError, match="extra 'valeu', which nothing in the chain declares"):
+        tx.update(ones(1), (), valeu=3.0)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(True), torch.tensor(1j)])
+def test_tensors_that_are_no_real_numbers(lr):
+    with pytest.raises(TypeError, match="Invalid learning rate: a tensor of dtype torch.(bool|complex64)"):
+        fo.sgd(lr)
+
+
+def test_it_really_is_a_pair():
+    init, update = fo.sgd(0.1)
+    updates, _ = update(PARAMS, init(PARAMS))
+    assert torch.equal(updates["c"][0], -0.1 * PARAMS["c"][0])
