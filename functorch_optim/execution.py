@@ -90,10 +90,13 @@ def add_(params: list[Tensor], updates: list[Tensor]) -> None:
         torch._foreach_add_(params, updates)
 
 
-def unshared(tensors: list[Any], given: list[Any]) -> list[Any]:
-    """Clone those tensors whose memory begins where that of a given one does: the given ones are about to change."""
+def unshared(given: list[Any]) -> Callable[[Any], Any]:
+    """Return a function that clones a tensor whose memory begins where that of a given one does.
+
+    The given ones are about to change.
+    """
     memory = {tensor.data_ptr() for tensor in given if type(tensor) in PLAIN}
-    return [t.clone() if type(t) in PLAIN and t.data_ptr() in memory else t for t in tensors]
+    return lambda tensor: tensor.clone() if type(tensor) in PLAIN and tensor.data_ptr() in memory else tensor
 
 
 def unmodified(params: list[Tensor]) -> list[Tensor]:

@@ -154,16 +154,11 @@ class Optimizer(torch.optim.Optimizer):
         saved = self.state.get(TREE, {})
         tree_states = {k: saved[f"{index}.{k}"] for k in range(len(plan.links)) if f"{index}.{k}" in saved}
         updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], tree_states, extra)
-        given = [*plan.params, *[p.grad for p in plan.params]]
-        kept = execution.unshared
+        kept = execution.unshared([*plan.params, *[p.grad for p in plan.params]])
         return (
-            kept(updates, given),
-            [dict(zip(state, kept(list(state.values()), given), strict=True)) for state in states],
-            {
-                f"{index}.{k}": tree.unflatten(structure, kept(leaves, given))
-                for k, (leaves, structure) in [(k, tree.flatten(state)) for k, state in tree_states.items()]
-                if leaves
-            },
+            [kept(update) for update in updates],
+            [{key: kept(value) for key, value in state.items()} for state in states],
+            {f"{index}.{k}": tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
         )
 
     @property
