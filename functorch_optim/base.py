@@ -28,8 +28,9 @@ class GradientTransformation(Recorded):
     Args:
         init: `init(params) -> state`. The state is any tree of tensors.
         update: `update(updates, state, params, *, name, ...) -> (updates, state)`. It must not modify its arguments.
-            `params` is None when the caller gave none, and so is the update of a leaf without a gradient. Its
-            keyword-only parameters are the extras it declares; `**extra` declares any.
+            `params` is None when the caller gave none, and so is the update of a leaf without a gradient, whose state
+            must stay: `fo.tree.map(lambda m, g: m if g is None else m + g, state, updates)`. Its keyword-only
+            parameters are the extras it declares; `**extra` declares any.
 
     Example:
         >>> import functorch_optim as fo, torch

@@ -15,7 +15,7 @@ def state_dict(state: Tree) -> dict[str, Tensor]:
         state: what `init` or `update` returned; any tree of tensors.
 
     Returns:
-        Dict: dotted path -> tensor. The tensors are those of the state, not copies.
+        Dict: dotted path -> tensor. The tensors are those of the state, not copies. None is left out.
 
     Raises:
         ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b".
@@ -26,8 +26,9 @@ def state_dict(state: Tree) -> dict[str, Tensor]:
         >>> fo.state_dict(state)
         {'step': tensor(0), 'momentum_buffer.w': tensor([0.])}
     """
-    paths = tree.paths(state)
-    saved = dict(zip(paths, tree.flatten(state)[0], strict=True))
+    leaves = tree.flatten(state)[0]
+    paths = [path for path, leaf in zip(tree.paths(state), leaves, strict=True) if leaf is not None]
+    saved = dict(zip(paths, [leaf for leaf in leaves if leaf is not None], strict=True))
     if len(saved) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"Two tensors of the state have the path {twice!r}; rename the keys that contain dots")
@@ -56,16 +57,18 @@ def load_state_dict(state: Tree, saved: Mapping[str, Tensor]) -> Tree:
     """
     leaves, structure = tree.flatten(state)
     paths = tree.paths(state)
-    for path in (*paths, *saved):
-        if path not in saved or path not in paths:
-            has, lacks = ("the state", "the saved one") if path in paths else ("the saved state", "this one")
+    present = state_dict(state)
+    for path in (*present, *saved):
+        if path not in saved or path not in present:
+            has, lacks = ("the state", "the saved one") if path in present else ("the saved state", "this one")
             raise ValueError(
                 f"{has} has {path!r}, which {lacks} lacks; it was saved from another transformation or other parameters"
             )
-    for path, leaf in zip(paths, leaves, strict=True):
+    for path, leaf in present.items():
         if saved[path].shape != leaf.shape:
             raise ValueError(
                 f"The saved {path!r} has shape {tuple(saved[path].shape)}, but the state's has {tuple(leaf.shape)}; "
                 "it was saved from other parameters"
             )
-    return tree.unflatten(structure, [saved[path].to(leaf) for path, leaf in zip(paths, leaves, strict=True)])
+    loaded = [None if leaf is None else saved[path].to(leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    return tree.unflatten(structure, loaded)

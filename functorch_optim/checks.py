@@ -53,6 +53,16 @@ def check_updates(
             )
 
 
+def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> None:
+    """Raise when a leaf has an update but no state."""
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"The state's {field} for {name} has nothing at {path(i)!r}: the parameter was None or masked out in "
+                "tx.init(params), and now there is an update for it. Masks must not change"
+            )
+
+
 def check_state(name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path) -> None:
     """Raise unless the state of an elementwise rule has the shapes of the updates, and their dtypes or float32."""
     for i, (tensor, update) in enumerate(zip(tensors, updates, strict=True)):
@@ -61,7 +71,7 @@ def check_state(name: str, field: str, tensors: Sequence[Tensor], updates: Seque
             raise ValueError(
                 f"The state's {field} for {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} at "
                 f"{path(i)!r}, but the update has shape {tuple(update.shape)} and dtype {update.dtype}. The state "
-                "belongs to other parameters: make it with tx.init(params)"
+                "belongs to other parameters, or they were converted since: make it anew, with tx.init(params)"
             )
 
 

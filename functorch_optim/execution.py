@@ -91,12 +91,18 @@ def add_(params: list[Tensor], updates: list[Tensor]) -> None:
 
 
 def unshared(given: list[Any]) -> Callable[[Any], Any]:
-    """Return a function that clones a tensor whose memory begins where that of a given one does.
+    """Return a function that clones a tensor that shares memory with a given one, which is about to change."""
+    plain = [tensor for tensor in given if type(tensor) in PLAIN]
+    starts = {tensor.data_ptr() for tensor in plain}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in plain}
 
-    The given ones are about to change.
-    """
-    memory = {tensor.data_ptr() for tensor in given if type(tensor) in PLAIN}
-    return lambda tensor: tensor.clone() if type(tensor) in PLAIN and tensor.data_ptr() in memory else tensor
+    def unshare(tensor: Any) -> Any:
+        if type(tensor) not in PLAIN:
+            return tensor
+        view = tensor._is_view() and tensor.untyped_storage().data_ptr() in storages
+        return tensor.clone() if view or tensor.data_ptr() in starts else tensor
+
+    return unshare
 
 
 def unmodified(params: list[Tensor]) -> list[Tensor]:

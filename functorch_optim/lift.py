@@ -29,7 +29,8 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             masked = [leaf if on else MaskedNode() for leaf, on in zip(leaves, active, strict=True)]
             states.append(link.rule.init(tree.unflatten(structure, masked) if link.where else params))
             continue
-        leaf_states = [link.rule.init_leaf(p) if on else None for p, on in zip(leaves, active, strict=True)]
+        present = [on and leaf is not None for leaf, on in zip(leaves, active, strict=True)]
+        leaf_states = [link.rule.init_leaf(p) if on else None for p, on in zip(leaves, present, strict=True)]
         state_type = next((type(state) for state in leaf_states if state is not None), link.rule.state_type or tuple)
         trees = [
             tree.unflatten(structure, [MaskedNode() if state is None else state[field] for state in leaf_states])
@@ -89,7 +90,7 @@ def _columns(link: Link, state: Any, structure: Any, like: Tree) -> Any:
         return state
     counted = rule.scalars is not None
     fields = getattr(state, "_fields", None)
-    leaf_type = getattr(type(state), "leaf_type", None)
+    leaf_type = getattr(type(state), "_leaf_type", None)
     if (
         fields is None
         or (fields[:1] == ("step",)) != counted

@@ -37,7 +37,7 @@ class Link(NamedTuple):
 
 
 def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
-    """Tell for each link which leaves of `params` it is for; it is for none that is None.
+    """Tell for each link which leaves of `params` it is for. A leaf that is None may have any label.
 
     Raises:
         ValueError: labels do not fit the parameters, or one is unknown.
@@ -56,12 +56,12 @@ def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
 
     chosen = []
     for link in links:
-        flags = [leaf is not None for leaf in leaves]
+        flags = [True] * len(leaves)
         for selection in link.where:
             for i, label in enumerate(labels_of(selection)):
-                if flags[i]:
+                if leaves[i] is not None:
                     _check_label(label, selection.known, params, i)
-                    flags[i] = label == selection.label
+                flags[i] = flags[i] and label == selection.label
         chosen.append(flags)
     return chosen
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import execution, tree
-from functorch_optim.checks import Path, check_kept, check_state, check_updates
+from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
 from functorch_optim.links import Link
 from functorch_optim.rule import TreeRule
 from functorch_optim.tree import MaskedNode, Tree
@@ -79,13 +79,14 @@ def run(
             continue
         seen = [u for u, on in zip(updates, leaves.active[first], strict=True) if on and u is not None]
         for bucket in buckets:
-            scalars = {k: evaluate_scalars(links[k], bucket.steps[k], extras, seen) for k in members}
             groups: dict[tuple[Any, ...], list[int]] = {}
             for i in bucket.members:
                 u = updates[i]
                 if u is not None:
                     applying = tuple([k for k in members if leaves.active[k][i]])
                     groups.setdefault((applying, u.device, u.dtype), []).append(i)
+            used = {k for applying, _, _ in groups for k in applying}
+            scalars = {k: evaluate_scalars(links[k], bucket.steps[k], extras, seen) for k in members if k in used}
             for (applying, _, _), indices in groups.items():
                 if applying:
                     _run_rules(links, leaves, applying, indices, updates, states, scalars)
@@ -122,12 +123,13 @@ def _run_rules(
         rule = links[k].rule
         if leaves.params is None and rule.needs_params:
             raise ValueError(
-                f"{links[k].rule.name} needs the parameters, but update was called without them; "
+                f"{rule.name} needs the parameters, but update was called without them; "
                 "call tx.update(updates, state, params)"
             )
-        if rule.elementwise:
-            for field, column in _fields(state):
-                check_state(links[k].rule.name, field, column, some_updates, path)
+        for field, column in _fields(state):
+            check_present(rule.name, field, column, path)
+            if rule.elementwise:
+                check_state(rule.name, field, column, some_updates, path)
     rules: list[Any] = [links[k].rule for k in applying]
     params = [leaves.params[i] for i in indices] if leaves.params is not None else None
     new_updates, new_states = execution.run(rules, some_updates, some_states, params, [scalars[k] for k in applying])

@@ -114,10 +114,10 @@ class Extras(NamedTuple):
 
 def extras_of(function: Any) -> Extras:
     """Read a function's extras off its signature."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
     code = getattr(function, "__code__", None)
     if code is not None:  # torch.compile cannot trace inspect.signature
+        if code.co_flags & inspect.CO_VARKEYWORDS and hasattr(function, "__wrapped__"):
+            return extras_of(function.__wrapped__)  # a decorator that passes everything on
         names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
         return Extras(frozenset(names), bool(code.co_flags & inspect.CO_VARKEYWORDS), function)
     parameters = inspect.signature(function).parameters.values()
@@ -160,11 +160,11 @@ def leaf_state(state_type: type) -> type:
             "leave it out and use the argument of scalars(step)"
         )
     make_type: Any = namedtuple
-    for lifted, names in (("counted", ("step", *fields)), ("uncounted", fields)):
+    for lifted, names in (("_counted", ("step", *fields)), ("_uncounted", fields)):
         tree_type: Any = make_type(state_type.__name__, names)
         tree_type.__module__ = state_type.__module__
         tree_type.__doc__ = state_type.__doc__
-        tree_type.leaf_type = state_type
+        tree_type._leaf_type = state_type
         tree_type.__reduce__ = _reduce
         setattr(state_type, lifted, tree_type)
     return state_type
@@ -174,14 +174,14 @@ def tree_state_type(state_type: Any, counted: bool) -> Any:
     """Return the NamedTuple that holds the states of a whole tree of tensors."""
     if state_type is tuple:
         return StepState if counted else EmptyState
-    if getattr(state_type, "counted", None) is None:
+    if getattr(state_type, "_counted", None) is None:
         leaf_state(state_type)
-    return state_type.counted if counted else state_type.uncounted
+    return state_type._counted if counted else state_type._uncounted
 
 
 def _reduce(state: Any) -> tuple[Any, ...]:
     # The class was made here and cannot be imported, but the one it was made from can.
-    return _rebuild, (type(state).leaf_type, "step" in state._fields, tuple(state))
+    return _rebuild, (type(state)._leaf_type, "step" in state._fields, tuple(state))
 
 
 def _rebuild(state_type: Any, counted: bool, fields: tuple[Any, ...]) -> Any:

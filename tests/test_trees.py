@@ -631,3 +631,49 @@ def test_it_really_is_a_pair():
     init, update = fo.sgd(0.1)
     updates, _ = update(PARAMS, init(PARAMS))
     assert torch.equal(updates["c"][0], -0.1 * PARAMS["c"][0])
+
+
+def test_parameters_that_were_not_there_at_init():
+    for tx in (fo.adam(0.1), fo.leafwise(MeanState, lambda g, state, p, s: (g, state))):
+        with pytest.raises(ValueError, match="for .* has nothing at 'a': the parameter was None or masked out"):
+            tx.update({"a": ones(1)}, tx.init({"a": None}), {"a": ones(1)})
+
+
+def test_states_with_missing_leaves_are_saved_and_loaded():
+    tx = fo.GradientTransformation(
+        lambda params: fo.tree.map(torch.zeros_like, params), lambda updates, state, params: (updates, state)
+    )
+    state = tx.init({"a": ones(1), "b": None})
+    assert list(fo.state_dict(state)) == ["a"]
+    assert fo.load_state_dict(state, {"a": ones(1)}) == {"a": 1, "b": None}
+
+
+def test_extras_of_a_wrapper_that_gives_them_itself():
+    def update(updates, state, params, *, value):
+        return fo.tree.map(lambda u: value * u, updates), state
+
+    @functools.wraps(update)
+    def with_value(updates, state, params):
+        return update(updates, state, params, value=2.0)
+
+    assert fo.GradientTransformation(lambda params: (), with_value).update(ones(1), ())[0][0] == 2
+
+
+class CountedState(NamedTuple):
+    counted: torch.Tensor
+
+
+def test_state_fields_may_have_any_name():
+    tx = fo.leafwise(CountedState, lambda g, state, p, s: (g, state))
+    assert tx.init(ones(1)).counted == 0
+
+
+def test_scalars_are_not_computed_for_nothing():
+    def scalars(step, *, updates):
+        return torch.stack(updates).sum()
+
+    summed = fo.leafwise(None, lambda g, state, p, s: (g, state), scalars)
+    tx = fo.partition({"x": summed, "y": fo.sgd(0.1)}, {"a": "x", "b": "y"})
+    params = {"a": ones(1), "b": ones(1)}
+    updates, _ = tx.update({"a": None, "b": ones(1)}, tx.init(params), params)
+    assert updates["a"] is None

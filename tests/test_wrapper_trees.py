@@ -326,3 +326,98 @@ def test_edits_are_noticed_by_type_too():
     opt.param_groups[0]["lr"] = False
     with pytest.raises(TypeError, match="Invalid learning rate: False is a bool"):
         opt.step()
+
+
+def test_masks_and_labels_span_the_groups():
+    a, b = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    tx = fo.partition({"x": fo.sgd(0.1), "y": fo.sgd(1.0)}, {"a": "x", "b": "y"})
+    opt = fo.Optimizer([{"params": [("a", a)]}, {"params": [("b", b)]}], tx)
+    a.grad = b.grad = torch.ones(1)
+    opt.step()
+    torch.testing.assert_close(torch.cat([a, b]).detach(), torch.tensor([0.9, 0.0]))
+
+
+def two_traces(lr=1.0, maximize=False):
+    return fo.chain(*([fo.maximize()] if maximize else []), fo.trace(0.9), fo.trace(0.5), fo.scale(lr))
+
+
+def test_states_keep_their_names_when_links_come_and_go():
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = fo.Optimizer([p], two_traces)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert sorted(opt.state[p]) == ["momentum_buffer", "momentum_buffer.1", "step"]
+    before = opt.state[p]["momentum_buffer"].item()
+    opt.param_groups[0]["maximize"] = True
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].item() == pytest.approx(0.9 * before - 1)
+
+
+def summing():
+    def update(updates, state, params):
+        state = fo.tree.map(lambda m, g: m if g is None else m + g, state, updates)
+        return fo.tree.map(lambda g, m: m, updates, state), state
+
+    return fo.GradientTransformation(lambda params: fo.tree.map(torch.zeros_like, params), update)
+
+
+def test_states_of_the_tree_keep_their_names_when_links_come_and_go():
+    def factory(lr=0.1, momentum=0.0):
+        return fo.chain(fo.sgd(1.0, momentum), summing(), fo.scale(lr))
+
+    p = torch.nn.Parameter(torch.zeros(1))
+    opt = fo.Optimizer([p], factory)
+    p.grad = torch.ones(1)
+    opt.step()
+    opt.param_groups[0]["momentum"] = 0.9
+    opt.step()
+    assert opt.state["transformation"]["0.0"][0].item() == -2.0
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state["transformation"]["0.0"][0].item() == -2.0
+
+
+def test_missing_gradients_and_functions_of_some_of_the_tree():
+    tx = fo.masked(summing(), {"a": True, "b": True, "c": False})
+    params = {name: torch.ones(1) for name in "abc"}
+    grads = {**params, "b": None}
+    for with_params in (params, None):
+        updates, state = tx.update(grads, tx.init(params), with_params)
+        assert updates == grads
+        assert state["b"] == 0
+
+
+class Slice(NamedTuple):
+    part: torch.Tensor
+
+
+def test_states_may_be_parts_of_parameters():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = fo.Optimizer([p], fo.leafwise(lambda p: Slice(p.detach()[1:]), lambda g, state, p, s: (-g, state)))
+    p.grad = torch.ones(2)
+    opt.step()
+    assert opt.state[p]["part"].item() == 1
+
+
+def test_extras_are_checked_before_the_closure_runs():
+    p = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="extra 'bogus'"):
+        fo.Optimizer([p], fo.sgd, lr=0.1).step(lambda: pytest.fail("the closure ran"), bogus=1)
+
+
+def test_steps_are_loaded_as_they_are_counted():
+    p = torch.nn.Parameter(torch.ones(1))
+    opt = fo.Optimizer([p], fo.adam)
+    p.grad = torch.ones(1)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"][0]["step"] = 1001  # a number, as torch once saved it
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        opt.load_state_dict(saved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert opt.state[p]["step"] == 1001
+    saved["state"][0]["step"] = torch.ones(3)
+    with pytest.raises(ValueError, match="saved step of parameter '0' is .* of one number"):
+        opt.load_state_dict(saved)

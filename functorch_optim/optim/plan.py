@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim import execution, lift, passes, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_updates
-from functorch_optim.links import select
+from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
 from functorch_optim.rule import Rule, TreeRule
 
@@ -87,7 +87,7 @@ class Plan:
         """Compute updates and next states; change nothing.
 
         Args:
-            states: what is known of `state[p]`, for each parameter; it is completed.
+            states: what is known of `state[p]`, for each parameter; what is missing is filled in, in copies.
             tree_states: the states of functions of the whole tree, by link.
             extra: by name, what some transformation declares.
 
@@ -99,15 +99,19 @@ class Plan:
             raise RuntimeError("Sparse gradients are not supported by this transformation; use dense ones")
         check_updates(grads, self.params, self.path)
         states = list(states)
+        params = execution.unmodified(self.params)
         groups: dict[tuple[float, tuple[int, ...]], list[int]] = {}
         for i, g in enumerate(grads):
             if g is not None:
-                step, fresh, states[i] = self._completed(i, states[i])
+                step, fresh, states[i] = self._completed(i, states[i], params[i])
                 groups.setdefault((step, fresh), []).append(i)
         if not groups:
             return grads, states, {}
+        for k, link in enumerate(self.links):
+            if isinstance(link.rule, TreeRule) and k not in tree_states:
+                tree_states = {**tree_states, k: self._initial(link, params)}
         columns = [self._columns(k, grads, states, tree_states) for k in range(len(self.links))]
-        leaves = Leaves(self._structure, self.path, execution.unmodified(self.params), self._active)
+        leaves = Leaves(self._structure, self.path, params, self._active)
         buckets = [Bucket(members, self._steps(step, fresh)) for (step, fresh), members in groups.items()]
         updates, columns = passes.run(self.links, leaves, buckets, grads, columns, extra)
         for (step, _), members in groups.items():
@@ -125,7 +129,10 @@ class Plan:
 
     def initial_tree_state(self, k: int) -> Any:
         """Make the state of a function of the whole tree."""
-        return lift.init([self.links[k]], self._tree)[0]
+        return self._initial(self.links[k], self.params)
+
+    def _initial(self, link: Link, params: list[Tensor]) -> Any:
+        return lift.init([link], tree.unflatten(self._structure, params))[0]
 
     def check_state(self, i: int, state: State, known: set[str]) -> None:
         """Raise unless a loaded `state[p]` is one that this transformation makes.
@@ -139,6 +146,12 @@ class Plan:
             ValueError: a key is unknown, or a shape is wrong.
         """
         p, part = self.params[i], self.parts[i]
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or (key == "step" and value.numel() != 1):
+                raise ValueError(
+                    f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs, "
+                    "of one number if it is the step"
+                )
         foreign = [key for key in state if key not in part.known | known]
         if foreign:
             raise ValueError(
@@ -153,7 +166,7 @@ class Plan:
                         f"but the parameter has {tuple(p.shape)}; it was saved for another model"
                     )
 
-    def _completed(self, i: int, state: State) -> tuple[float, tuple[int, ...], State]:
+    def _completed(self, i: int, state: State, p: Tensor) -> tuple[float, tuple[int, ...], State]:
         """Add to a copy of `state[p]` what is not there yet.
 
         Returns:
@@ -165,13 +178,13 @@ class Plan:
         if part.counted and "step" not in state:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
             # On the CPU, whatever the default device: it is read at every step.
-            state["step"] = torch.full((), float(begun), dtype=_step_dtype(), device="cpu")
+            state["step"] = torch.full((), float(begun), dtype=step_dtype(), device="cpu")
         fresh = []
         for k, keys in zip(part.links, part.keys, strict=True):
             missing = [key for key in keys if key not in state]
             if missing:
                 rule: Any = self.links[k].rule
-                initial = dict(zip(keys, rule.init_leaf(self.params[i]), strict=True))
+                initial = dict(zip(keys, rule.init_leaf(p), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if len(missing) == len(keys):
                     fresh.append(k)
@@ -180,7 +193,7 @@ class Plan:
     def _columns(self, k: int, grads: list[Any], states: list[State], tree_states: dict[int, Any]) -> Any:
         """Collect the state of one link over all parameters."""
         if isinstance(self.links[k].rule, TreeRule):
-            return tree_states[k] if k in tree_states else self.initial_tree_state(k)
+            return tree_states[k]
         users = [i for i, part in enumerate(self.parts) if k in part.links and grads[i] is not None]
         if not users:
             return ()
@@ -200,11 +213,11 @@ class Plan:
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:
         fields = [getattr(self._state_type(k, p), "_fields", ()) for k in links]
-        counts = Counter(field for some in fields for field in some)
-        keys = [
-            tuple([field if counts[field] == 1 else f"{k}.{field}" for field in some])
-            for k, some in zip(links, fields, strict=True)
-        ]
+        counts: Counter[str] = Counter()
+        keys = []
+        for some in fields:  # the second momentum_buffer is momentum_buffer.1, whatever links without one stand between
+            keys.append(tuple([f"{field}.{counts[field]}" if counts[field] else field for field in some]))
+            counts.update(some)
         return Part(links, tuple(keys), any(self.links[k].rule.scalars is not None for k in links))
 
     def _state_type(self, k: int, p: Tensor) -> Any:
@@ -216,6 +229,6 @@ class Plan:
         return self._state_types[k]
 
 
-def _step_dtype() -> torch.dtype:
+def step_dtype() -> torch.dtype:
     """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -10,7 +10,7 @@ from functorch_optim import checkpoint, execution, tree
 from functorch_optim.base import GradientTransformation, check_extras
 from functorch_optim.checks import check_params
 from functorch_optim.optim import factories
-from functorch_optim.optim.plan import Plan
+from functorch_optim.optim.plan import Plan, step_dtype
 from functorch_optim.rule import TreeRule
 
 # The key in `state` of what belongs to no parameter: the states of functions of the whole tree.
@@ -35,7 +35,8 @@ class Optimizer(torch.optim.Optimizer):
         params: tensors, (name, tensor) pairs, or dicts of a group each, as torch.optim takes them. Masks and labels in
             the transformation see a dict by name where there are names, and else a list.
         transformation: transformation, or factory.
-        differentiable: whether `step` is recorded by autograd, and parameters may be non-leaf tensors.
+        differentiable: whether `step` is recorded by autograd, and parameters may be non-leaf tensors. It adds to
+            them in place: compute losses from `p.clone()`, as with torch.optim. The functional form needs no such care.
         **hyperparameters: arguments of the factory, the defaults of all groups. A schedule is called with the number of
             steps that a parameter has had; it belongs to the program, not to the state, and is not saved.
 
@@ -48,7 +49,7 @@ class Optimizer(torch.optim.Optimizer):
 
     `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
     is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an
-    error, and a step that raises has changed nothing.
+    error, and an error while updates are computed leaves parameters and states as they were.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -74,8 +75,12 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self._transformation = transformation
         self._plans: dict[int, tuple[Any, Plan]] = {}
+        self._complete = False
         defaults = factories.defaults(transformation, hyperparameters)
         super().__init__(params, {**defaults, "differentiable": differentiable})
+        self._complete = True
+        for index in range(self._number_of_trees):
+            self._plan(index)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -104,7 +109,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             names = param_group.get("param_names", range(len(param_group["params"])))
             check_params(param_group["params"], lambda i: str(names[i]))
-            self._plan(len(self.param_groups) - 1 if self._has_factory else 0)
+            if self._complete:  # while groups are added one by one, masks and labels of all cannot fit yet
+                self._plan(self._number_of_trees - 1)
         except Exception:
             self.param_groups.pop()
             self._plans.clear()
@@ -125,14 +131,16 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse.
             TypeError: an extra that nothing declares.
         """
+        links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
+        wants_value = any(link.rule.extras.any or "value" in link.rule.extras.names for link in links)
         loss = None
         if closure is not None:
+            check_extras(links, {**({"value": None} if wants_value else {}), **extra})
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             plans = [self._plan(index) for index in range(self._number_of_trees)]
-            links = [link for plan in plans for link in plan.links]
-            if loss is not None and any(link.rule.extras.any or "value" in link.rule.extras.names for link in links):
+            if loss is not None and wants_value:
                 extra.setdefault("value", loss)
             check_extras(links, extra)
             # Everything is computed before anything is changed.
@@ -152,13 +160,14 @@ class Optimizer(torch.optim.Optimizer):
     ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
         saved = self.state.get(TREE, {})
-        tree_states = {k: saved[f"{index}.{k}"] for k in range(len(plan.links)) if f"{index}.{k}" in saved}
-        updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], tree_states, extra)
+        keys = _tree_keys(index, plan)
+        known = {k: saved[key] for k, key in keys.items() if key in saved}
+        updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], known, extra)
         kept = execution.unshared([*plan.params, *[p.grad for p in plan.params]])
         return (
             [kept(update) for update in updates],
             [{key: kept(value) for key, value in state.items()} for state in states],
-            {f"{index}.{k}": tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
+            {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
         )
 
     @property
@@ -193,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
             return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_transformation": self._transformation, "_plans": {}}
+        return {**super().__getstate__(), "_transformation": self._transformation, "_plans": {}, "_complete": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's load_state_dict ends here, with nothing changed yet; unpickling begins here.
@@ -222,15 +231,15 @@ class Optimizer(torch.optim.Optimizer):
             for i, p in enumerate(plan.params):
                 if p in state:
                     if "step" in state[p]:
-                        state[p]["step"] = torch.as_tensor(state[p]["step"], dtype=torch.get_default_dtype())
+                        state[p]["step"] = torch.as_tensor(state[p]["step"], dtype=step_dtype())
                     plan.check_state(i, state[p], set().union(*[other.parts[i].known for other in others]))
-            for k, link in enumerate(plan.links):
-                initial = plan.initial_tree_state(k) if isinstance(link.rule, TreeRule) and state else ()
+            for k, key in _tree_keys(index, plan).items():
+                initial = plan.initial_tree_state(k) if state else ()
                 if tree.flatten(initial)[0]:
-                    tree_states[f"{index}.{k}"] = checkpoint.load_state_dict(initial, saved.pop(f"{index}.{k}", {}))
+                    tree_states[key] = checkpoint.load_state_dict(initial, saved.pop(key, {}))
         if saved:
             raise ValueError(
-                f"The saved state has one for link {next(iter(saved))} of the transformation, which keeps none here; "
+                f"The saved state has one for the function of the whole tree {next(iter(saved))}, which is not here; "
                 "an optimizer of another kind saved it"
             )
         if tree_states:
@@ -241,6 +250,12 @@ class Optimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         name = type(self).__name__
         return super().__repr__().replace(f"{name} (", f"{name} of {factories.name_of(self._transformation)} (", 1)
+
+
+def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
+    """Name the states of functions of the whole tree: by tree, and by number among them."""
+    whole = [k for k, link in enumerate(plan.links) if isinstance(link.rule, TreeRule)]
+    return {k: f"{index}.{number}" for number, k in enumerate(whole)}
 
 
 def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
