@@ -59,24 +59,33 @@ def ways(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
     }
 
 
+def measure(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median milliseconds of ten interleaved runs, after three that do not count."""
+    times: dict[str, list[float]] = {way: [] for way in functions}
+    for repetition in range(13):
+        for way, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repetition >= 3:
+                times[way].append((time.perf_counter() - start) * 1e3)
+    return {way: statistics.median(measured) for way, measured in times.items()}
+
+
 def main() -> None:
-    """Print a table for each set of shapes."""
+    """Print a table for each set of shapes, and the cost for each tensor as they grow more."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, optree {fo.tree.optree.__version__}, {torch.get_num_threads()} threads")
     for name, shapes in SHAPES.items():
-        functions = ways(shapes)
-        times: dict[str, list[float]] = {way: [] for way in functions}
-        for repetition in range(13):
-            for way, function in functions.items():
-                start = time.perf_counter()
-                function()
-                if repetition >= 3:
-                    times[way].append((time.perf_counter() - start) * 1e3)
-        first = statistics.median(next(iter(times.values())))
+        medians = measure(ways(shapes))
+        first = next(iter(medians.values()))
         print(f"\n{name}")
-        for way, measured in times.items():
-            median = statistics.median(measured)
+        for way, median in medians.items():
             print(f"  {way:36} {median:9.3f} ms  {median / first:6.2f}")
+
+    print("\nmicroseconds for each tensor of 4 elements")
+    for count in (10, 100, 1000, 10_000):
+        medians = measure(ways([(4,)] * count))
+        print(f"  {count:6} tensors: " + ", ".join(f"{way} {1e3 * ms / count:.1f}" for way, ms in medians.items()))
 
 
 if __name__ == "__main__":
