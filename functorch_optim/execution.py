@@ -71,13 +71,13 @@ def run(
         )
         new_updates = [_like(new, old) for new, old in zip(results, new_updates, strict=True)]
         for k, column in zip(links, columns, strict=True):
-            new_states[k] = _columns_like(column, new_states[k])
+            new_states[k] = _zip_columns(_like, column, new_states[k])
     if eagerly and versions != [tensor._version for tensor in given if not tensor.is_inference()]:
         names = ", ".join([rule.name for rule in rules])
         raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
     return (
         [_narrowed(new, old) for new, old in zip(new_updates, updates, strict=True)],
-        [_narrowed_columns(new, old) for new, old in zip(new_states, states, strict=True)],
+        [_zip_columns(_narrowed, new, old) for new, old in zip(new_states, states, strict=True)],
     )
 
 
@@ -88,6 +88,22 @@ def add_(params: list[Tensor], updates: list[Tensor]) -> None:
             p.add_(u)
     elif params:
         torch._foreach_add_(params, updates)
+
+
+def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
+    """Raise when a parameter cannot be added to in place.
+
+    Raises:
+        RuntimeError: autograd forbids it, or elements of the parameter share memory.
+    """
+    for i, p in enumerate(params):
+        if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
+            raise RuntimeError(
+                f"The parameter {path(i)!r} is a leaf that requires grad: with differentiable=True it cannot be "
+                "updated in place. Give a copy that autograd knows: p.clone()"
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")
 
 
 def unshared(given: list[Any]) -> Callable[[Any], Any]:
@@ -186,14 +202,6 @@ def _like(tensor: Tensor, like: Tensor) -> Tensor:
     if like.is_complex() and not tensor.is_complex():
         return torch.view_as_complex(tensor.contiguous())
     return tensor
-
-
-def _columns_like(columns: Columns, like: Columns) -> Columns:
-    return _zip_columns(_like, columns, like)
-
-
-def _narrowed_columns(columns: Columns, like: Columns) -> Columns:
-    return _zip_columns(_narrowed, columns, like)
 
 
 def _zip_columns(function: Callable[[Tensor, Tensor], Tensor], columns: Columns, others: Columns) -> Columns:

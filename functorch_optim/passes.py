@@ -86,7 +86,7 @@ def run(
                     applying = tuple([k for k in members if leaves.active[k][i]])
                     groups.setdefault((applying, u.device, u.dtype), []).append(i)
             used = {k for applying, _, _ in groups for k in applying}
-            scalars = {k: evaluate_scalars(links[k], bucket.steps[k], extras, seen) for k in members if k in used}
+            scalars = {k: _evaluated_scalars(links[k], bucket.steps[k], extras, seen) for k in members if k in used}
             for (applying, _, _), indices in groups.items():
                 if applying:
                     _run_rules(links, leaves, applying, indices, updates, states, scalars)
@@ -167,7 +167,7 @@ def _run_tree_rule(
     ], new_state
 
 
-def evaluate_scalars(link: Link, step: Tensor | None, extras: dict[str, Any], updates: list[Tensor]) -> Any:
+def _evaluated_scalars(link: Link, step: Tensor | None, extras: dict[str, Any], updates: list[Tensor]) -> Any:
     """Compute the numbers that a rule needs at this step.
 
     Args:

@@ -308,3 +308,20 @@ def test_loading_what_another_optimizer_saved(transformation, make_saved, messag
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     optimizer.step()
+
+
+def test_parameters_that_cannot_be_written_to_are_found_before_others_are():
+    first, shared = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1).expand(3))
+    first.grad, shared.grad = torch.ones(3), torch.ones(3)
+    opt = fo.Optimizer([{"params": [first]}, {"params": [shared]}], fo.sgd, lr=0.1)
+    with pytest.raises(RuntimeError, match="Elements of the parameter '0' share memory, as after expand"):
+        opt.step()
+    assert torch.equal(first, torch.ones(3))
+    assert not opt.state
+
+    moving = torch.ones(3, requires_grad=True) * 1
+    moving.grad = torch.ones(3)
+    opt = fo.Optimizer([moving, first], fo.sgd, lr=0.1, differentiable=True)
+    with pytest.raises(RuntimeError, match="parameter '1' is a leaf that requires grad: with differentiable=True"):
+        opt.step()
+    assert torch.equal(moving, torch.ones(3))

@@ -128,7 +128,7 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or a parameter cannot be modified in place.
             TypeError: an extra that nothing declares.
         """
         links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
@@ -163,6 +163,8 @@ class Optimizer(torch.optim.Optimizer):
         keys = _tree_keys(index, plan)
         known = {k: saved[key] for k, key in keys.items() if key in saved}
         updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], known, extra)
+        moved = [i for i, update in enumerate(updates) if update is not None]
+        execution.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
         kept = execution.unshared([*plan.params, *[p.grad for p in plan.params]])
         return (
             [kept(update) for update in updates],
