@@ -15,7 +15,16 @@ from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim import Optimizer
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
-from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam
+from functorch_optim.optimizers.adafactor import adafactor
+from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
+from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, scale_by_sparse_adam, sparse_adam
+from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
+from functorch_optim.optimizers.asgd import asgd
+from functorch_optim.optimizers.muon import muon, scale_by_muon
+from functorch_optim.optimizers.nadam import nadam, scale_by_nadam
+from functorch_optim.optimizers.radam import radam, scale_by_radam
+from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
+from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.rule import EmptyState, StepState, leaf_state
 from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
@@ -35,10 +44,14 @@ __all__ = [
     "Optimizer",
     "StepState",
     "adadelta",
+    "adafactor",
+    "adagrad",
     "adam",
+    "adamax",
     "adamw",
     "add_decayed_weights",
     "apply_updates",
+    "asgd",
     "at",
     "chain",
     "clip",
@@ -53,18 +66,32 @@ __all__ = [
     "load_state_dict",
     "masked",
     "maximize",
+    "muon",
+    "nadam",
     "named_chain",
     "partition",
+    "radam",
+    "rmsprop",
+    "rprop",
     "safe_norm",
     "safe_sqrt",
     "scale",
     "scale_by_adadelta",
     "scale_by_adam",
+    "scale_by_adamax",
     "scale_by_learning_rate",
+    "scale_by_muon",
+    "scale_by_nadam",
+    "scale_by_radam",
+    "scale_by_rms",
+    "scale_by_rprop",
+    "scale_by_rss",
     "scale_by_schedule",
+    "scale_by_sparse_adam",
     "schedules",
     "set_to_zero",
     "sgd",
+    "sparse_adam",
     "state_dict",
     "stateless",
     "trace",

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -138,8 +138,10 @@ def leafwise(
     update: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
     scalars: Callable[..., Any] | None = None,
     *,
+    carry: Callable[[], Any] | None = None,
     elementwise: bool = False,
     needs_params: bool = False,
+    sparse: Literal["touched", "dense"] | None = None,
 ) -> GradientTransformation:
     """Lift a rule for one tensor to trees of tensors.
 
@@ -158,14 +160,22 @@ def leafwise(
             0-dim float64 tensor `step`, 1 at the first update: 0-dim tensors or numbers in any tree. Use
             `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
             rule declares; the one named `updates` is not an extra but the list of all tensors that the rule is about
-            to transform, for numbers like a global norm. None: the rule needs no numbers.
+            to transform, for numbers like a global norm. A number may be a function of the dtype of the parameter, as
+            machine epsilon is. None: the rule needs no numbers.
+        carry: `carry() -> numbers` makes numbers that `scalars` carries from step to step: a NamedTuple of numbers or
+            0-dim tensors, float64 in the state. It is then called as `scalars(step, carried) -> (s, carried)`.
         elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
             at will. Leave it False when the rule looks at shapes or reduces over elements.
         needs_params: whether the rule uses `p`.
+        sparse: what to do with sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on the entries
+            that they have, so that all others keep their state. "dense": make them dense. None: refuse them.
 
     Returns:
-        Transformation whose state is a NamedTuple: `step` (0-dim int64, when there are scalars), then the fields of the
-        rule's state, each a tree like the parameters.
+        Transformation whose state is a NamedTuple: `step` (0-dim int64, when there are scalars), the numbers that are
+        carried, then the fields of the rule's state, each a tree like the parameters.
+
+    Raises:
+        ValueError: `carry` comes without `scalars`, or `sparse="touched"` with a rule that is not elementwise.
 
     Example:
         Sign descent with momentum, in the letters of its paper.
@@ -195,8 +205,14 @@ def leafwise(
         def make_state(p: Tensor) -> Any:
             return state_type(*[torch.zeros_like(p) for _ in range(count)])
 
+    if carry is not None and scalars is None:
+        raise ValueError("carry needs scalars(step, carried) -> (s, carried), which carries its numbers on")
+    if sparse not in ("touched", "dense", None) or (sparse == "touched" and not elementwise):
+        raise ValueError(
+            f"Invalid sparse: {sparse!r}; give 'touched', for an elementwise rule only, 'dense', or None to refuse"
+        )
     declared = state_type if hasattr(state_type, "_fields") else None
-    rule = Rule(make_state, update, scalars, elementwise, needs_params, declared)
+    rule = Rule(make_state, update, scalars, carry, elementwise, needs_params, sparse, declared)
     return GradientTransformation._of((Link(rule),), 0)
 
 
@@ -210,7 +226,7 @@ def identity() -> GradientTransformation:
         >>> tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
         ({'w': tensor([1.])}, EmptyState())
     """
-    return leafwise(None, lambda g, state, p, s: (g, state), elementwise=True)
+    return leafwise(None, lambda g, state, p, s: (g, state), elementwise=True, sparse="touched")
 
 
 @factory
@@ -258,11 +274,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
     count = len(leaves)
     over = Leaves(structure, lambda i: tree.paths(params)[i], leaves, [[True] * count])
-    added, _ = passes.run([_ADD], over, [Bucket(range(count), [None])], update_leaves, [()], {})
+    added, _ = passes.run([_ADD], over, [Bucket(range(count), [None], [()])], update_leaves, [()], {})[:2]
     return tree.unflatten(structure, [p if new is None else new for p, new in zip(leaves, added, strict=True)])
 
 
-_ADD = Link(Rule(None, lambda u, state, p, s: (p + u, state), None, True, True, None))
+_ADD = Link(Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense"))
 
 
 # Extras. --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ Two ways, chosen from what the tensors are:
   elementwise rule into one `torch._foreach_*` call.
 
 Elementwise rules see complex tensors as pairs of reals, as torch.optim does; others see them as they are. float16 and
-bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do.
+bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do. Sparse updates are run
+as what they are: the values of some entries, each with its own state.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,11 +52,13 @@ def run(
     Returns:
         The transformed updates, and for each rule its new state.
     """
+    if updates[0].layout == torch.sparse_coo:
+        return _run_touched(rules, updates[0], states, params, scalars)
     eagerly = _can_batch([*updates, *(params or ())], states, scalars)
     new_updates = [_widened(update) for update in updates]
     new_states = [_map_columns(_widened, state) for state in states]
     wide_params = [_widened(param) for param in params] if params is not None else None
-    cast = _cast(new_updates[0], to_number=eagerly)
+    cast = _cast(new_updates[0], updates[0].dtype, to_number=eagerly)
     given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
     versions = [tensor._version for tensor in given if not tensor.is_inference()] if eagerly else []
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
@@ -81,9 +84,37 @@ def run(
     )
 
 
+def _run_touched(
+    rules: Sequence[Rule],
+    update: Tensor,
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run elementwise rules on those entries of one tensor that its sparse update has."""
+    indices = tuple(update.indices())
+
+    def touched(dense: Tensor) -> Tensor:
+        return dense[indices]
+
+    [values], some = run(
+        rules,
+        [update.values()],
+        [_map_columns(touched, state) for state in states],
+        [touched(p) for p in params] if params is not None else None,
+        scalars,
+    )
+    new_states = [
+        _zip_columns(lambda new, old: old.index_put(indices, new), new, old)
+        for new, old in zip(some, states, strict=True)
+    ]
+    return [torch.sparse_coo_tensor(update.indices(), values, update.shape, is_coalesced=True)], new_states
+
+
 def add_(params: list[Tensor], updates: list[Tensor]) -> None:
     """Add updates to parameters in place."""
-    if torch.is_grad_enabled() or not _can_batch([*params, *updates], (), ()):
+    sparse = any(update.layout != torch.strided for update in updates)
+    if sparse or torch.is_grad_enabled() or not _can_batch([*params, *updates], (), ()):
         for p, u in zip(params, updates, strict=True):
             p.add_(u)
     elif params:
@@ -108,12 +139,12 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
 
 def unshared(given: list[Any]) -> Callable[[Any], Any]:
     """Return a function that clones a tensor that shares memory with a given one, which is about to change."""
-    plain = [tensor for tensor in given if type(tensor) in PLAIN]
+    plain = [tensor for tensor in given if type(tensor) in PLAIN and tensor.layout == torch.strided]
     starts = {tensor.data_ptr() for tensor in plain}
     storages = {tensor.untyped_storage().data_ptr() for tensor in plain}
 
     def unshare(tensor: Any) -> Any:
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or tensor.layout != torch.strided:
             return tensor
         view = tensor._is_view() and tensor.untyped_storage().data_ptr() in storages
         return tensor.clone() if view or tensor.data_ptr() in starts else tensor
@@ -222,10 +253,12 @@ def _applied(rule: Rule, g: Any, state: Any, p: Any, s: Any) -> tuple[Any, Any]:
     return returned
 
 
-def _cast(like: Tensor, to_number: bool) -> Callable[[Any], Any]:
+def _cast(like: Tensor, original: torch.dtype, to_number: bool) -> Callable[[Any], Any]:
     dtype = like.real.dtype if like.is_complex() else like.dtype
 
     def cast(scalar: Any) -> Any:
+        if callable(scalar):
+            scalar = scalar(original)
         if not isinstance(scalar, Tensor):
             return scalar
         on_cpu = scalar.device.type == "cpu"

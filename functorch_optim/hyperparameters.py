@@ -46,6 +46,18 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
     return value.to(torch.float64)
 
 
+def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
+    """Make a tensor like `p`, filled with the value of a hyperparameter at the first update; it is differentiable.
+
+    Example:
+        >>> import torch
+        >>> filled_like(torch.zeros(2), 0.5)
+        tensor([0.5000, 0.5000])
+    """
+    value = at(hyperparameter, torch.ones((), dtype=torch.float64))
+    return torch.zeros_like(p) + (value.to(p.device, p.dtype) if isinstance(value, Tensor) else value)
+
+
 def is_zero(hyperparameter: Hyperparameter) -> bool:
     """Tell whether this is the python number 0: a feature that is switched off."""
     return isinstance(hyperparameter, Real) and hyperparameter == 0
@@ -57,7 +69,8 @@ def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
     Args:
         name: what to call it in the message, in torch.optim's words.
         value: the hyperparameter.
-        allowed: "value >= 0", "value > 0", "0 <= value < 1", "0 <= value <= 1" or "a number".
+        allowed: "value >= 0", "value > 0", "0 <= value < 1", "0 <= value <= 1", "value <= 0", "value > 1", ... or
+            "a number".
 
     Raises:
         ValueError: the number is not allowed; NaN never is.
@@ -102,6 +115,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "value >= 0": lambda value: value >= 0,
     "value > 0": lambda value: value > 0,
+    "value >= 1": lambda value: value >= 1,
+    "value > 1": lambda value: value > 1,
+    "value <= 0": lambda value: value <= 0,
+    "0 < value < 1": lambda value: 0 < value < 1,
     "0 <= value < 1": lambda value: 0 <= value < 1,
     "0 <= value <= 1": lambda value: 0 <= value <= 1,
     "a number": lambda value: not math.isnan(value),
@@ -120,7 +137,22 @@ def check_betas(betas: Any) -> None:
         ...
         ValueError: Invalid beta parameter at index 1: 1.0; it needs 0 <= value < 1
     """
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; give a pair, as in betas=(0.9, 0.999)")
-    for index, beta in enumerate(betas):
-        check(f"beta parameter at index {index}", beta, "0 <= value < 1")
+    check_each("betas", betas, ("0 <= value < 1", "0 <= value < 1"), "(0.9, 0.999)", "beta parameter")
+
+
+def check_each(name: str, values: Any, allowed: tuple[str, ...], example: str, each: str | None = None) -> None:
+    """Raise unless `values` is a tuple of as many hyperparameters as there are in `allowed`, each of them allowed.
+
+    Raises:
+        ValueError: it is not such a tuple, or a number in it is not allowed; see `check`.
+
+    Example:
+        >>> check_each("etas", (0.5,), ("0 < value < 1", "value > 1"), "(0.5, 1.2)")
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid etas: (0.5,); give 2 numbers, as in etas=(0.5, 1.2)
+    """
+    if not isinstance(values, tuple | list) or len(values) != len(allowed):
+        raise ValueError(f"Invalid {name}: {values!r}; give {len(allowed)} numbers, as in {name}={example}")
+    for index, (value, range_) in enumerate(zip(values, allowed, strict=True)):
+        check(f"{each or name} at index {index}", value, range_)

@@ -36,8 +36,9 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             tree.unflatten(structure, [MaskedNode() if state is None else state[field] for state in leaf_states])
             for field in range(len(getattr(state_type, "_fields", ())))
         ]
-        counter = () if link.rule.scalars is None else (step,)
-        states.append(tree_state_type(state_type, bool(counter))(*counter, *trees))
+        carried = [torch.as_tensor(value, dtype=torch.float64, device=step.device) for value in link.rule.carried()]
+        counters = [step, *carried] if link.rule.counters else []
+        states.append(tree_state_type(state_type, link.rule.counters)(*counters, *trees))
     return states
 
 
@@ -63,13 +64,19 @@ def update(
         for link, state in zip(links, states, strict=True)
     ]
     leaves = Leaves(structure, path, param_leaves, select(links, like))
-    buckets = [Bucket(range(len(update_leaves)), steps)]
-    new_updates, new_columns = passes.run(links, leaves, buckets, update_leaves, columns, extras)
+    carried = [
+        tuple(state[1 : len(link.rule.counters)]) if link.rule.carry else ()
+        for link, state in zip(links, states, strict=True)
+    ]
+    buckets = [Bucket(range(len(update_leaves)), steps, carried)]
+    new_updates, new_columns, [new_carried] = passes.run(links, leaves, buckets, update_leaves, columns, extras)
     new_states = [
-        new
+        column
         if isinstance(link.rule, TreeRule)
-        else type(old)(*([] if step is None else [step]), *[tree.unflatten(structure, column) for column in new])
-        for link, step, old, new in zip(links, steps, states, new_columns, strict=True)
+        else type(old)(
+            *([] if step is None else [step]), *numbers, *[tree.unflatten(structure, field) for field in column]
+        )
+        for link, step, numbers, old, column in zip(links, steps, new_carried, states, new_columns, strict=True)
     ]
     return tree.unflatten(structure, new_updates), new_states
 
@@ -88,26 +95,27 @@ def _columns(link: Link, state: Any, structure: Any, like: Tree) -> Any:
     rule: Any = link.rule
     if isinstance(rule, TreeRule):
         return state
-    counted = rule.scalars is not None
-    fields = getattr(state, "_fields", None)
+    fields = getattr(state, "_fields", ())
     leaf_type = getattr(type(state), "_leaf_type", None)
+    count = len(rule.counters)
     if (
-        fields is None
-        or (fields[:1] == ("step",)) != counted
+        not isinstance(state, tuple)
+        or fields[:count] != rule.counters
+        or fields[count:] != getattr(leaf_type, "_fields", ())
         or (rule.state_type is not None and rule.state_type is not leaf_type)
-        or (rule.init is None and leaf_type is not None)
+        or (rule.init is None and len(fields) > count)
     ):
         raise ValueError(
             f"The state of {link.rule.name} is a {type(state).__name__}: it belongs to another transformation. "
             "Make it with the init of the transformation whose update is called: state = tx.init(params)"
         )
-    if counted and state.step.ndim != 0:
+    if count and state[0].ndim != 0:
         raise ValueError(
-            f"The step in the state of {link.rule.name} has shape {tuple(state.step.shape)}: a state that torch.vmap "
+            f"The step in the state of {link.rule.name} has shape {tuple(state[0].shape)}: a state that torch.vmap "
             "has batched is for an update inside of torch.vmap"
         )
     columns = [
         tree.flatten_up_to(structure, field, f"the state's {name}", like, "params")
-        for name, field in zip(fields[counted:], state[counted:], strict=True)
+        for name, field in zip(fields[count:], state[count:], strict=True)
     ]
-    return leaf_type(*columns) if leaf_type is not None else ()
+    return leaf_type(*columns) if leaf_type is not None and columns else ()

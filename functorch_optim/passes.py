@@ -39,10 +39,12 @@ class Bucket(NamedTuple):
     Attributes:
         members: their indices.
         steps: for each link, the number of this update, 1 at the first: 0-dim tensor; None for a link without scalars.
+        carried: for each link, the numbers that its scalars carry on: 0-dim tensors.
     """
 
     members: Sequence[int]
     steps: Sequence[Tensor | None]
+    carried: Sequence[tuple[Tensor, ...]]
 
 
 def run(
@@ -52,7 +54,7 @@ def run(
     updates: Sequence[Any],
     states: Sequence[Any],
     extras: dict[str, Any],
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[Any], list[Any], list[list[tuple[Tensor, ...]]]]:
     """Run links one after the other; no argument is modified.
 
     Args:
@@ -65,9 +67,10 @@ def run(
         extras: what was given to `update` by keyword.
 
     Returns:
-        New updates, and new states.
+        New updates; new states; and for each bucket and link the numbers to carry on.
     """
-    updates = list(updates)
+    updates = [u.coalesce() if isinstance(u, Tensor) and u.layout == torch.sparse_coo else u for u in updates]
+    carried = [list(bucket.carried) for bucket in buckets]
     states = [
         state if isinstance(link.rule, TreeRule) else _mapped(list, state)
         for link, state in zip(links, states, strict=True)
@@ -77,20 +80,25 @@ def run(
         if isinstance(links[first].rule, TreeRule):
             updates, states[first] = _run_tree_rule(links[first], leaves, first, updates, states[first], extras)
             continue
-        seen = [u for u, on in zip(updates, leaves.active[first], strict=True) if on and u is not None]
-        for bucket in buckets:
+        chosen = [u for u, on in zip(updates, leaves.active[first], strict=True) if on and u is not None]
+        seen = [u.values() if u.layout == torch.sparse_coo else u for u in chosen]
+        for number, bucket in enumerate(buckets):
             groups: dict[tuple[Any, ...], list[int]] = {}
             for i in bucket.members:
-                u = updates[i]
-                if u is not None:
+                if updates[i] is not None:
                     applying = tuple([k for k in members if leaves.active[k][i]])
-                    groups.setdefault((applying, u.device, u.dtype), []).append(i)
-            used = {k for applying, _, _ in groups for k in applying}
-            scalars = {k: _evaluated_scalars(links[k], bucket.steps[k], extras, seen) for k in members if k in used}
-            for (applying, _, _), indices in groups.items():
+                    updates[i] = u = _as_rules_take_it(updates[i], [links[k].rule for k in applying], leaves.path, i)
+                    alone = i if u.layout == torch.sparse_coo else None
+                    groups.setdefault((applying, u.device, u.dtype, alone), []).append(i)
+            used = {k for applying, *_ in groups for k in applying}
+            scalars = {}
+            for k in members:
+                if k in used or bucket.carried[k]:
+                    scalars[k], carried[number][k] = _evaluated_scalars(links[k], bucket, k, extras, seen)
+            for (applying, *_), indices in groups.items():
                 if applying:
                     _run_rules(links, leaves, applying, indices, updates, states, scalars)
-    return updates, states
+    return updates, states, carried
 
 
 def _passes(links: Sequence[Link]) -> list[list[int]]:
@@ -101,6 +109,23 @@ def _passes(links: Sequence[Link]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(k)
     return groups
+
+
+def _as_rules_take_it(update: Tensor, rules: Sequence[Any], path: Path, i: int) -> Tensor:
+    """Make a sparse update dense when a rule wants it so.
+
+    Raises:
+        RuntimeError: a rule refuses it.
+    """
+    if update.layout == torch.strided or not rules:
+        return update
+    for rule in rules:
+        if rule.sparse is None or update.layout != torch.sparse_coo:
+            raise RuntimeError(
+                f"{rule.name} does not support sparse gradients, but that of {path(i)!r} has layout {update.layout}; "
+                "give update.to_dense(), or use sparse_adam, adagrad or sgd with gradients of layout torch.sparse_coo"
+            )
+    return update.to_dense() if any(rule.sparse == "dense" for rule in rules) else update
 
 
 def _run_rules(
@@ -167,22 +192,31 @@ def _run_tree_rule(
     ], new_state
 
 
-def _evaluated_scalars(link: Link, step: Tensor | None, extras: dict[str, Any], updates: list[Tensor]) -> Any:
-    """Compute the numbers that a rule needs at this step.
+def _evaluated_scalars(
+    link: Link, bucket: Bucket, k: int, extras: dict[str, Any], updates: list[Tensor]
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """Compute the numbers that a rule needs at this step, and those that it carries on.
 
     Args:
         link: the link of a rule.
-        step: number of this update, 1 at the first: 0-dim tensor; None when the rule has no scalars.
+        bucket: of leaves that are at the same step.
+        k: index of the link.
         extras: everything that was given to `update` by keyword.
         updates: what the rule is about to transform, for a rule that sees the tree.
     """
     rule: Any = link.rule
-    if rule.scalars is None or step is None:
-        return ()
+    step, carried = bucket.steps[k], bucket.carried[k]
+    if step is None:
+        return (), carried
     wanted = rule.extras.wanted(extras)
     if rule.sees_tree:
         wanted["updates"] = updates
-    return rule.scalars(step.to(torch.float64), **wanted)
+    step = step.to(torch.float64)
+    if rule.carry is None:
+        return rule.scalars(step, **wanted), carried
+    scalars, new = rule.scalars(step, type(rule.carried())(*carried), **wanted)
+    # The numbers are float64, but torch.optim keeps float32: what comes out of its checkpoints stays so.
+    return scalars, tuple([n.to(old) for n, old in zip(new, carried, strict=True)])
 
 
 # States of many leaves: a NamedTuple of lists. ------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import inspect
 from collections import namedtuple
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,10 +29,12 @@ class Rule(NamedTuple):
 
     init: Callable[[Tensor], Any] | None
     update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-    scalars: Callable[..., Any] | None
-    elementwise: bool
-    needs_params: bool
-    state_type: type | None  # the NamedTuple that holds the state of one tensor, where it was declared
+    scalars: Callable[..., Any] | None = None
+    carry: Callable[[], Any] | None = None
+    elementwise: bool = False
+    needs_params: bool = False
+    sparse: Literal["touched", "dense"] | None = None
+    state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
 
     @property
     def extras(self) -> "Extras":
@@ -48,9 +51,23 @@ class Rule(NamedTuple):
         """Return the name of the function that made the rule, for messages."""
         return _name(self.update)
 
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """Name what the state holds once for all tensors: the step, and the numbers that scalars carry on."""
+        return () if self.scalars is None else ("step", *getattr(self.carried(), "_fields", ()))
+
     def init_leaf(self, p: Tensor) -> Any:
-        """Make the state for one parameter."""
-        return self.init(p) if self.init is not None else ()
+        """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""
+        if self.init is None:
+            return ()
+        if not (self.elementwise and p.is_complex()):
+            return self.init(p)
+        state = self.init(torch.view_as_real(p.resolve_conj()))
+        return type(state)(*map(torch.view_as_complex, state)) if state else state
+
+    def carried(self) -> Any:
+        """Make the numbers that scalars carry on, before the first update."""
+        return self.carry() if self.carry is not None else ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,8 @@ class TreeRule:
 
     # What a rule for one tensor may have and this has not.
     scalars: ClassVar[None] = None
+    carry: ClassVar[None] = None
+    counters: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
     needs_params: ClassVar[bool] = False
     sees_tree: ClassVar[bool] = True
@@ -125,7 +144,7 @@ def extras_of(function: Any) -> Extras:
     return Extras(frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters), function)
 
 
-def leaf_state(state_type: type) -> type:
+def leaf_state(state_type: type, carried: type | None = None) -> type:
     """Declare a NamedTuple as the state that a rule keeps for one tensor.
 
     The state for a tree is then a NamedTuple of the same name, whose fields are trees like the parameters, with `step`
@@ -134,6 +153,7 @@ def leaf_state(state_type: type) -> type:
 
     Args:
         state_type: NamedTuple class, one field for each tensor of the state.
+        carried: NamedTuple class of the numbers that the rule's scalars carry on, where there are any; see `leafwise`.
 
     Returns:
         The same class.
@@ -160,29 +180,40 @@ def leaf_state(state_type: type) -> type:
             "leave it out and use the argument of scalars(step)"
         )
     make_type: Any = namedtuple
-    for lifted, names in (("_counted", ("step", *fields)), ("_uncounted", fields)):
-        tree_type: Any = make_type(state_type.__name__, names)
+    counted = ("step", *getattr(carried, "_fields", ()))
+    lifted = dict(getattr(state_type, "_lifted", {}))
+    for counters in ((), ("step",), counted):
+        tree_type: Any = make_type(state_type.__name__, (*counters, *fields))
         tree_type.__module__ = state_type.__module__
         tree_type.__doc__ = state_type.__doc__
         tree_type._leaf_type = state_type
+        tree_type._counters = counters
         tree_type.__reduce__ = _reduce
-        setattr(state_type, lifted, tree_type)
+        lifted.setdefault(counters, tree_type)
+    setattr(state_type, "_lifted", lifted)  # noqa: B010 - mypy knows no such attribute
     return state_type
 
 
-def tree_state_type(state_type: Any, counted: bool) -> Any:
-    """Return the NamedTuple that holds the states of a whole tree of tensors."""
+def tree_state_type(state_type: Any, counters: tuple[str, ...]) -> Any:
+    """Return the NamedTuple that holds the states of a whole tree of tensors.
+
+    Args:
+        state_type: the NamedTuple for one tensor; tuple where nothing is kept for each.
+        counters: what is kept once for all tensors.
+    """
+    if state_type is tuple and len(counters) < 2:
+        return StepState if counters else EmptyState
     if state_type is tuple:
-        return StepState if counted else EmptyState
-    if getattr(state_type, "_counted", None) is None:
-        leaf_state(state_type)
-    return state_type._counted if counted else state_type._uncounted
+        state_type = EmptyState
+    if counters not in getattr(state_type, "_lifted", {}):
+        leaf_state(state_type, namedtuple("Carried", counters[1:]) if counters else None)
+    return state_type._lifted[counters]
 
 
 def _reduce(state: Any) -> tuple[Any, ...]:
     # The class was made here and cannot be imported, but the one it was made from can.
-    return _rebuild, (type(state)._leaf_type, "step" in state._fields, tuple(state))
+    return _rebuild, (type(state)._leaf_type, type(state)._counters, tuple(state))
 
 
-def _rebuild(state_type: Any, counted: bool, fields: tuple[Any, ...]) -> Any:
-    return tree_state_type(state_type, counted)(*fields)
+def _rebuild(state_type: Any, counters: tuple[str, ...], fields: tuple[Any, ...]) -> Any:
+    return tree_state_type(state_type, counters)(*fields)

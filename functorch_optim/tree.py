@@ -78,6 +78,47 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa:
     return unflatten(structure, [None if column[0] is None else function(*column) for column in columns])
 
 
+def get(tree: Tree, name: str) -> Any:
+    """Find what bears a name in a tree, the averaged parameters in a state say.
+
+    Args:
+        tree: any tree, such as a state.
+        name: field of a NamedTuple, or key of a dict.
+
+    Returns:
+        What the one node of that name holds: a tensor or a tree.
+
+    Raises:
+        KeyError: no node bears the name, or more than one.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> state = fo.adam().init({"w": torch.zeros(2)})
+        >>> fo.tree.get(state, "exp_avg")
+        {'w': tensor([0., 0.])}
+    """
+    found: list[tuple[str, Any]] = []
+    names: list[str] = []
+
+    def walk(node: Tree, path: str) -> None:
+        for key, child in _children(node).items():
+            names.append(str(key))
+            if key == name:
+                found.append((_dotted(path, key), child))
+            else:
+                walk(child, _dotted(path, key))
+
+    walk(tree, "")
+    if not found:
+        raise KeyError(
+            f"Nothing in the tree bears the name {name!r}; names in it are {', '.join(dict.fromkeys(names))}"
+        )
+    if len(found) > 1:
+        places = ", ".join([path for path, _ in found])
+        raise KeyError(f"{len(found)} nodes bear the name {name!r}: {places}; give get a part of the tree")
+    return found[0][1]
+
+
 def paths(tree: Tree) -> list[str]:
     """Name every leaf by its dotted path, in the order of `flatten`.
 

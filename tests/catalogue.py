@@ -22,6 +22,8 @@ class Row(NamedTuple):
         hyperparameters: values of the numeric ones; any of them may be given as a tensor or a schedule instead.
         differentiable: whether it is smooth where the tests look.
         elementwise: whether its links may be run on batches of tensors.
+        complex: whether it takes complex parameters.
+        initial: hyperparameters of which the value at the first update alone is used.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Row(NamedTuple):
     hyperparameters: dict[str, float] = {}  # noqa: RUF012
     differentiable: bool = True
     elementwise: bool = True
+    complex: bool = True
+    initial: tuple[str, ...] = ()
 
     def __call__(self, **changed: Any) -> fo.GradientTransformation:
         """Make the transformation, with some hyperparameters changed."""
@@ -79,7 +83,34 @@ def tanh(updates: Any, params: Any) -> Any:
     return fo.tree.map(torch.tanh, updates)
 
 
+def with_pairs(factory: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """Let a factory take its etas and step sizes apart."""
+
+    def make(etaminus: Any, etaplus: Any, smallest: Any, largest: Any, **hyperparameters: Any) -> Any:
+        return factory(etas=(etaminus, etaplus), step_sizes=(smallest, largest), **hyperparameters, **static)
+
+    return make
+
+
+def adafactor(eps1: Any, eps2: Any, **hyperparameters: Any) -> fo.GradientTransformation:
+    """Make Adafactor with its two eps apart."""
+    return fo.adafactor(eps=(eps1, eps2), **hyperparameters)
+
+
+def matrices(params: Any) -> Any:
+    """Label parameters by whether they are matrices."""
+    return fo.tree.map(lambda p: p.ndim == 2, params)
+
+
+def muon(lr: Any, weight_decay: Any, momentum: Any, eps: Any) -> fo.GradientTransformation:
+    """Make Muon for matrices, in full precision, and SGD for the rest."""
+    hidden = fo.muon(lr, weight_decay, momentum, eps=eps, ns_dtype=None)
+    return fo.partition({True: hidden, False: fo.sgd(lr)}, matrices)
+
+
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
+RPROP = {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "smallest": 1e-6, "largest": 0.15}
+INITIAL_SUM = ("initial_accumulator_value",)
 DECAYED = {"lr": 0.1, "weight_decay": 0.1}
 
 CATALOGUE = [
@@ -117,6 +148,40 @@ CATALOGUE = [
     Row("adamw", with_betas(fo.adamw), {**DECAYED, **ADAM}),
     Row("adamw_mask", with_betas(fo.adamw, mask=not_vectors, amsgrad=True, maximize=True), {**DECAYED, **ADAM}),
     Row("adadelta", partial(fo.adadelta, maximize=True), {**DECAYED, "rho": 0.9, "eps": 1e-3}),
+    Row("scale_by_sparse_adam", with_betas(fo.scale_by_sparse_adam), ADAM),
+    Row("sparse_adam", with_betas(fo.sparse_adam, maximize=True), {"lr": 0.1, **ADAM}),
+    Row("scale_by_nadam", with_betas(fo.scale_by_nadam), {**ADAM, "momentum_decay": 0.1}),
+    Row("nadam", with_betas(fo.nadam, maximize=True), {**DECAYED, **ADAM, "momentum_decay": 0.1}),
+    Row("nadam_decoupled", with_betas(fo.nadam, decoupled_weight_decay=True), {**DECAYED, **ADAM}),
+    Row("scale_by_radam", with_betas(fo.scale_by_radam), ADAM),
+    Row("radam", with_betas(fo.radam, maximize=True), {**DECAYED, **ADAM}),
+    Row("radam_decoupled", with_betas(fo.radam, decoupled_weight_decay=True), {**DECAYED, **ADAM}),
+    Row("scale_by_adamax", with_betas(fo.scale_by_adamax), ADAM),
+    Row("adamax", with_betas(fo.adamax, maximize=True), {**DECAYED, **ADAM}),
+    Row("scale_by_rss", fo.scale_by_rss, {"initial_accumulator_value": 0.1, "eps": 1e-3}, initial=INITIAL_SUM),
+    Row("adagrad", fo.adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}),
+    Row(
+        "adagrad_decay",
+        partial(fo.adagrad, maximize=True),
+        {**DECAYED, "initial_accumulator_value": 0.1},
+        initial=INITIAL_SUM,
+    ),
+    Row("scale_by_rms", fo.scale_by_rms, {"alpha": 0.9, "eps": 1e-3}),
+    Row("scale_by_rms_centered", partial(fo.scale_by_rms, centered=True), {"alpha": 0.9, "eps": 1e-3}),
+    Row("rmsprop", partial(fo.rmsprop, maximize=True), {**DECAYED, "alpha": 0.9, "eps": 1e-3}),
+    Row("rmsprop_centered", partial(fo.rmsprop, centered=True), {**DECAYED, "alpha": 0.9, "momentum": 0.9}),
+    Row("scale_by_rprop", fo.scale_by_rprop, {"lr": 0.1}, initial=("lr",)),
+    Row("rprop", with_pairs(fo.rprop, maximize=True), RPROP, initial=("lr",)),
+    Row("asgd", partial(fo.asgd, maximize=True), {**DECAYED, "lambd": 0.1, "alpha": 0.75, "t0": 0.3}),
+    Row(
+        "adafactor",
+        adafactor,
+        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-3, "eps2": 1e-3, "d": 1.1},
+        elementwise=False,
+        complex=False,
+    ),
+    Row("adafactor_epsilon", partial(fo.adafactor, maximize=True), {"lr": 0.1}, complex=False),
+    Row("muon", muon, {**DECAYED, "momentum": 0.9, "eps": 1e-7}, complex=False),
     Row("chain", chained, {"max_norm": 0.7, "lr": 0.1}),
     Row("named_chain", lambda lr: fo.named_chain(momentum=fo.trace(0.9), sgd=fo.sgd(lr)), {"lr": 0.1}),
     Row("masked", lambda lr: fo.masked(fo.chain(fo.clip_by_global_norm(lr), fo.sgd(lr)), not_vectors), {"lr": 0.1}),

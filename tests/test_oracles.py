@@ -22,6 +22,24 @@ SAME = [
     (fo.adamw, torch.optim.AdamW, {"lr": 0.1, "amsgrad": True, "maximize": True, **DECAY}),
     (fo.adadelta, torch.optim.Adadelta, {}),
     (fo.adadelta, torch.optim.Adadelta, {"lr": 0.5, "rho": 0.7, "eps": 1e-3, "maximize": True, **DECAY}),
+    (fo.nadam, torch.optim.NAdam, {}),
+    (fo.nadam, torch.optim.NAdam, {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-2, "momentum_decay": 0.1, **DECAY}),
+    (fo.nadam, torch.optim.NAdam, {"momentum_decay": 0.0, "maximize": True, "decoupled_weight_decay": True, **DECAY}),
+    (fo.radam, torch.optim.RAdam, {}),
+    (fo.radam, torch.optim.RAdam, {"lr": 0.1, "betas": (0.5, 0.6), "eps": 1e-2, **DECAY}),
+    (fo.radam, torch.optim.RAdam, {"betas": (0.9, 0.9), "maximize": True, "decoupled_weight_decay": True, **DECAY}),
+    (fo.adamax, torch.optim.Adamax, {}),
+    (fo.adamax, torch.optim.Adamax, {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-2, "maximize": True, **DECAY}),
+    (fo.adagrad, torch.optim.Adagrad, {}),
+    (fo.adagrad, torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-2, "maximize": True, **DECAY}),
+    (fo.adagrad, torch.optim.Adagrad, {"initial_accumulator_value": 0.5}),
+    (fo.rmsprop, torch.optim.RMSprop, {}),
+    (fo.rmsprop, torch.optim.RMSprop, {"lr": 0.1, "alpha": 0.7, "eps": 1e-2, "momentum": 0.5, **DECAY}),
+    (fo.rmsprop, torch.optim.RMSprop, {"centered": True, "momentum": 0.9, "maximize": True, **DECAY}),
+    (fo.rprop, torch.optim.Rprop, {}),
+    (fo.rprop, torch.optim.Rprop, {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.05, 0.2), "maximize": True}),
+    (fo.asgd, torch.optim.ASGD, {}),
+    (fo.asgd, torch.optim.ASGD, {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 5, "maximize": True, **DECAY}),
 ]
 same = pytest.mark.parametrize(
     ("factory", "torch_class", "options"),
@@ -68,9 +86,17 @@ def both(factory, torch_class, options, dtype, device):
     return factory(**options), torch_class(torch_params, **options), params, torch_params
 
 
+@pytest.fixture
+def double():
+    """Let torch.optim keep the numbers that NAdam and ASGD carry on in float64, as the functional form does."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @same
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_equals_torch_in_double_precision(factory, torch_class, options, dtype, device):
+def test_equals_torch_in_double_precision(factory, torch_class, options, dtype, device, double):
     assert largest_deviation(*both(factory, torch_class, options, dtype, device)) < 1e-12
 
 

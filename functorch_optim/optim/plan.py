@@ -23,17 +23,19 @@ class Part(NamedTuple):
     Attributes:
         links: indices of the rules that apply.
         keys: for each of them, the keys of its state.
+        carried: for each of them, the keys of the numbers that its scalars carry on.
         counted: whether any of them needs the step.
     """
 
     links: tuple[int, ...]
     keys: tuple[tuple[str, ...], ...]
+    carried: tuple[tuple[str, ...], ...]
     counted: bool
 
     @property
     def known(self) -> set[str]:
         """Return all keys."""
-        return {key for keys in self.keys for key in keys} | ({"step"} if self.counted else set())
+        return {key for keys in (*self.keys, *self.carried) for key in keys} | ({"step"} if self.counted else set())
 
 
 class Plan:
@@ -44,6 +46,8 @@ class Plan:
         params: the parameters.
         names: their names, where they have some. Masks, labels and functions of the whole tree then see a dict by name;
             else the list.
+        count: how `state[p]` keeps the step: as a Tensor or an int under "step", or, with None, not at all: a parameter
+            is then past its first update once it has a state.
 
     Raises:
         ValueError: masks or labels do not fit the parameters, or names are not unique where they are needed.
@@ -53,10 +57,15 @@ class Plan:
     """
 
     def __init__(
-        self, transformation: GradientTransformation, params: Sequence[Tensor], names: Sequence[str] | None
+        self,
+        transformation: GradientTransformation,
+        params: Sequence[Tensor],
+        names: Sequence[str] | None,
+        count: type | None = Tensor,
     ) -> None:
         self.links = transformation._links
         self.names = names
+        self._count = count
         twice = [name for name, count in Counter(names or ()).items() if count > 1]
         if twice and any(link.where or isinstance(link.rule, TreeRule) for link in self.links):
             raise ValueError(
@@ -95,16 +104,14 @@ class Plan:
             An update for each parameter, or None; the next states of those that have one; and of the tree.
         """
         grads: list[Any] = [p.grad for p in self.params]
-        if any(g is not None and g.layout != torch.strided for g in grads):
-            raise RuntimeError("Sparse gradients are not supported by this transformation; use dense ones")
         check_updates(grads, self.params, self.path)
         states = list(states)
         params = execution.unmodified(self.params)
-        groups: dict[tuple[float, tuple[int, ...]], list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for i, g in enumerate(grads):
             if g is not None:
-                step, fresh, states[i] = self._completed(i, states[i], params[i])
-                groups.setdefault((step, fresh), []).append(i)
+                position, states[i] = self._completed(i, states[i], params[i])
+                groups.setdefault(position, []).append(i)
         if not groups:
             return grads, states, {}
         for k, link in enumerate(self.links):
@@ -112,14 +119,19 @@ class Plan:
                 tree_states = {**tree_states, k: self._initial(link, params)}
         columns = [self._columns(k, grads, states, tree_states) for k in range(len(self.links))]
         leaves = Leaves(self._structure, self.path, params, self._active)
-        buckets = [Bucket(members, self._steps(step, fresh)) for (step, fresh), members in groups.items()]
-        updates, columns = passes.run(self.links, leaves, buckets, grads, columns, extra)
-        for (step, _), members in groups.items():
+        buckets = [
+            Bucket(members, self._steps(step, fresh), self._carried(states[members[0]], self.parts[members[0]]))
+            for (step, fresh, _), members in groups.items()
+        ]
+        updates, columns, carried = passes.run(self.links, leaves, buckets, grads, columns, extra)
+        for members, numbers in zip(groups.values(), carried, strict=True):
             for i in members:
-                if self.parts[i].counted:
-                    states[i]["step"] = torch.full_like(states[i]["step"], step + 1)
-                for k, keys in zip(self.parts[i].links, self.parts[i].keys, strict=True):
-                    states[i].update({key: column[i] for key, column in zip(keys, columns[k], strict=True)})
+                part, state = self.parts[i], states[i]
+                if "step" in state:
+                    state["step"] = state["step"] + 1
+                for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
+                    state.update({key: column[i] for key, column in zip(keys, columns[k], strict=True)})
+                    state.update({key: n.clone() for key, n in zip(carried_keys, numbers[k], strict=True)})
         new_tree_states = {k: columns[k] for k, link in enumerate(self.links) if isinstance(link.rule, TreeRule)}
         return updates, states, new_tree_states
 
@@ -166,29 +178,39 @@ class Plan:
                         f"but the parameter has {tuple(p.shape)}; it was saved for another model"
                     )
 
-    def _completed(self, i: int, state: State, p: Tensor) -> tuple[float, tuple[int, ...], State]:
+    def _completed(self, i: int, state: State, p: Tensor) -> tuple[Any, State]:
         """Add to a copy of `state[p]` what is not there yet.
 
         Returns:
-            The number of updates done; the links that have no state yet, and so are at their first update, whatever
-            the step; and the state.
+            Where the parameter is: the number of updates done; the links that have no state yet, and so are at their
+            first update, whatever the step; and the numbers that scalars carry on. Parameters for which all of that is
+            the same are updated together. And the state.
         """
         part, state = self.parts[i], dict(state)
         begun = any(key in state for keys in part.keys for key in keys)
-        if part.counted and "step" not in state:
+        if part.counted and "step" not in state and self._count is not None:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
             # On the CPU, whatever the default device: it is read at every step.
-            state["step"] = torch.full((), float(begun), dtype=step_dtype(), device="cpu")
-        fresh = []
-        for k, keys in zip(part.links, part.keys, strict=True):
+            state["step"] = int(begun) if self._count is int else _scalar(float(begun))
+        fresh, carried = [], []
+        for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
+            rule: Any = self.links[k].rule
             missing = [key for key in keys if key not in state]
             if missing:
-                rule: Any = self.links[k].rule
                 initial = dict(zip(keys, rule.init_leaf(p), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if len(missing) == len(keys):
                     fresh.append(k)
-        return state["step"].item() if part.counted else 0.0, tuple(fresh), state
+            for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
+                state.setdefault(key, _scalar(number))
+                carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
+        step = float(state.get("step", begun)) if part.counted else 0.0
+        return (step, tuple(fresh), tuple(carried)), state
+
+    def _carried(self, state: State, part: Part) -> list[tuple[Tensor, ...]]:
+        """Collect the numbers that the scalars of each link carry on."""
+        keys = dict(zip(part.links, part.carried, strict=True))
+        return [tuple([state[key] for key in keys.get(k, ())]) for k in range(len(self.links))]
 
     def _columns(self, k: int, grads: list[Any], states: list[State], tree_states: dict[int, Any]) -> Any:
         """Collect the state of one link over all parameters."""
@@ -212,13 +234,17 @@ class Plan:
         ]
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:
-        fields = [getattr(self._state_type(k, p), "_fields", ()) for k in links]
         counts: Counter[str] = Counter()
-        keys = []
-        for some in fields:  # the second momentum_buffer is momentum_buffer.1, whatever links without one stand between
-            keys.append(tuple([f"{field}.{counts[field]}" if counts[field] else field for field in some]))
-            counts.update(some)
-        return Part(links, tuple(keys), any(self.links[k].rule.scalars is not None for k in links))
+
+        def named(fields: Sequence[str]) -> tuple[str, ...]:
+            # The second momentum_buffer is momentum_buffer.1, whatever links without one stand between.
+            keys = tuple([f"{field}.{counts[field]}" if counts[field] else field for field in fields])
+            counts.update(fields)
+            return keys
+
+        keys = tuple([named(getattr(self._state_type(k, p), "_fields", ())) for k in links])
+        carried = tuple([named(self.links[k].rule.counters[1:]) for k in links])
+        return Part(links, keys, carried, any(self.links[k].rule.counters for k in links))
 
     def _state_type(self, k: int, p: Tensor) -> Any:
         """Return the NamedTuple in which a rule keeps its state for one parameter."""
@@ -227,6 +253,12 @@ class Plan:
             # A rule that did not declare it is asked with a tensor that has no data.
             self._state_types[k] = rule.state_type or type(rule.init_leaf(torch.empty_like(p, device="meta")))
         return self._state_types[k]
+
+
+def _scalar(value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        return value.to(step_dtype())
+    return torch.tensor(float(value), dtype=step_dtype(), device="cpu")
 
 
 def step_dtype() -> torch.dtype:

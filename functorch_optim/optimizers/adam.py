@@ -1,7 +1,7 @@
-"""Adam, AMSGrad, and AdamW."""
+"""Adam, AMSGrad, AdamW, and Adam for sparse gradients."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class AdamScalars(NamedTuple):
         weight1: 1 - beta1.
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
-        eps: eps sqrt(1 - beta2^t).
+        eps: eps sqrt(1 - beta2^t), or eps alone for sparse gradients.
     """
 
     weight1: Any
@@ -89,13 +89,56 @@ def scale_by_adam(
         >>> updates["w"].round(decimals=3), state.exp_avg["w"]
         (tensor([ 1., -1.]), tensor([ 0.3000, -0.3000]))
     """
+    return _adam(betas, eps, amsgrad)
+
+
+@factory
+def scale_by_sparse_adam(
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8
+) -> GradientTransformation:
+    """Scale as Adam does those entries that a sparse gradient has; all others keep their means.
+
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        g <- m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps)
+
+    Args:
+        betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
+        eps: added to the root, >= 0; not corrected, as at the end of the paper's section 2.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    A gradient that is not sparse has all entries.
+
+    Source: Kingma & Ba, arXiv:1412.6980, algorithm 1, made lazy as torch.optim.SparseAdam.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.scale_by_sparse_adam()
+        >>> grad = torch.sparse_coo_tensor([[1]], [5.0], (3,))
+        >>> updates, state = tx.update(grad, tx.init(torch.zeros(3)))
+        >>> updates.to_dense(), state.exp_avg
+        (tensor([0.0000, 1.0000, 0.0000]), tensor([0.0000, 0.5000, 0.0000]))
+    """
+    return _adam(betas, eps, correct_eps=False, sparse="touched")
+
+
+def _adam(
+    betas: tuple[Hyperparameter, Hyperparameter],
+    eps: Hyperparameter,
+    amsgrad: bool = False,
+    correct_eps: bool = True,
+    sparse: Literal["touched"] | None = None,
+) -> GradientTransformation:
     check_betas(betas)
     check("epsilon value", eps)
 
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
         root = debias(beta2, step).sqrt()
-        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), root * at(eps, step))
+        corrected = root * at(eps, step) if correct_eps else at(eps, step)
+        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), corrected)
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
         return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
@@ -114,8 +157,8 @@ def scale_by_adam(
         return ratio(m, v_max, s), ScaleByAMSGradState(m, v, v_max)
 
     if amsgrad:
-        return leafwise(ScaleByAMSGradState, ams, scalars, elementwise=True)
-    return leafwise(ScaleByAdamState, adam, scalars, elementwise=True)
+        return leafwise(ScaleByAMSGradState, ams, scalars, elementwise=True, sparse=sparse)
+    return leafwise(ScaleByAdamState, adam, scalars, elementwise=True, sparse=sparse)
 
 
 @factory
@@ -198,3 +241,38 @@ def adamw(
     """
     rule = scale_by_adam(betas, eps, amsgrad)
     return descent(rule, lr=lr, weight_decay=weight_decay, decoupled=True, mask=mask, maximize=maximize)
+
+
+@factory
+def sparse_adam(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Adam for sparse gradients, as those of `torch.nn.Embedding(sparse=True)`.
+
+        u = -lr scale_by_sparse_adam(g)
+
+    Args:
+        lr: learning rate >= 0: number, 0-dim tensor, or schedule.
+        betas: see `scale_by_sparse_adam`.
+        eps: see `scale_by_sparse_adam`.
+        maximize: ascend instead.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Same numbers as torch.optim.SparseAdam, which refuses gradients that are not sparse; here they have all entries.
+    Source: Kingma & Ba, arXiv:1412.6980, algorithm 1.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.sparse_adam(lr=0.1), torch.zeros(3)
+        >>> grad = torch.sparse_coo_tensor([[1]], [5.0], (3,))
+        >>> updates, state = tx.update(grad, tx.init(params))
+        >>> fo.apply_updates(params, updates)
+        tensor([ 0.0000, -0.1000,  0.0000])
+    """
+    return descent(scale_by_sparse_adam(betas, eps), lr=lr, weight_decay=0.0, maximize=maximize)

@@ -34,7 +34,7 @@ def clip(clip_value: Hyperparameter) -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
         return torch.clamp(g, -c, c), state
 
-    return leafwise(None, update, lambda step: at(clip_value, step), elementwise=True)
+    return leafwise(None, update, lambda step: at(clip_value, step), elementwise=True, sparse="touched")
 
 
 @factory
@@ -126,7 +126,7 @@ def clip_by_global_norm(
             return torch.where(finite, factor * _finite_part(g), torch.zeros_like(g)), state
         return factor * g, state
 
-    return leafwise(None, update, scalars, elementwise=True)
+    return leafwise(None, update, scalars, elementwise=True, sparse="touched")
 
 
 def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor:

@@ -41,5 +41,12 @@ def add_decayed_weights(
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
         return g if off else g + s * p, state
 
-    decay = leafwise(None, update, lambda step: at(weight_decay, step), elementwise=True, needs_params=not off)
+    decay = leafwise(
+        None,
+        update,
+        lambda step: at(weight_decay, step),
+        elementwise=True,
+        needs_params=not off,
+        sparse="touched" if off else None,
+    )
     return decay if mask is None else masked(decay, mask)

@@ -72,4 +72,4 @@ def trace(
         b = s.momentum * state.momentum_buffer + s.gain * g
         return g + s.momentum * b if nesterov else b, TraceState(b)
 
-    return leafwise(TraceState, update, scalars, elementwise=True)
+    return leafwise(TraceState, update, scalars, elementwise=True, sparse="dense")

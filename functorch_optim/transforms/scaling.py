@@ -30,7 +30,7 @@ def scale(factor: Hyperparameter) -> GradientTransformation:
         tensor([-0.5000, -0.5000])
     """
     check("factor", factor, "a number")
-    return leafwise(None, _multiply, lambda step: at(factor, step), elementwise=True)
+    return leafwise(None, _multiply, lambda step: at(factor, step), elementwise=True, sparse="touched")
 
 
 @factory
@@ -72,7 +72,7 @@ def scale_by_learning_rate(lr: Hyperparameter) -> GradientTransformation:
         tensor([-0.1000, -0.1000])
     """
     check("learning rate", lr)
-    return leafwise(None, _multiply, lambda step: -at(lr, step), elementwise=True)
+    return leafwise(None, _multiply, lambda step: -at(lr, step), elementwise=True, sparse="touched")
 
 
 @factory
@@ -85,4 +85,4 @@ def maximize() -> GradientTransformation:
         >>> tx.update(torch.ones(1), tx.init(torch.ones(1)))[0]
         tensor([0.1000])
     """
-    return leafwise(None, lambda g, state, p, s: (-g, state), elementwise=True)
+    return leafwise(None, lambda g, state, p, s: (-g, state), elementwise=True, sparse="touched")

@@ -21,7 +21,7 @@ def set_to_zero() -> GradientTransformation:
         >>> tx.update(torch.tensor([1.0, float("nan")]), tx.init(torch.ones(2)))[0]
         tensor([0., 0.])
     """
-    return leafwise(None, lambda g, state, p, s: (torch.zeros_like(g), state), elementwise=True)
+    return leafwise(None, lambda g, state, p, s: (torch.zeros_like(g), state), elementwise=True, sparse="touched")
 
 
 @factory
@@ -59,4 +59,4 @@ def zero_nans() -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         return torch.where(torch.isnan(g), torch.zeros_like(g), g), state
 
-    return leafwise(None, update, elementwise=True)
+    return leafwise(None, update, elementwise=True, sparse="touched")

@@ -1,0 +1,106 @@
+"""ASGD: averaged stochastic gradient descent."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim.base import GradientTransformation, factory, leafwise
+from functorch_optim.combine import chain
+from functorch_optim.hyperparameters import Hyperparameter, at, check
+from functorch_optim.rule import leaf_state
+from functorch_optim.transforms.decay import add_decayed_weights
+from functorch_optim.transforms.scaling import maximize as ascend
+
+
+class ASGDCarried(NamedTuple):
+    """What ASGD's scalars carry on: the next step's learning rate, and the weight of its parameters in the average."""
+
+    eta: Any
+    mu: Any
+
+
+class ASGDState(NamedTuple):
+    """The state of ASGD for one parameter; that of a tree has `eta` and `mu`, for the next step, after `step`.
+
+    Attributes:
+        ax: a, average of the parameters: like p.
+    """
+
+    ax: Tensor
+
+
+leaf_state(ASGDState, ASGDCarried)
+
+
+class ASGDScalars(NamedTuple):
+    """What ASGD needs at a step: eta_t, lambda eta_t, mu_t."""
+
+    eta: Any
+    decay: Any
+    mu: Any
+
+
+@factory
+def asgd(
+    lr: Hyperparameter = 1e-2,
+    lambd: Hyperparameter = 1e-4,
+    alpha: Hyperparameter = 0.75,
+    t0: Hyperparameter = 1e6,
+    weight_decay: Hyperparameter = 0.0,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Averaged stochastic gradient descent, with a learning rate that decays, and parameters too.
+
+        g <- g + weight_decay p
+        eta_1 = lr,  eta_{t+1} = lr / (1 + lambd lr t)^alpha
+        mu_1 = 1,  mu_{t+1} = 1 / max(1, t - t0)
+        u = -eta_t (g + lambd p)
+        a <- a + mu_t (p + u - a)
+
+    Args:
+        lr: learning rate >= 0: number, 0-dim tensor, or schedule.
+        lambd: decay of parameters and of the learning rate, >= 0.
+        alpha: power of the learning rate's decay.
+        t0: number of steps before the average begins; until then it is the last parameters.
+        weight_decay: L2 penalty >= 0.
+        maximize: ascend instead.
+
+    Raises:
+        ValueError: a number is out of range; `update` is called without parameters.
+
+    The averaged parameters are in the state: `fo.tree.get(state, "ax")`. As in torch.optim.ASGD, eta lags behind by a
+    step: a learning rate that changes acts on the step after the next. The numbers eta and mu are states of the whole
+    tree, in float64. (torch.optim.ASGD has them in float32; `fo.optim.ASGD` does too.)
+
+    Source: Polyak & Juditsky, Acceleration of stochastic approximation by averaging, SIAM J. Control Optim. 1992, with
+    the schedules of Bottou's SVM-SGD as in torch.optim.ASGD.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.asgd(lr=0.1), torch.ones(1)
+        >>> updates, state = tx.update(torch.full((1,), 5.0), tx.init(params), params)
+        >>> updates, fo.tree.get(state, "ax")
+        (tensor([-0.5000]), tensor([0.5000]))
+    """
+    check("learning rate", lr)
+    check("lambd value", lambd)
+    check("alpha value", alpha, "a number")
+    check("t0 value", t0, "a number")
+
+    def carry() -> ASGDCarried:
+        return ASGDCarried(at(lr, torch.ones((), dtype=torch.float64)), 1.0)
+
+    def scalars(step: Tensor, carried: ASGDCarried) -> tuple[ASGDScalars, ASGDCarried]:
+        eta, mu = carried.eta.to(step), carried.mu.to(step)
+        eta_next = at(lr, step) / (1 + at(lambd, step) * at(lr, step) * step) ** at(alpha, step)
+        mu_next = 1 / torch.clamp(step - at(t0, step), min=1)
+        return ASGDScalars(eta, at(lambd, step) * eta, mu), ASGDCarried(eta_next, mu_next)
+
+    def update(g: Tensor, state: ASGDState, p: Any, s: ASGDScalars) -> Any:
+        u = -(s.eta * g + s.decay * p)
+        return u, ASGDState(torch.lerp(state.ax, p + u, s.mu))
+
+    rule = leafwise(ASGDState, update, scalars, carry=carry, elementwise=True, needs_params=True)
+    return chain(*([ascend()] if maximize else []), add_decayed_weights(weight_decay), rule)

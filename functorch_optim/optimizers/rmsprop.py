@@ -1,0 +1,140 @@
+"""RMSprop."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim.base import GradientTransformation, factory, leafwise
+from functorch_optim.hyperparameters import Hyperparameter, at, check, is_zero
+from functorch_optim.numerics import safe_sqrt
+from functorch_optim.optimizers.descent import descent
+from functorch_optim.rule import leaf_state
+from functorch_optim.transforms.momentum import trace
+
+
+@leaf_state
+class ScaleByRmsState(NamedTuple):
+    """The state of `scale_by_rms` for one parameter.
+
+    Attributes:
+        square_avg: v, running mean of g^2: like p.
+    """
+
+    square_avg: Tensor
+
+
+@leaf_state
+class ScaleByStddevState(NamedTuple):
+    """The state of `scale_by_rms(centered=True)` for one parameter.
+
+    Attributes:
+        square_avg: v, running mean of g^2: like p.
+        grad_avg: m, running mean of g: like p.
+    """
+
+    square_avg: Tensor
+    grad_avg: Tensor
+
+
+class RmsScalars(NamedTuple):
+    """What RMSprop needs at a step: 1 - alpha, eps."""
+
+    weight: Any
+    eps: Any
+
+
+@factory
+def scale_by_rms(
+    alpha: Hyperparameter = 0.99, eps: Hyperparameter = 1e-8, centered: bool = False
+) -> GradientTransformation:
+    """Divide gradients by the root of the running mean of their squares; centered, by their standard deviation.
+
+        v <- alpha v + (1 - alpha) g^2
+        m <- alpha m + (1 - alpha) g
+        g <- g / (sqrt(v - m^2) + eps)  if centered,  else  g / (sqrt(v) + eps)
+
+    Args:
+        alpha: decay rate of v and m, >= 0: number, 0-dim tensor, or schedule.
+        eps: added to the root, >= 0.
+        centered: whether to subtract the squared mean.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Where rounding makes v - m^2 negative, for a gradient that hardly changes say, torch.optim takes the root and gets
+    NaN; here the difference is zero then.
+
+    Source: Tieleman & Hinton, Neural networks for machine learning, lecture 6.5, 2012; centered: Graves,
+    arXiv:1308.0850, equations 38 to 45, with eps outside of the root.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.scale_by_rms(alpha=0.75)
+        >>> updates, state = tx.update(torch.tensor([3.0]), tx.init(torch.zeros(1)))
+        >>> updates
+        tensor([2.])
+    """
+    check("alpha value", alpha)
+    check("epsilon value", eps)
+
+    def scalars(step: Tensor) -> RmsScalars:
+        return RmsScalars(1 - at(alpha, step), at(eps, step))
+
+    def plain(g: Tensor, state: ScaleByRmsState, p: Tensor | None, s: RmsScalars) -> Any:
+        v = torch.lerp(state.square_avg, g * g, s.weight)
+        return g / (safe_sqrt(v) + s.eps), ScaleByRmsState(v)
+
+    def centred(g: Tensor, state: ScaleByStddevState, p: Tensor | None, s: RmsScalars) -> Any:
+        v = torch.lerp(state.square_avg, g * g, s.weight)
+        m = torch.lerp(state.grad_avg, g, s.weight)
+        return g / (safe_sqrt(torch.clamp_min(v - m * m, 0)) + s.eps), ScaleByStddevState(v, m)
+
+    if centered:
+        return leafwise(ScaleByStddevState, centred, scalars, elementwise=True)
+    return leafwise(ScaleByRmsState, plain, scalars, elementwise=True)
+
+
+@factory
+def rmsprop(
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0.0,
+    momentum: Hyperparameter = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """RMSprop: gradients divided by their size of late, with momentum.
+
+        g <- g + weight_decay p
+        b <- momentum b + scale_by_rms(g)
+        u = -lr b
+
+    Args:
+        lr: learning rate >= 0: number, 0-dim tensor, or schedule.
+        alpha: see `scale_by_rms`.
+        eps: see `scale_by_rms`.
+        weight_decay: L2 penalty >= 0. Unless it is the number 0, `update` needs the parameters.
+        momentum: >= 0; the number 0 switches it off, and no buffer is kept.
+        centered: see `scale_by_rms`.
+        maximize: ascend instead.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Same numbers as torch.optim.RMSprop, but for the NaN that `scale_by_rms` mentions. Source: Tieleman & Hinton,
+    lecture 6.5, 2012.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.rmsprop(lr=0.1, alpha=0.75)
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
+        >>> updates
+        {'w': tensor([-0.2000])}
+    """
+    rules = [scale_by_rms(alpha, eps, centered)]
+    if not is_zero(momentum):
+        rules.append(trace(momentum))
+    return descent(*rules, lr=lr, weight_decay=weight_decay, maximize=maximize)
