@@ -321,7 +321,9 @@ def test_compiles_whole_and_once(row):
         return train(tx, params, x, steps=1, state=state)
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
-    expected = result = (make_params(), tx.init(make_params()))
+    params = make_params()
+    del params["layer"]["none"]  # torch gives empty tensors other strides when it computes with them
+    expected = result = (params, tx.init(params))
     for _ in range(4):
         expected, result = step(*expected), compiled(*result)
         assert_close(result, expected)

@@ -171,7 +171,7 @@ def _machine_epsilon(dtype: torch.dtype) -> float:
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:
-    return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)  # of nothing: 0
+    return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)  # of nothing: 0
 
 
 def _rms(x: Tensor) -> Tensor:
