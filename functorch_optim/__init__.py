@@ -1,6 +1,6 @@
 """Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
 
-from functorch_optim import schedules, tree
+from functorch_optim import optim, schedules, tree
 from functorch_optim.base import (
     GradientTransformation,
     apply_updates,
@@ -13,11 +13,11 @@ from functorch_optim.checkpoint import load_state_dict, state_dict
 from functorch_optim.combine import chain, masked, named_chain, partition
 from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt
-from functorch_optim.optim import Optimizer
+from functorch_optim.optim.wrapper import Optimizer
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
-from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, scale_by_sparse_adam, sparse_adam
+from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, sparse_adam
 from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
 from functorch_optim.optimizers.asgd import asgd
 from functorch_optim.optimizers.muon import muon, scale_by_muon
@@ -30,6 +30,7 @@ from functorch_optim.rule import EmptyState, StepState, leaf_state
 from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.momentum import trace
+from functorch_optim.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode
@@ -42,6 +43,7 @@ __all__ = [
     "Hyperparameter",
     "MaskedNode",
     "Optimizer",
+    "ReduceOnPlateauState",
     "StepState",
     "adadelta",
     "adafactor",
@@ -69,10 +71,12 @@ __all__ = [
     "muon",
     "nadam",
     "named_chain",
+    "optim",
     "partition",
     "radam",
     "rmsprop",
     "rprop",
+    "reduce_on_plateau",
     "safe_norm",
     "safe_sqrt",
     "scale",
@@ -87,7 +91,6 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_rss",
     "scale_by_schedule",
-    "scale_by_sparse_adam",
     "schedules",
     "set_to_zero",
     "sgd",

@@ -148,7 +148,7 @@ CATALOGUE = [
     Row("adamw", with_betas(fo.adamw), {**DECAYED, **ADAM}),
     Row("adamw_mask", with_betas(fo.adamw, mask=not_vectors, amsgrad=True, maximize=True), {**DECAYED, **ADAM}),
     Row("adadelta", partial(fo.adadelta, maximize=True), {**DECAYED, "rho": 0.9, "eps": 1e-3}),
-    Row("scale_by_sparse_adam", with_betas(fo.scale_by_sparse_adam), ADAM),
+    Row("scale_by_adam_lazy", with_betas(fo.scale_by_adam, lazy=True), ADAM),
     Row("sparse_adam", with_betas(fo.sparse_adam, maximize=True), {"lr": 0.1, **ADAM}),
     Row("scale_by_nadam", with_betas(fo.scale_by_nadam), {**ADAM, "momentum_decay": 0.1}),
     Row("nadam", with_betas(fo.nadam, maximize=True), {**DECAYED, **ADAM, "momentum_decay": 0.1}),

@@ -147,7 +147,7 @@ def test_tree_transformations_that_change_trees():
             "Invalid beta parameter at index 0: 1.0; it needs 0 <= value < 1",
         ),
         (lambda: fo.adam(betas=(0.9, -0.1)), ValueError, "Invalid beta parameter at index 1: -0.1"),
-        (lambda: fo.adam(betas=0.9), ValueError, "Invalid betas: 0.9; give a pair"),
+        (lambda: fo.adam(betas=0.9), ValueError, "Invalid betas: 0.9; give 2 numbers"),
         (lambda: fo.adam(eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),
         (lambda: fo.adadelta(rho=1.1), ValueError, "Invalid rho value: 1.1"),
         (lambda: fo.adadelta(eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),

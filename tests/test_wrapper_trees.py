@@ -419,5 +419,5 @@ def test_steps_are_loaded_as_they_are_counted():
         torch.set_default_dtype(torch.float32)
     assert opt.state[p]["step"] == 1001
     saved["state"][0]["step"] = torch.ones(3)
-    with pytest.raises(ValueError, match="saved step of parameter '0' is .* of one number"):
+    with pytest.raises(ValueError, match="saved step of parameter '0' has shape"):
         opt.load_state_dict(saved)

@@ -1,5 +1,48 @@
-"""The stateful side: transformations as torch.optim optimizers."""
+"""The stateful side: what torch.optim has, under the same names.
 
-from functorch_optim.optim.wrapper import Optimizer
+`import functorch_optim.optim as optim` in place of `import torch.optim as optim` changes no number; `Optimizer`,
+`lr_scheduler` and `swa_utils` here are torch's own. The optimizer around any transformation is `fo.Optimizer`.
+"""
 
-__all__ = ["Optimizer"]
+import sys
+
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
+from functorch_optim.optim.torch_like import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
+
+__all__ = [
+    "ASGD",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
+    "lr_scheduler",
+    "swa_utils",
+]
+
+# So that `from functorch_optim.optim.lr_scheduler import StepLR` works too.
+sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
+sys.modules[f"{__name__}.swa_utils"] = swa_utils

@@ -59,20 +59,34 @@ def defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, 
     return {**given, **hyperparameters}
 
 
-def make(factory: Factory, group: Mapping[str, Any]) -> GradientTransformation:
+def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick from a param group what a factory takes."""
+    return {name: group[name] for name in parameters(factory) if name in group}
+
+
+def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTransformation:
     """Make the transformation of a param group.
+
+    Args:
+        factory: makes it of hyperparameters.
+        group: holds them.
+        live: whether to give functions for numbers, which read them from the group at every step. The same
+            transformation then serves while a learning rate scheduler edits them, to values that a factory might refuse
+            too. A number 0 stays one: it switches things off.
 
     Raises:
         TypeError: the group lacks a hyperparameter, or the factory does not return a transformation.
     """
     known = parameters(factory)
-    given = {name: group[name] for name in known if name in group}
+    given = hyperparameters(factory, group)
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:
         raise TypeError(
             f"A param group lacks the hyperparameter {missing[0]!r} of {name_of(factory)}, which has no default; "
             f"write Optimizer(params, {name_of(factory)}, {missing[0]}=...)"
         )
+    if live:
+        given = {name: _live(value, functools.partial(group.__getitem__, name)) for name, value in given.items()}
     made = factory(**given)
     if not isinstance(made, GradientTransformation):
         raise TypeError(
@@ -92,21 +106,36 @@ def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
         )
 
 
-def snapshot(value: Any) -> Any:
-    """Copy containers, so that edits within them can be noticed."""
+def _live(value: Any, read: Callable[[], Any]) -> Any:
+    if _is_number(value):
+        return lambda count: read()
     if isinstance(value, list | tuple):
-        return [snapshot(item) for item in value]
-    if isinstance(value, dict):
-        return {key: snapshot(item) for key, item in value.items()}
+        return tuple([_live(item, lambda i=i: read()[i]) for i, item in enumerate(value)])
     return value
 
 
-def same(old: Any, new: Any) -> bool:
+def _is_number(value: Any) -> bool:
+    return type(value) is float and value != 0
+
+
+def snapshot(value: Any, live: bool) -> Any:
+    """Copy containers, so that edits within them can be noticed; live numbers are noticed without."""
+    if isinstance(value, list | tuple):
+        return [snapshot(item, live) for item in value]
+    if isinstance(value, dict):
+        return {key: snapshot(item, live) for key, item in value.items()}
+    return _is_number if live and _is_number(value) else value
+
+
+def same(old: Any, new: Any, live: bool) -> bool:
     """Compare a snapshot with what may have been edited: numbers and text by value, all else by identity."""
+    if old is _is_number:
+        return _is_number(new)
     if isinstance(old, list):
-        return isinstance(new, list | tuple) and len(old) == len(new) and all(map(same, old, new))
+        return isinstance(new, list | tuple) and len(old) == len(new) and all(same(*pair, live) for pair in zip(old, new))
     if isinstance(old, dict):
-        return isinstance(new, dict) and old.keys() == new.keys() and all(same(old[key], new[key]) for key in old)
+        keys = old.keys()
+        return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)
     if isinstance(old, bool | int | float | str):
         return type(old) is type(new) and old == new
     return old is new

@@ -33,9 +33,14 @@ class Part(NamedTuple):
     counted: bool
 
     @property
+    def scalars(self) -> set[str]:
+        """Return the keys of single numbers."""
+        return {key for keys in self.carried for key in keys} | ({"step"} if self.counted else set())
+
+    @property
     def known(self) -> set[str]:
         """Return all keys."""
-        return {key for keys in (*self.keys, *self.carried) for key in keys} | ({"step"} if self.counted else set())
+        return {key for keys in self.keys for key in keys} | self.scalars
 
 
 class Plan:
@@ -146,8 +151,8 @@ class Plan:
     def _initial(self, link: Link, params: list[Tensor]) -> Any:
         return lift.init([link], tree.unflatten(self._structure, params))[0]
 
-    def check_state(self, i: int, state: State, known: set[str]) -> None:
-        """Raise unless a loaded `state[p]` is one that this transformation makes.
+    def checked_state(self, i: int, state: State, known: set[str]) -> State:
+        """Return a loaded `state[p]` in the form that a step leaves, if it is one that this transformation makes.
 
         Args:
             i: index of the parameter.
@@ -155,15 +160,24 @@ class Plan:
             known: keys that are welcome though this transformation has no use for them.
 
         Raises:
-            ValueError: a key is unknown, or a shape is wrong.
+            ValueError: a key is unknown, a shape is wrong, or a value is no tensor.
         """
         p, part = self.params[i], self.parts[i]
+        # torch.optim.SGD used to save None for a buffer that was not there yet.
+        state = {key: value for key, value in state.items() if value is not None}
         for key, value in state.items():
-            if not isinstance(value, Tensor) or (key == "step" and value.numel() != 1):
-                raise ValueError(
-                    f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs, "
-                    "of one number if it is the step"
-                )
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, Tensor) and value.layout != torch.strided:
+                state[key] = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
+            elif not (isinstance(value, Tensor) or (key in part.scalars and number)):
+                raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs")
+            if key in part.scalars:
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError(
+                        f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, but it is one "
+                        "number"
+                    )
+                state[key] = self._as_kept(key, value)
         foreign = [key for key in state if key not in part.known | known]
         if foreign:
             raise ValueError(
@@ -171,12 +185,21 @@ class Plan:
                 f"keep; it keeps {', '.join(sorted(part.known)) or 'nothing'}. An optimizer of another kind saved it"
             )
         for k, keys in zip(part.links, part.keys, strict=True):
-            for key in keys:
-                if self.links[k].rule.elementwise and key in state and state[key].shape != p.shape:
+            rule: Any = self.links[k].rule
+            initial = rule.init_leaf(torch.empty_like(p, device="meta"))
+            for key, like in zip(keys, initial, strict=True):
+                if key in state and state[key].shape != like.shape:
                     raise ValueError(
                         f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(state[key].shape)}, "
-                        f"but the parameter has {tuple(p.shape)}; it was saved for another model"
+                        f"but it is {tuple(like.shape)} here; it was saved for another model"
                     )
+        return state
+
+    def _as_kept(self, key: str, value: Any) -> Any:
+        """Return the step, or a number that scalars carry on, as `state[p]` keeps it."""
+        if key == "step" and self._count is int:
+            return int(value)
+        return value.reshape(()) if isinstance(value, Tensor) else _scalar(value)
 
     def _completed(self, i: int, state: State, p: Tensor) -> tuple[Any, State]:
         """Add to a copy of `state[p]` what is not there yet.
@@ -191,7 +214,7 @@ class Plan:
         if part.counted and "step" not in state and self._count is not None:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
             # On the CPU, whatever the default device: it is read at every step.
-            state["step"] = int(begun) if self._count is int else _scalar(float(begun))
+            state["step"] = self._as_kept("step", float(begun))
         fresh, carried = [], []
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
             rule: Any = self.links[k].rule

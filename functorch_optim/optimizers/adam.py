@@ -49,7 +49,7 @@ class AdamScalars(NamedTuple):
         weight1: 1 - beta1.
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
-        eps: eps sqrt(1 - beta2^t), or eps alone for sparse gradients.
+        eps: eps sqrt(1 - beta2^t), or eps alone for the lazy rule.
     """
 
     weight1: Any
@@ -60,7 +60,11 @@ class AdamScalars(NamedTuple):
 
 @factory
 def scale_by_adam(
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8, amsgrad: bool = False
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    amsgrad: bool = False,
+    *,
+    lazy: bool = False,
 ) -> GradientTransformation:
     """Divide the mean of gradients by the root of the mean of their squares.
 
@@ -74,9 +78,12 @@ def scale_by_adam(
         betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
         eps: added to the root, >= 0.
         amsgrad: divide by the largest v so far; torch takes the maximum before the correction, and so do we.
+        lazy: take sparse gradients, and run on the entries that they have: all others keep their means. eps is then not
+            corrected, as at the end of the paper's section 2: m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps).
 
     Raises:
         ValueError: a number is out of range.
+        RuntimeError: a gradient is sparse and the rule is not lazy.
 
     Where v is zero, for a unit that never fired say, the derivative is finite and exact; torch.optim's is NaN there.
 
@@ -89,56 +96,13 @@ def scale_by_adam(
         >>> updates["w"].round(decimals=3), state.exp_avg["w"]
         (tensor([ 1., -1.]), tensor([ 0.3000, -0.3000]))
     """
-    return _adam(betas, eps, amsgrad)
-
-
-@factory
-def scale_by_sparse_adam(
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8
-) -> GradientTransformation:
-    """Scale as Adam does those entries that a sparse gradient has; all others keep their means.
-
-        m <- beta1 m + (1 - beta1) g
-        v <- beta2 v + (1 - beta2) g^2
-        g <- m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps)
-
-    Args:
-        betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
-        eps: added to the root, >= 0; not corrected, as at the end of the paper's section 2.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    A gradient that is not sparse has all entries.
-
-    Source: Kingma & Ba, arXiv:1412.6980, algorithm 1, made lazy as torch.optim.SparseAdam.
-
-    Example:
-        >>> import functorch_optim as fo, torch
-        >>> tx = fo.scale_by_sparse_adam()
-        >>> grad = torch.sparse_coo_tensor([[1]], [5.0], (3,))
-        >>> updates, state = tx.update(grad, tx.init(torch.zeros(3)))
-        >>> updates.to_dense(), state.exp_avg
-        (tensor([0.0000, 1.0000, 0.0000]), tensor([0.0000, 0.5000, 0.0000]))
-    """
-    return _adam(betas, eps, correct_eps=False, sparse="touched")
-
-
-def _adam(
-    betas: tuple[Hyperparameter, Hyperparameter],
-    eps: Hyperparameter,
-    amsgrad: bool = False,
-    correct_eps: bool = True,
-    sparse: Literal["touched"] | None = None,
-) -> GradientTransformation:
     check_betas(betas)
     check("epsilon value", eps)
 
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
         root = debias(beta2, step).sqrt()
-        corrected = root * at(eps, step) if correct_eps else at(eps, step)
-        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), corrected)
+        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), at(eps, step) * (1 if lazy else root))
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
         return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
@@ -156,6 +120,7 @@ def _adam(
         v_max = torch.maximum(state.max_exp_avg_sq, v)
         return ratio(m, v_max, s), ScaleByAMSGradState(m, v, v_max)
 
+    sparse: Literal["touched"] | None = "touched" if lazy else None
     if amsgrad:
         return leafwise(ScaleByAMSGradState, ams, scalars, elementwise=True, sparse=sparse)
     return leafwise(ScaleByAdamState, adam, scalars, elementwise=True, sparse=sparse)
@@ -253,12 +218,12 @@ def sparse_adam(
 ) -> GradientTransformation:
     """Adam for sparse gradients, as those of `torch.nn.Embedding(sparse=True)`.
 
-        u = -lr scale_by_sparse_adam(g)
+        u = -lr scale_by_adam(g, lazy=True)
 
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
-        betas: see `scale_by_sparse_adam`.
-        eps: see `scale_by_sparse_adam`.
+        betas: see `scale_by_adam`.
+        eps: see `scale_by_adam`.
         maximize: ascend instead.
 
     Raises:
@@ -275,4 +240,4 @@ def sparse_adam(
         >>> fo.apply_updates(params, updates)
         tensor([ 0.0000, -0.1000,  0.0000])
     """
-    return descent(scale_by_sparse_adam(betas, eps), lr=lr, weight_decay=0.0, maximize=maximize)
+    return descent(scale_by_adam(betas, eps, lazy=True), lr=lr, weight_decay=0.0, maximize=maximize)

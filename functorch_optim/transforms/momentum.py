@@ -1,5 +1,6 @@
 """Momentum."""
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def trace(
     """
     check("momentum value", momentum)
     check("dampening value", dampening, "a number")
-    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+    if nesterov and (is_zero(momentum) or (isinstance(dampening, Real) and dampening != 0)):
         raise ValueError(
             "Nesterov momentum requires a momentum and zero dampening, "
             f"got momentum={momentum!r} and dampening={dampening!r}"

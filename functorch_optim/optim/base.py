@@ -1,0 +1,184 @@
+"""What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim import checkpoint, execution, tree
+from functorch_optim.base import GradientTransformation, check_extras
+from functorch_optim.optim import factories
+from functorch_optim.optim.plan import Plan
+from functorch_optim.rule import TreeRule
+
+# The key in `state` of what belongs to no parameter: the states of functions of the whole tree.
+TREE = "transformation"
+
+
+class OptimizerBase(torch.optim.Optimizer):
+    """A torch.optim.Optimizer whose step is a transformation's update. It has no constructor of its own."""
+
+    state: dict[Any, Any]  # type: ignore[assignment]
+
+    _transformation: Any  # transformation, or factory of one
+    _count: type | None = Tensor  # how `state[p]` keeps the step, see Plan
+    _live = False  # whether the factory may be given functions that read numbers from the group at every step
+
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again, calls backward, and returns the loss. The loss is also what a
+                transformation that declares the extra `value` is given.
+            **extra: by name, what some transformation declares.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
+            TypeError: an extra that nothing declares.
+        """
+        links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
+        wants_value = any(link.rule.extras.any or "value" in link.rule.extras.names for link in links)
+        loss = None
+        if closure is not None:
+            check_extras(links, {**({"value": None} if wants_value else {}), **extra})
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            self._check_gradients()
+            plans = [self._plan(index) for index in range(self._number_of_trees)]
+            if loss is not None and wants_value:
+                extra.setdefault("value", loss)
+            check_extras(links, extra)
+            # Everything is computed before anything is changed.
+            results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
+            for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
+                moved = [i for i, update in enumerate(updates) if update is not None]
+                execution.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
+                for p, state in zip(plan.params, states, strict=True):
+                    if state:
+                        self.state[p].update(state)
+                if tree_states:
+                    self.state[TREE] = {**self.state.get(TREE, {}), **tree_states}
+        return loss
+
+    def _check_gradients(self) -> None:
+        """Raise when a gradient is of a kind that this optimizer does not take."""
+
+    def _compute(
+        self, index: int, plan: Plan, extra: dict[str, Any]
+    ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
+        """Compute the updates of a tree and its next states; change nothing."""
+        saved = self.state.get(TREE, {})
+        keys = _tree_keys(index, plan)
+        known = {k: saved[key] for k, key in keys.items() if key in saved}
+        updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], known, extra)
+        moved = [i for i, update in enumerate(updates) if update is not None]
+        execution.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
+        kept = execution.unshared([*plan.params, *[p.grad for p in plan.params]])
+        return (
+            [kept(update) for update in updates],
+            [{key: kept(value) for key, value in state.items()} for state in states],
+            {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
+        )
+
+    @property
+    def _has_factory(self) -> bool:
+        return not isinstance(self._transformation, GradientTransformation)
+
+    @property
+    def _number_of_trees(self) -> int:
+        return len(self.param_groups) if self._has_factory else 1
+
+    def _plan(self, index: int) -> Plan:
+        """Make the plan of a tree, or find it when nothing has changed since the last step."""
+        plans = self.__dict__.setdefault("_plans", {})
+        groups = [self.param_groups[index]] if self._has_factory else self.param_groups
+        if index not in plans or not factories.same(plans[index][0], groups, self._live):
+            plans[index] = (factories.snapshot(groups, self._live), self._new_plan(self._transformation, groups))
+        plan: Plan = plans[index][1]
+        return plan
+
+    def _new_plan(self, transformation: Any, groups: list[dict[str, Any]], hyperparameters: Any = None) -> Plan:
+        count = self._count
+        if self._has_factory:
+            hyperparameters = groups[0] if hyperparameters is None else hyperparameters
+            transformation = factories.make(transformation, hyperparameters, self._live)
+            if factories.has_function(list(factories.hyperparameters(self._transformation, hyperparameters).values())):
+                count = Tensor if count is None else count  # a schedule needs to know
+        params = [p for group in groups for p in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", ())]
+        return Plan(transformation, params, names or None, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
+
+        Hyperparameters that are functions, schedules say, belong to the program and are left out.
+        """
+        with self.register_state_dict_post_hook(_make_plain, prepend=True):
+            return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in ("_transformation",) if name in self.__dict__}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" in state:  # unpickling
+            super().__setstate__(state)
+            return
+        # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
+        candidate = type(self).__new__(type(self))
+        candidate.__dict__.update({**self.__dict__, "_plans": {}})
+        super(OptimizerBase, candidate).__setstate__(state)
+        for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
+            for name, value in old.items():
+                new.setdefault(name, value)
+        candidate._check_loaded(self)
+        self.__dict__.update({**candidate.__dict__, "_plans": {}})
+
+    def _check_loaded(self, former: "OptimizerBase") -> None:
+        """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
+
+        Args:
+            former: the optimizer as it was.
+        """
+        saved = dict(self.state.get(TREE, {}))
+        tree_states = {}
+        for index in range(self._number_of_trees):
+            plan = self._plan(index)
+            # After an edit, such as momentum set to 0, states hold what only the former hyperparameters need.
+            others = [former._plan(index)]
+            if self._has_factory:
+                others.append(self._new_plan(self._transformation, [self.param_groups[index]], self.defaults))
+            for i, p in enumerate(plan.params):
+                if p in self.state:
+                    known: set[str] = set().union(*[other.parts[i].known for other in others])
+                    self.state[p] = plan.checked_state(i, self.state[p], known)
+            for k, key in _tree_keys(index, plan).items():
+                initial = plan.initial_tree_state(k) if self.state else ()
+                if tree.flatten(initial)[0]:
+                    tree_states[key] = checkpoint.load_state_dict(initial, saved.pop(key, {}))
+        if saved:
+            raise ValueError(
+                f"The saved state has one for the function of the whole tree {next(iter(saved))}, which is not here; "
+                "an optimizer of another kind saved it"
+            )
+        if tree_states:
+            self.state[TREE] = tree_states
+
+
+def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
+    """Name the states of functions of the whole tree: by tree, and by number among them."""
+    whole = [k for k, link in enumerate(plan.links) if isinstance(link.rule, TreeRule)]
+    return {k: f"{index}.{number}" for number, k in enumerate(whole)}
+
+
+def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        for name in [name for name, value in group.items() if factories.has_function(value)]:
+            del group[name]
+    if TREE in saved["state"]:
+        saved["state"][TREE] = {key: checkpoint.state_dict(state) for key, state in saved["state"][TREE].items()}
