@@ -199,7 +199,10 @@ def test_sparse_gradients(device):
     optimizer = make_trained(device, fo.adam)
     p = optimizer.param_groups[1]["params"][0]
     p.grad = p.grad.to_sparse()
-    with nothing_changes(optimizer), pytest.raises(RuntimeError, match="scale_by_adam does not support sparse gradients"):
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(RuntimeError, match="scale_by_adam does not support sparse gradients"),
+    ):
         optimizer.step()
 
 

@@ -6,6 +6,7 @@
 
 import sys
 
+import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from functorch_optim.optim.torch_like import (
@@ -42,6 +43,11 @@ __all__ = [
     "lr_scheduler",
     "swa_utils",
 ]
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    from functorch_optim.optim.torch_like import Muon as Muon
+
+    __all__ += ["Muon"]
 
 # So that `from functorch_optim.optim.lr_scheduler import StepLR` works too.
 sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler

@@ -132,7 +132,9 @@ def same(old: Any, new: Any, live: bool) -> bool:
     if old is _is_number:
         return _is_number(new)
     if isinstance(old, list):
-        return isinstance(new, list | tuple) and len(old) == len(new) and all(same(*pair, live) for pair in zip(old, new))
+        return (
+            isinstance(new, list | tuple) and len(old) == len(new) and all(same(*pair, live) for pair in zip(old, new))
+        )
     if isinstance(old, dict):
         keys = old.keys()
         return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)
