@@ -9,8 +9,8 @@ Two ways, chosen from what the tensors are:
   elementwise rule into one `torch._foreach_*` call.
 
 Elementwise rules see complex tensors as pairs of reals, as torch.optim does; others see them as they are. float16 and
-bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do. Sparse updates are run as
-what they are: the values of some entries, each with its own state.
+bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do. Sparse updates are
+run as what they are: the values of some entries, each with its own state.
 """
 
 from collections.abc import Callable, Sequence

@@ -110,12 +110,16 @@ def _live(value: Any, read: Callable[[], Any]) -> Any:
     if _is_number(value):
         return lambda count: read()
     if isinstance(value, list | tuple):
-        return tuple([_live(item, lambda i=i: read()[i]) for i, item in enumerate(value)])
+        return tuple([_live(item, functools.partial(_item, read, i)) for i, item in enumerate(value)])
     return value
 
 
+def _item(read: Callable[[], Any], i: int) -> Any:
+    return read()[i]
+
+
 def _is_number(value: Any) -> bool:
-    return type(value) is float and value != 0
+    return isinstance(value, float) and value != 0
 
 
 def snapshot(value: Any, live: bool) -> Any:
@@ -132,9 +136,8 @@ def same(old: Any, new: Any, live: bool) -> bool:
     if old is _is_number:
         return _is_number(new)
     if isinstance(old, list):
-        return (
-            isinstance(new, list | tuple) and len(old) == len(new) and all(same(*pair, live) for pair in zip(old, new))
-        )
+        alike = isinstance(new, list | tuple) and len(old) == len(new)
+        return alike and all(same(a, b, live) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict):
         keys = old.keys()
         return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)

@@ -1,7 +1,8 @@
 """The classes of torch.optim, each with the step of a transformation of this library.
 
-They are torch.optim's own classes in all but the step: constructors, param groups, defaults, hooks, errors, and the care
-for older state dicts are inherited. The numbers are the same, `state[p]` has the same keys, and state dicts go both ways.
+They are torch.optim's own classes in all but the step: constructors, param groups, defaults, hooks, errors, and the
+care for older state dicts are inherited. The numbers are the same, `state[p]` has the same keys, and state dicts go
+both ways.
 
 Where torch.optim leaves off, these go on: float16 and bfloat16 are computed in float32 and rounded once, a schedule of
 `fo.schedules` may stand for any number, and derivatives through the step are right with `differentiable=True`.
