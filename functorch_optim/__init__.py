@@ -20,6 +20,7 @@ from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, sparse_adam
 from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
 from functorch_optim.optimizers.asgd import asgd
+from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
 from functorch_optim.optimizers.muon import muon, scale_by_muon
 from functorch_optim.optimizers.nadam import nadam, scale_by_nadam
 from functorch_optim.optimizers.radam import radam, scale_by_radam
@@ -41,6 +42,7 @@ __all__ = [
     "EmptyState",
     "GradientTransformation",
     "Hyperparameter",
+    "LBFGSState",
     "MaskedNode",
     "Optimizer",
     "ReduceOnPlateauState",
@@ -63,6 +65,7 @@ __all__ = [
     "factory",
     "freeze",
     "identity",
+    "lbfgs",
     "leaf_state",
     "leafwise",
     "load_state_dict",
@@ -74,9 +77,9 @@ __all__ = [
     "optim",
     "partition",
     "radam",
+    "reduce_on_plateau",
     "rmsprop",
     "rprop",
-    "reduce_on_plateau",
     "safe_norm",
     "safe_sqrt",
     "scale",

@@ -1,52 +1,83 @@
 """States as plain containers, to save and to load."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim.layout import numbered
+from functorch_optim.rule import EmptyState, StepState
 from functorch_optim.tree import Tree
 
+# What belongs to no parameter: steps, numbers that scalars carry on, states of functions of the whole tree.
+REST = "transformation"
 
-def state_dict(state: Tree) -> dict[str, Tensor]:
-    """Flatten a state to a dict of tensors by path, which `torch.load(weights_only=True)` takes.
+
+def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"] = "path") -> dict[str, Any]:
+    """Turn a state into plain containers, which `torch.load(weights_only=True)` takes.
 
     Args:
         state: what `init` or `update` returned; any tree of tensors.
+        params: the parameters, to have the state of each of them by itself, under torch.optim's names.
+        by: with `params`, what to call each parameter: its dotted path, or its index in the order in which dicts were
+            filled, as `model.named_parameters()` and torch.optim count.
 
     Returns:
-        Dict: dotted path -> tensor. The tensors are those of the state, not copies. None is left out.
+        Without `params` a dict: dotted path in the state -> tensor. With `params` a dict of two:
+        `"state"`: path or index -> {"step": ..., "exp_avg": ..., ...}, as in torch.optim's state dicts, and
+        `"transformation"`: path in the state -> what belongs to no parameter.
+        The tensors are those of the state, not copies. None is left out.
 
     Raises:
-        ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b".
+        ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b"; or the state is of other
+            parameters.
+
+    With `by="index"`, `optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})`
+    takes it into `fo.Optimizer`, `fo.optim` and torch.optim.
 
     Example:
         >>> import functorch_optim as fo, torch
-        >>> state = fo.trace(0.9).init({"w": torch.zeros(1)})
+        >>> params = {"w": torch.zeros(1)}
+        >>> state = fo.trace(0.9).init(params)
         >>> fo.state_dict(state)
         {'step': tensor(0), 'momentum_buffer.w': tensor([0.])}
+        >>> fo.state_dict(state, params)["state"]
+        {'w': {'step': tensor(0), 'momentum_buffer': tensor([0.])}}
     """
-    leaves = tree.flatten(state)[0]
-    paths = [path for path, leaf in zip(tree.paths(state), leaves, strict=True) if leaf is not None]
-    saved = dict(zip(paths, [leaf for leaf in leaves if leaf is not None], strict=True))
-    if len(saved) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"Two tensors of the state have the path {twice!r}; rename the keys that contain dots")
-    return saved
+    if params is None:
+        return _by_path(state)
+    keys = _keys(params, by)
+    places = _places(state, params)
+    states: dict[Any, dict[str, Tensor]] = {key: {} for key in sorted(keys)}
+    for place in places:
+        for owner in place.owners:
+            states[keys[owner]][place.name] = place.tensor
+    return {
+        "state": {key: found for key, found in states.items() if found},
+        REST: {place.path: place.tensor for place in places if place.shared},
+    }
 
 
-def load_state_dict(state: Tree, saved: Mapping[str, Tensor]) -> Tree:
+def load_state_dict(
+    state: Tree, saved: Mapping[str, Any], params: Tree = None, *, by: Literal["path", "index"] = "path"
+) -> Tree:
     """Build a state from a saved one.
 
     Args:
         state: a state of the same transformation for the same parameters, as `init` makes it.
-        saved: what `state_dict` returned.
+        saved: what `state_dict` returned; with `by="index"`, the state dict of an optimizer too.
+        params: the parameters, where `state_dict` was given them.
+        by: as it was given to `state_dict`.
 
     Returns:
         State built like `state`, with the saved values in its own dtypes and on its own devices.
 
     Raises:
-        ValueError: paths or shapes differ; the message names the first that does.
+        ValueError: paths or shapes differ; the message names the first that does. Or an optimizer's state dict has
+            parameters at different steps, where a state has one step; see `from_torch`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -54,21 +85,138 @@ def load_state_dict(state: Tree, saved: Mapping[str, Tensor]) -> Tree:
         >>> _, state = tx.update({"w": torch.ones(1)}, tx.init(params))
         >>> fo.load_state_dict(tx.init(params), fo.state_dict(state)).momentum_buffer
         {'w': tensor([1.])}
+        >>> fo.load_state_dict(tx.init(params), fo.state_dict(state, params), params).momentum_buffer
+        {'w': tensor([1.])}
     """
-    leaves, structure = tree.flatten(state)
-    paths = tree.paths(state)
-    present = state_dict(state)
-    for path in (*present, *saved):
-        if path not in saved or path not in present:
+    present = _by_path(state)
+    loaded = saved if params is None else _gathered(_places(state, params), saved, _keys(params, by))
+    for path in (*present, *loaded):
+        if path not in loaded or path not in present:
             has, lacks = ("the state", "the saved one") if path in present else ("the saved state", "this one")
             raise ValueError(
                 f"{has} has {path!r}, which {lacks} lacks; it was saved from another transformation or other parameters"
             )
     for path, leaf in present.items():
-        if saved[path].shape != leaf.shape:
+        if loaded[path].shape != leaf.shape:
             raise ValueError(
-                f"The saved {path!r} has shape {tuple(saved[path].shape)}, but the state's has {tuple(leaf.shape)}; "
+                f"The saved {path!r} has shape {tuple(loaded[path].shape)}, but the state's has {tuple(leaf.shape)}; "
                 "it was saved from other parameters"
             )
-    loaded = [None if leaf is None else saved[path].to(leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    return tree.unflatten(structure, loaded)
+    leaves, structure = tree.flatten(state)
+    values = zip(tree.paths(state), leaves, strict=True)
+    return tree.unflatten(structure, [None if leaf is None else loaded[path].to(leaf) for path, leaf in values])
+
+
+def _by_path(state: Tree) -> dict[str, Tensor]:
+    pairs = zip(tree.paths(state), tree.flatten(state)[0], strict=True)
+    kept = [(path, leaf) for path, leaf in pairs if leaf is not None]
+    found = dict(kept)
+    if len(found) < len(kept):
+        paths = [path for path, _ in kept]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"Two tensors of the state have the path {twice!r}; rename the keys that contain dots")
+    return found
+
+
+# A state by parameter. -----------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """A tensor of a state.
+
+    Attributes:
+        path: dotted path in the state.
+        tensor: what is there.
+        name: what it is called in the state of a parameter.
+        owners: indices of the parameters whose it is.
+        shared: whether it may be several parameters'.
+    """
+
+    path: str
+    tensor: Tensor
+    name: str
+    owners: Sequence[int]
+    shared: bool
+
+
+def _places(state: Tree, params: Tree) -> list[_Place]:
+    """Find all tensors of a state, and whose they are."""
+    paths, structure = tree.paths(params), tree.flatten(params)[1]
+    everyone = range(len(paths))
+    places = []
+    counts: list[Counter[str]] = [Counter() for _ in everyone]
+    for path, part in _parts(state, ""):
+        counters, fields = _fields(part)
+        if fields is None:
+            places += [_Place(_dotted(path, inner), leaf, "", (), True) for inner, leaf in _by_path(part).items()]
+            continue
+        columns = {
+            field: tree.flatten_up_to(
+                structure, getattr(part, field), f"{_dotted(path, field)} in the state", params, "params"
+            )
+            for field in fields
+        }
+        owners = [
+            i for i in everyone if not columns or any(isinstance(column[i], Tensor) for column in columns.values())
+        ]
+        names = [{field: numbered(field, counts[i]) for field in (*fields, *counters)} for i in owners]
+        for field in counters:
+            name = "step" if field == "step" else names[0][field] if owners else ""
+            places.append(_Place(_dotted(path, field), getattr(part, field), name, owners, True))
+        for field, column in columns.items():
+            places += [
+                _Place(_dotted(path, _dotted(field, paths[i])), column[i], own[field], (i,), False)
+                for i, own in zip(owners, names, strict=True)
+            ]
+    return places
+
+
+def _parts(state: Tree, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the states of the links of a chain, through nested chains and partitions."""
+    if type(state) is tuple or type(state) is dict:
+        items: Any = enumerate(state) if isinstance(state, tuple) else state.items()
+        for key, child in items:
+            yield from _parts(child, _dotted(path, key))
+    else:
+        yield path, state
+
+
+def _fields(part: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the fields of a rule's state: those that are there once, and those like the parameters; else None."""
+    if isinstance(part, StepState | EmptyState):
+        return part._fields, ()
+    counters = getattr(type(part), "_counters", None)
+    return ((), None) if counters is None else (counters, part._fields[len(counters) :])
+
+
+def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
+    """Collect from what `state_dict` or an optimizer saved, by path in the state."""
+    states, rest = saved.get("state", {}), saved.get(REST, {})
+    unknown = [key for key in states if key not in keys]
+    if unknown:
+        raise ValueError(
+            f"The saved state has the parameter {unknown[0]!r}; those here are {', '.join(map(repr, keys))}"
+        )
+    found: dict[str, Tensor] = dict(rest)
+    for place in places:
+        values = {keys[i]: states[keys[i]][place.name] for i in place.owners if place.name in states.get(keys[i], {})}
+        if place.path in found or not values:
+            continue
+        if len({float(value) for value in values.values()} if place.shared else ()) > 1:
+            at = ", ".join([f"{key!r}: {float(value)}" for key, value in values.items()])
+            raise ValueError(
+                f"The parameters are at different steps, or differ in {place.name}: {at}. Here all of them share it; "
+                "from_torch(optimizer) makes a transformation that does not"
+            )
+        found[place.path] = torch.as_tensor(next(iter(values.values())))
+    return found
+
+
+def _keys(params: Tree, by: str) -> list[Any]:
+    if by not in ("path", "index"):
+        raise ValueError(f"Invalid by: {by!r}; choose 'path' or 'index'")
+    return tree.paths(params) if by == "path" else tree.insertion_order(params)
+
+
+def _dotted(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path and key != "" else f"{path}{key}"

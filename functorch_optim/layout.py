@@ -1,5 +1,6 @@
 """How the states of links nest for users: an index for a link, a tuple for a chain, a dict for named parts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,3 +45,14 @@ def shift(layout: Any, by: int) -> Any:
     if isinstance(layout, tuple):
         return tuple([shift(part, by) for part in layout])
     return {name: shift(part, by) for name, part in layout.items()}
+
+
+def numbered(field: str, counts: Counter[str]) -> str:
+    """Name a field of one parameter's state: the second momentum_buffer is momentum_buffer.1.
+
+    Args:
+        field: the name in the state of its rule.
+        counts: how often it has come already.
+    """
+    counts[field] += 1
+    return field if counts[field] == 1 else f"{field}.{counts[field] - 1}"

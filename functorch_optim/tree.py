@@ -130,6 +130,18 @@ def paths(tree: Tree) -> list[str]:
     return [".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor) for accessor in accessors]
 
 
+def insertion_order(tree: Tree) -> list[int]:
+    """Number the leaves, listed in the order of `flatten`, in the order in which dicts were filled.
+
+    Example:
+        >>> insertion_order({"weight": 1, "bias": 2})
+        [1, 0]
+    """
+    leaves, structure = flatten(tree)
+    order = torch.utils._pytree.tree_leaves(unflatten(structure, range(len(leaves))))
+    return sorted(range(len(leaves)), key=order.index)
+
+
 def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     """Give every leaf of `tree` the leaf of `prefix` that stands at it or above it, in the order of `flatten`.
 

@@ -44,6 +44,7 @@ LAYERS = [
     "optim.base",
     "optim.wrapper",
     "optim.torch_like",
+    "optim.lbfgs",
     "optim",
     "demo",
 ]

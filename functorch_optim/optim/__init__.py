@@ -9,6 +9,7 @@ import sys
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
+from functorch_optim.optim.lbfgs import LBFGS
 from functorch_optim.optim.torch_like import (
     ASGD,
     SGD,
@@ -27,6 +28,7 @@ from functorch_optim.optim.torch_like import (
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",

@@ -136,8 +136,9 @@ def same(old: Any, new: Any, live: bool) -> bool:
     if old is _is_number:
         return _is_number(new)
     if isinstance(old, list):
-        alike = isinstance(new, list | tuple) and len(old) == len(new)
-        return alike and all(same(a, b, live) for a, b in zip(old, new, strict=True))
+        if not isinstance(new, list | tuple) or len(old) != len(new):
+            return False
+        return all(same(a, b, live) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict):
         keys = old.keys()
         return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)

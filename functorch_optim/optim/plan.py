@@ -10,6 +10,7 @@ from torch import Tensor
 from functorch_optim import execution, lift, passes, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_updates
+from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
 from functorch_optim.rule import Rule, TreeRule
@@ -260,14 +261,13 @@ class Plan:
         counts: Counter[str] = Counter()
 
         def named(fields: Sequence[str]) -> tuple[str, ...]:
-            # The second momentum_buffer is momentum_buffer.1, whatever links without one stand between.
-            keys = tuple([f"{field}.{counts[field]}" if counts[field] else field for field in fields])
-            counts.update(fields)
-            return keys
+            return tuple([numbered(field, counts) for field in fields])
 
-        keys = tuple([named(getattr(self._state_type(k, p), "_fields", ())) for k in links])
-        carried = tuple([named(self.links[k].rule.counters[1:]) for k in links])
-        return Part(links, keys, carried, any(self.links[k].rule.counters for k in links))
+        keys, carried = [], []
+        for k in links:
+            keys.append(named(getattr(self._state_type(k, p), "_fields", ())))
+            carried.append(named(self.links[k].rule.counters[1:]))
+        return Part(links, tuple(keys), tuple(carried), any(self.links[k].rule.counters for k in links))
 
     def _state_type(self, k: int, p: Tensor) -> Any:
         """Return the NamedTuple in which a rule keeps its state for one parameter."""

@@ -235,7 +235,7 @@ def sparse_adam(
     Example:
         >>> import functorch_optim as fo, torch
         >>> tx, params = fo.sparse_adam(lr=0.1), torch.zeros(3)
-        >>> grad = torch.sparse_coo_tensor([[1]], [5.0], (3,))
+        >>> grad = torch.sparse_coo_tensor([[1]], [5.0], (3,), check_invariants=True)
         >>> updates, state = tx.update(grad, tx.init(params))
         >>> fo.apply_updates(params, updates)
         tensor([ 0.0000, -0.1000,  0.0000])

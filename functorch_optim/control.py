@@ -1,0 +1,120 @@
+"""Branches and loops that are decided where values are known, and masked where they are not.
+
+Eagerly, and under `torch.func.grad` and `jvp`, a condition is a value that can be looked at: one branch runs, and a
+loop ends early. Inside of `torch.vmap` a condition has one value for each member of the batch, and while torch.compile
+traces it has none yet: both branches run, a loop runs as often as it ever could, and `torch.where` picks, with the same
+numbers. Then the branch that is not taken must be finite, and so must its derivative: 0 * inf is NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Carry = TypeVar("Carry")
+"""A tensor, or a tuple or NamedTuple of them, nested."""
+
+
+def is_known(condition: Tensor | bool) -> bool:
+    """Tell whether a condition has a value that python may branch on."""
+    if isinstance(condition, bool):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    tensor = condition
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def is_masked() -> bool:
+    """Tell whether some conditions may be unknown here, so that structures must not depend on them."""
+    if torch.compiler.is_compiling():
+        return True
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def select(condition: Tensor | bool, chosen: Carry, otherwise: Carry) -> Carry:
+    """Return `chosen` where the condition holds.
+
+    Args:
+        condition: 0-dim tensor of bool, or a bool.
+        chosen: tensor, or tuples of them.
+        otherwise: built like it.
+
+    Example:
+        >>> import torch
+        >>> select(torch.tensor(True), (torch.ones(1), torch.ones(1)), (torch.zeros(1), torch.zeros(1)))
+        (tensor([1.]), tensor([1.]))
+    """
+    if is_known(condition):
+        return chosen if condition else otherwise
+    picked: Carry = _where(condition, chosen, otherwise)
+    return picked
+
+
+def _where(condition: Any, chosen: Any, otherwise: Any) -> Any:
+    if isinstance(chosen, tuple):
+        items = [_where(condition, a, b) for a, b in zip(chosen, otherwise, strict=True)]
+        return type(chosen)(*items) if hasattr(chosen, "_fields") else tuple(items)
+    return chosen if chosen is otherwise else torch.where(condition, chosen, otherwise)
+
+
+def cond(
+    condition: Tensor | bool, on_true: Callable[[Carry], Carry], on_false: Callable[[Carry], Carry], carry: Carry
+) -> Carry:
+    """Apply one of two functions.
+
+    Args:
+        condition: 0-dim tensor of bool, or a bool.
+        on_true: function of the carry.
+        on_false: another, whose result is built like that of `on_true`.
+        carry: tensor, or tuples of them.
+
+    Example:
+        >>> import torch
+        >>> torch.vmap(lambda x: cond(x > 0, torch.neg, torch.exp, x))(torch.tensor([2.0, 0.0]))
+        tensor([-2.,  1.])
+    """
+    if is_known(condition):
+        return on_true(carry) if condition else on_false(carry)
+    picked: Carry = _where(condition, on_true(carry), on_false(carry))
+    return picked
+
+
+def while_loop(
+    condition: Callable[[Carry], Tensor | bool], body: Callable[[Carry], Carry], carry: Carry, limit: int
+) -> Carry:
+    """Apply `body` to the carry as long as the condition holds, `limit` times at most.
+
+    Args:
+        condition: carry -> 0-dim tensor of bool, or a bool. Once false, it stays so.
+        body: carry -> carry, built alike. It also runs where the condition is false and unknown: what it then returns
+            is dropped, but its derivatives must be finite.
+        carry: tensor, or tuples of them.
+        limit: how often `body` may run.
+
+    Example:
+        >>> import torch
+        >>> halve = lambda x: while_loop(lambda x: x > 1, lambda x: x / 2, x, 10)
+        >>> halve(torch.tensor(5.0)), torch.vmap(halve)(torch.tensor([5.0, 8.0]))
+        (tensor(0.6250), tensor([0.6250, 1.0000]))
+    """
+    for _ in range(limit):
+        going = condition(carry)
+        if not is_known(going):
+            carry = _where(going, body(carry), carry)
+        elif going:
+            carry = body(carry)
+        else:
+            break
+    return carry
+
+
+def same(carry: Carry) -> Carry:
+    """Return what is given: the branch that does nothing."""
+    return carry

@@ -1,0 +1,279 @@
+"""L-BFGS: Newton's method, with an inverse Hessian made of the last few steps."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim.base import GradientTransformation, factory
+from functorch_optim.checks import HALF
+from functorch_optim.control import is_known, is_masked
+from functorch_optim.hyperparameters import Hyperparameter, at, check, check_number
+from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
+from functorch_optim.tree import Tree
+
+
+class LBFGSState(NamedTuple):
+    """The state of `lbfgs`, for n real numbers in all parameters (a complex number is two).
+
+    Attributes:
+        step: number of updates done: 0-dim int64 tensor.
+        func_evals: number of evaluations done: 0-dim int64 tensor.
+        n_iter: number of iterations done: 0-dim int64 tensor.
+        d: last direction: (n,).
+        t: last step length: 0-dim.
+        old_dirs: y, differences of gradients, the newest last; zero where there is none yet: (history_size, n).
+        old_stps: s, differences of parameters, likewise: (history_size, n).
+        ro: 1 / y's, likewise: (history_size,).
+        H_diag: scale of the inverse Hessian that the history begins with: 0-dim.
+        prev_flat_grad: gradient where the last iteration began: (n,).
+        prev_loss: loss there: 0-dim.
+    """
+
+    step: Tensor
+    func_evals: Tensor
+    n_iter: Tensor
+    d: Tensor
+    t: Tensor
+    old_dirs: Tensor
+    old_stps: Tensor
+    ro: Tensor
+    H_diag: Tensor
+    prev_flat_grad: Tensor
+    prev_loss: Tensor
+
+
+@factory
+def lbfgs(
+    lr: Hyperparameter = 1.0,
+    max_iter: int = 20,
+    max_eval: int | None = None,
+    tolerance_grad: float = 1e-7,
+    tolerance_change: float = 1e-9,
+    history_size: int = 100,
+    line_search_fn: str | None = None,
+) -> GradientTransformation:
+    """Minimize with L-BFGS: one update does what one step of torch.optim.LBFGS does, many iterations.
+
+    An iteration at x with gradient g goes along d = -H g. H is the inverse Hessian that the pairs s, y of the last
+    iterations imply; the two-loop recursion multiplies with it, where ro_i = 1 / y_i's_i and H_diag = y's / y'y of the
+    newest pair:
+
+        q <- -g
+        for i from newest to oldest:    al_i = ro_i s_i'q;    q <- q - al_i y_i
+        d <- H_diag q
+        for i from oldest to newest:    be_i = ro_i y_i'd;    d <- d + (al_i - be_i) s_i
+        x <- x + t d                    t = lr, or min(1, 1 / |g|_1) lr in the first iteration of all
+        s = t d;   y = g_new - g        kept when y's > 1e-10
+
+    An update ends after `max_iter` iterations or `max_eval` evaluations; where the largest element of |g| is at most
+    `tolerance_grad`; where the largest element of |t d|, or the change of the loss, is within `tolerance_change`; and
+    where the slope g'd is above -tolerance_change.
+
+    `update(grads, state, params, *, value_fn, value=None)` needs the parameters and the loss as a function of them.
+    `grads` and `value` are those at `params`: without `value`, the loss is evaluated there once more. A parameter
+    whose gradient is None is held fixed; to the algorithm its gradient is zero.
+
+    Args:
+        lr: step length >= 0, or with a line search the first that is tried: number, 0-dim tensor, or schedule of the
+            number of updates done.
+        max_iter: largest number of iterations in an update, >= 1.
+        max_eval: number of evaluations in an update that it ends after, >= 1; None is 1.25 max_iter.
+        tolerance_grad: see above, >= 0.
+        tolerance_change: see above, >= 0.
+        history_size: number of pairs that are kept, >= 1. The state has room for all from the start.
+        line_search_fn: "strong_wolfe", or None for none.
+
+    Raises:
+        ValueError: a number is out of range, or another line search is asked for.
+        TypeError: a count is no integer.
+
+    Same numbers as torch.optim.LBFGS, but that an additive update rounds the parameters once more, which badly curved
+    problems amplify. Different from it: numbers are computed in the widest dtype of the parameters (float32 at least),
+    the loss too; a parameter without a gradient stays where it is even when the history would move it; parameters may
+    be empty; and an update may be differentiated: the derivative is that of the iterations and trials that were made,
+    as if their number were given. Wrap `update` in `torch.no_grad()` where the parameters require grad and no
+    derivative is wanted. Put it first in a chain: it evaluates gradients itself, and knows them only untransformed.
+
+    Inside of `torch.vmap` and `torch.compile` nothing can end early: every update takes the time of `max_iter`
+    iterations (`max_eval` evaluations with a line search), each with `history_size` pairs. Choose them small there.
+
+    Source: Liu & Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming 45,
+    1989; Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 7.4 and 7.5, and 3.5 and 3.6 for the line
+    search.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> def rosenbrock(params):
+        ...     x, y = params["x"], params["y"]
+        ...     return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+        >>> tx = fo.lbfgs(line_search_fn="strong_wolfe", max_iter=50)
+        >>> params = {"x": torch.tensor(-1.0), "y": torch.tensor(2.0)}
+        >>> grads, value = torch.func.grad_and_value(rosenbrock)(params)
+        >>> updates, state = tx.update(grads, tx.init(params), params, value_fn=rosenbrock, value=value)
+        >>> params = fo.apply_updates(params, updates)
+        >>> params["x"].round(decimals=3), params["y"].round(decimals=3)
+        (tensor(1.), tensor(1.))
+    """
+    check("learning rate", lr)
+    _check_count("max_iter", max_iter)
+    _check_count("max_eval", 1 if max_eval is None else max_eval)
+    _check_count("history_size", history_size)
+    check_number("tolerance_grad", tolerance_grad)
+    check_number("tolerance_change", tolerance_change)
+    if line_search_fn not in (None, STRONG_WOLFE):
+        raise ValueError(f"Invalid line_search_fn: {line_search_fn!r}; only 'strong_wolfe' is supported, and None")
+    if max_eval is None:
+        max_eval = max_iter * 5 // 4
+    fixed = Settings(0.0, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
+
+    def init(params: Tree) -> LBFGSState:
+        leaves = tree.flatten(params)[0]
+        x = flattened(leaves, common_dtype(leaves))
+        rows = x.new_zeros(history_size, x.numel())
+        memory = new_memory(x)._replace(old_dirs=rows, old_stps=rows.clone(), ro=x.new_zeros(history_size))
+        return LBFGSState(memory.n_iter.clone(), *memory)
+
+    def update(
+        grads: Tree, state: Any, params: Tree, *, value_fn: Callable[[Tree], Tensor], value: Any = None
+    ) -> tuple[Tree, LBFGSState]:
+        if params is None:
+            raise ValueError(
+                "lbfgs needs the parameters, but update was called without them; "
+                "call tx.update(grads, state, params, value_fn=loss)"
+            )
+        if not callable(value_fn):
+            raise TypeError(f"value_fn must be a function, loss = value_fn(params), got a {type(value_fn).__name__}")
+        leaves, structure = tree.flatten(params)
+        grad_leaves = tree.flatten(grads)[0]
+        dtype = common_dtype(leaves)
+        x = flattened(leaves, dtype)
+        _check_state(state, x, history_size)
+
+        def loss_at(x: Tensor) -> Tensor:
+            moved = unflattened(x, leaves)
+            kept = [p if g is None else new for p, g, new in zip(leaves, grad_leaves, moved, strict=True)]
+            return _loss(value_fn(tree.unflatten(structure, kept)), "value_fn must return", x)
+
+        grad_and_loss_at = torch.func.grad_and_value(loss_at)
+        pairs = zip(leaves, grad_leaves, strict=True)
+        grad = flattened([torch.zeros_like(p) if p is not None and g is None else g for p, g in pairs], dtype)
+        loss = loss_at(x) if value is None else _loss(value, "value must be", x)
+        step = state.step + 1
+        settings = fixed._replace(lr=at(lr, step.to(torch.float64)))
+        new_x, memory = minimize(lambda x: grad_and_loss_at(x)[::-1], x, loss, grad, unpack(state, max_iter), settings)
+        moves = unflattened(new_x - x, leaves)
+        updates = [None if g is None else move for g, move in zip(grad_leaves, moves, strict=True)]
+        return tree.unflatten(structure, updates), pack(step, memory, state)
+
+    return GradientTransformation(init, update)
+
+
+# The state: pairs in tensors that have room for all of them. ----------------------------------------------------------
+
+
+def unpack(state: LBFGSState, max_iter: int) -> Memory:
+    """Take the memory out of a state, with those pairs only that there are, or may be after `max_iter` iterations."""
+    size, masked = state.ro.shape[0], is_masked()
+    count = size
+    if is_known(state.ro):
+        count = int((state.ro != 0).sum())
+        count = min(size, count + max_iter) if masked else count
+    pairs = [rows[size - count :] for rows in (state.old_dirs, state.old_stps, state.ro)]
+    old_dirs, old_stps, ro = pairs if masked else [rows.unbind() for rows in pairs]
+    return Memory(*state[1:])._replace(old_dirs=old_dirs, old_stps=old_stps, ro=ro)
+
+
+def pack(step: Tensor, memory: Memory, like: LBFGSState) -> LBFGSState:
+    """Make a state with a memory, as `like` has it.
+
+    Args:
+        step: number of updates done.
+        memory: what `minimize` returned.
+        like: a state whose shapes are right.
+    """
+
+    def padded(rows: Any, like: Tensor) -> Tensor:
+        missing = like.shape[0] - len(rows)
+        if isinstance(rows, tuple):
+            return torch.stack([like.new_zeros(like.shape[1:])] * missing + list(rows))
+        return torch.cat([like.new_zeros(missing, *like.shape[1:]), rows]) if missing else rows
+
+    pairs = (memory.old_dirs, memory.old_stps, memory.ro)
+    old_dirs, old_stps, ro = map(padded, pairs, (like.old_dirs, like.old_stps, like.ro))
+    return LBFGSState(step, *memory._replace(old_dirs=old_dirs, old_stps=old_stps, ro=ro))
+
+
+# Trees as one vector of real numbers. ---------------------------------------------------------------------------------
+
+
+def common_dtype(leaves: Sequence[Tensor | None]) -> torch.dtype:
+    """Find the real dtype that holds the numbers of all leaves, float32 at least."""
+    dtypes = [_real_dtype(leaf) for leaf in leaves if leaf is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+    return torch.float32 if dtype in HALF else dtype
+
+
+def flattened(leaves: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """Make one vector of all leaves."""
+    pieces = [
+        (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
+        for leaf in leaves
+        if leaf is not None
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype)
+
+
+def unflattened(x: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Give each leaf its piece, in its shape and dtype; None stays None."""
+    sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves if leaf is not None]
+    pieces = iter(torch.split(x, sizes) if sizes else ())
+    return [None if leaf is None else _like(next(pieces), leaf) for leaf in leaves]
+
+
+def _like(piece: Tensor, leaf: Tensor) -> Tensor:
+    piece = piece.to(_real_dtype(leaf))
+    if not leaf.is_complex():
+        return piece.reshape(leaf.shape)
+    pairs = piece.reshape(*leaf.shape, 2)
+    return torch.complex(pairs[..., 0], pairs[..., 1])  # view_as_complex refuses a piece that begins at an odd place
+
+
+def _real_dtype(leaf: Tensor) -> torch.dtype:
+    return leaf.real.dtype if leaf.is_complex() else leaf.dtype
+
+
+# Checks. --------------------------------------------------------------------------------------------------------------
+
+
+def _loss(value: Any, must: str, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value.to(x)
+    if isinstance(value, Tensor):
+        raise ValueError(f"{must} a loss, a 0-dim tensor, got one of shape {tuple(value.shape)}; take the mean or sum")
+    raise TypeError(f"{must} a loss, a 0-dim tensor, got a {type(value).__name__}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; give an integer >= 1")
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value}; it needs an integer >= 1")
+
+
+def _check_state(state: Any, x: Tensor, history_size: int) -> None:
+    if not isinstance(state, LBFGSState):
+        raise ValueError(
+            f"The state of lbfgs is a {type(state).__name__}: it belongs to another transformation. "
+            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
+        )
+    expected = (history_size, x.numel())
+    if state.old_dirs.shape != expected or state.old_dirs.dtype != x.dtype:
+        raise ValueError(
+            f"The state of lbfgs has a history of shape {tuple(state.old_dirs.shape)} and dtype "
+            f"{state.old_dirs.dtype}, but the parameters and history_size make it {expected} and {x.dtype}: it "
+            "belongs to other parameters or options; make it anew, with tx.init(params)"
+        )
