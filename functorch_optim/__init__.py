@@ -11,6 +11,7 @@ from functorch_optim.base import (
 )
 from functorch_optim.checkpoint import load_state_dict, state_dict
 from functorch_optim.combine import chain, masked, named_chain, partition
+from functorch_optim.convert import from_torch, to_torch
 from functorch_optim.hyperparameters import Hyperparameter, at
 from functorch_optim.numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim.wrapper import Optimizer
@@ -64,6 +65,7 @@ __all__ = [
     "debias",
     "factory",
     "freeze",
+    "from_torch",
     "identity",
     "lbfgs",
     "leaf_state",
@@ -100,6 +102,7 @@ __all__ = [
     "sparse_adam",
     "state_dict",
     "stateless",
+    "to_torch",
     "trace",
     "tree",
     "zero_nans",

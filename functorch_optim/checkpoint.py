@@ -55,6 +55,7 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
     for place in places:
         for owner in place.owners:
             states[keys[owner]][place.name] = place.tensor
+    _add_steps([place for place in places if place.of_all], list(states.values()))
     return {
         "state": {key: found for key, found in states.items() if found},
         REST: {place.path: place.tensor for place in places if place.shared},
@@ -130,6 +131,7 @@ class _Place(NamedTuple):
         name: what it is called in the state of a parameter.
         owners: indices of the parameters whose it is.
         shared: whether it may be several parameters'.
+        of_all: whether it is the step of a rule that keeps nothing else, so that nothing tells whose it is.
     """
 
     path: str
@@ -137,6 +139,19 @@ class _Place(NamedTuple):
     name: str
     owners: Sequence[int]
     shared: bool
+    of_all: bool = False
+
+
+def _add_steps(places: list[_Place], states: list[dict[str, Tensor]]) -> None:
+    """Give a step to parameters that no rule keeps more of."""
+    bare = [state for state in states if "step" not in state] if places else []
+    if bare and len({int(place.tensor) for place in places}) > 1:
+        raise ValueError(
+            f"Rules that keep nothing but their step are at different ones, {places[0].path!r} and others: the state "
+            "does not tell which parameters are at which"
+        )
+    for state in bare:
+        state["step"] = places[0].tensor
 
 
 def _places(state: Tree, params: Tree) -> list[_Place]:
@@ -156,13 +171,11 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
             )
             for field in fields
         }
-        owners = [
-            i for i in everyone if not columns or any(isinstance(column[i], Tensor) for column in columns.values())
-        ]
+        owners = [i for i in everyone if any(isinstance(column[i], Tensor) for column in columns.values())]
         names = [{field: numbered(field, counts[i]) for field in (*fields, *counters)} for i in owners]
         for field in counters:
             name = "step" if field == "step" else names[0][field] if owners else ""
-            places.append(_Place(_dotted(path, field), getattr(part, field), name, owners, True))
+            places.append(_Place(_dotted(path, field), getattr(part, field), name, owners, True, not columns))
         for field, column in columns.items():
             places += [
                 _Place(_dotted(path, _dotted(field, paths[i])), column[i], own[field], (i,), False)
@@ -199,7 +212,8 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
         )
     found: dict[str, Tensor] = dict(rest)
     for place in places:
-        values = {keys[i]: states[keys[i]][place.name] for i in place.owners if place.name in states.get(keys[i], {})}
+        owners = range(len(keys)) if place.of_all else place.owners
+        values = {keys[i]: states[keys[i]][place.name] for i in owners if place.name in states.get(keys[i], {})}
         if place.path in found or not values:
             continue
         if len({float(value) for value in values.values()} if place.shared else ()) > 1:

@@ -46,6 +46,7 @@ LAYERS = [
     "optim.torch_like",
     "optim.lbfgs",
     "optim",
+    "convert",
     "demo",
 ]
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]

@@ -116,7 +116,7 @@ class Plan:
         groups: dict[Any, list[int]] = {}
         for i, g in enumerate(grads):
             if g is not None:
-                position, states[i] = self._completed(i, states[i], params[i])
+                position, states[i] = self.completed(i, states[i], params[i])
                 groups.setdefault(position, []).append(i)
         if not groups:
             return grads, states, {}
@@ -196,13 +196,23 @@ class Plan:
                     )
         return state
 
+    def exported_state(self, i: int, state: State) -> State:
+        """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
+        kept = {key: value for key, value in state.items() if key != "step" or self._count is not None}
+        checked = self.checked_state(i, kept, set())
+        scalars = self.parts[i].scalars
+        return {
+            key: self._as_kept(key, value.item()) if key in scalars else value.detach().clone()
+            for key, value in checked.items()
+        }
+
     def _as_kept(self, key: str, value: Any) -> Any:
         """Return the step, or a number that scalars carry on, as `state[p]` keeps it."""
         if key == "step" and self._count is int:
             return int(value)
         return value.reshape(()) if isinstance(value, Tensor) else _scalar(value)
 
-    def _completed(self, i: int, state: State, p: Tensor) -> tuple[Any, State]:
+    def completed(self, i: int, state: State, p: Tensor) -> tuple[Any, State]:
         """Add to a copy of `state[p]` what is not there yet.
 
         Returns:
@@ -243,7 +253,7 @@ class Plan:
         users = [i for i, part in enumerate(self.parts) if k in part.links and grads[i] is not None]
         if not users:
             return ()
-        state_type = self._state_type(k, self.params[users[0]])
+        state_type = self.state_type(k, self.params[users[0]])
         columns: list[list[Any]] = [[None] * len(states) for _ in getattr(state_type, "_fields", ())]
         for i in users:
             for column, key in zip(columns, self.parts[i].keys[self.parts[i].links.index(k)], strict=True):
@@ -265,11 +275,11 @@ class Plan:
 
         keys, carried = [], []
         for k in links:
-            keys.append(named(getattr(self._state_type(k, p), "_fields", ())))
+            keys.append(named(getattr(self.state_type(k, p), "_fields", ())))
             carried.append(named(self.links[k].rule.counters[1:]))
         return Part(links, tuple(keys), tuple(carried), any(self.links[k].rule.counters for k in links))
 
-    def _state_type(self, k: int, p: Tensor) -> Any:
+    def state_type(self, k: int, p: Tensor) -> Any:
         """Return the NamedTuple in which a rule keeps its state for one parameter."""
         if k not in self._state_types:
             rule: Any = self.links[k].rule

@@ -1,0 +1,196 @@
+"""From live optimizers to the functional form, and back."""
+
+import pytest
+import torch
+from test_torch_like_numbers import OPTIONS, deviation, gradient, make_params, parameters
+
+import functorch_optim as fo
+
+CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
+cases = pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=[f"{name}-{'-'.join(options) or 'defaults'}" for name, options in CASES]
+)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Let torch.optim keep the numbers that NAdam and ASGD carry on in float64, as the functional form does."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(module, name, options, named=False, groups=1):
+    """Make an optimizer; with several groups, each has a learning rate of its own."""
+    torch.manual_seed(0)
+    params = [p.clone().requires_grad_() for p in make_params(name, torch.float64)]
+    entries = [(f"p{9 - i}", p) if named else p for i, p in enumerate(params)]  # named in another order than sorted
+    if groups == 1:
+        return getattr(module, name)(entries, **options)
+    parts = [{"params": entries[:2]}, {"params": entries[2:], "lr": 0.03}]
+    return getattr(module, name)(parts, **options)
+
+
+def draw(steps, params, late=False):
+    torch.manual_seed(1)
+    return [
+        [None if late and step < 2 * i else gradient(p, step, 1.0) for i, p in enumerate(params)]
+        for step in range(steps)
+    ]
+
+
+def step_all(optimizer, history):
+    for grads in history:
+        for p, g in zip(parameters(optimizer), grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+
+
+def update_all(tx, params, state, history, names):
+    for grads in history:
+        given = dict(zip(names, grads, strict=True)) if names else grads
+        updates, state = tx.update(given, state, params)
+        params = fo.apply_updates(params, updates)
+    return params, state
+
+
+@cases
+@pytest.mark.parametrize("module", [torch.optim, fo.optim], ids=["torch", "ours"])
+@pytest.mark.parametrize(("named", "groups", "late"), [(False, 1, False), (True, 1, True), (True, 2, True)])
+def test_there_and_back_with_the_same_numbers(name, options, module, named, groups, late):
+    optimizer, twin = [make(module, name, options, named, groups) for _ in range(2)]
+    first, second, third = [draw(8, parameters(optimizer), late), *[draw(6, parameters(optimizer))] * 2]
+    for some in (optimizer, twin):
+        step_all(some, first)
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    tx, params, state = fo.from_torch(optimizer)
+    assert isinstance(params, dict if named else list)
+    before = [p.detach().clone() for p in parameters(optimizer)]
+    params, state = update_all(tx, params, state, second, names)
+    assert all(torch.equal(p, old) for p, old in zip(parameters(optimizer), before, strict=True))
+
+    step_all(twin, second)
+    moved = [params[name] for name in names] if named else params
+    assert deviation(moved, parameters(twin)) < 1e-12
+
+    fo.to_torch(optimizer, params, state)
+    assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
+    for p, q in zip(parameters(optimizer), parameters(twin), strict=True):
+        assert set(optimizer.state[p]) == set(twin.state[q])
+        for key, value in twin.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][key], value, rtol=1e-10, atol=1e-10)
+    step_all(optimizer, third)
+    step_all(twin, third)
+    assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
+
+
+def test_parameters_at_one_step_in_one_group_need_no_partition():
+    assert repr(fo.from_torch(make(torch.optim, "AdamW", {"lr": 0.1}))[0]).startswith("adam(lr=0.1")
+    assert repr(fo.from_torch(make(torch.optim, "AdamW", {}, groups=2))[0]).startswith("partition(")
+
+
+def test_learning_rates_may_be_learned():
+    """What torch.optim cannot: the derivative of a later loss with respect to the learning rate of a live optimizer."""
+    optimizer = make(torch.optim, "Adam", {})
+    step_all(optimizer, draw(3, parameters(optimizer)))
+    _, params, state = fo.from_torch(optimizer)
+    grads = [torch.ones_like(p) for p in params]
+
+    def loss(lr):
+        updates, _ = fo.adam(lr).update(grads, state, params)
+        return sum((p + u).square().sum() for p, u in zip(params, updates, strict=True))
+
+    by, lr = 1e-6, torch.tensor(0.1)
+    difference = (loss(lr + by) - loss(lr - by)) / (2 * by)
+    torch.testing.assert_close(torch.func.grad(loss)(lr), difference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"line_search_fn": "strong_wolfe"}, {"history_size": 3, "lr": 0.5}])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("module", [torch.optim, fo.optim], ids=["torch", "ours"])
+def test_lbfgs(options, named, module):
+    target = {"p9": torch.randn(3), "p8": torch.randn(2, 2)}
+
+    def loss(params):
+        values = [params[name] for name in target] if named else params
+        return sum(((p - t) ** 4 + (p - t) ** 2).sum() for p, t in zip(values, target.values(), strict=True))
+
+    def make_lbfgs():
+        params = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
+        entries = list(zip(target, params, strict=True)) if named else params
+        return module.LBFGS(entries, max_iter=2, **options)
+
+    def closure(optimizer):
+        params = parameters(optimizer)
+        value = loss(dict(zip(target, params, strict=True)) if named else params)
+        for p, g in zip(params, torch.autograd.grad(value, params), strict=True):
+            p.grad = g
+        return value
+
+    optimizer, twin = make_lbfgs(), make_lbfgs()
+    for some in (optimizer, twin):
+        some.step(lambda some=some: closure(some))
+    tx, params, state = fo.from_torch(optimizer)
+    updates, state = tx.update(torch.func.grad(loss)(params), state, params, value_fn=loss)
+    fo.to_torch(optimizer, fo.apply_updates(params, updates), state)
+    for _ in range(2):
+        twin.step(lambda: closure(twin))
+    optimizer.step(lambda: closure(optimizer))
+    assert deviation(parameters(optimizer), parameters(twin)) < 1e-9
+    assert optimizer.state[parameters(optimizer)[0]]["n_iter"] == twin.state[parameters(twin)[0]]["n_iter"]
+
+
+def test_optimizers_around_chains():
+    """One transformation for all groups, with a norm, numbers that are carried on, and a function of the whole tree."""
+
+    def total(updates, params):
+        return fo.tree.map(lambda g: g / 2, updates)
+
+    def make_one():
+        torch.manual_seed(0)
+        params = [torch.randn(3).requires_grad_(), torch.randn(2, 2).requires_grad_()]
+        mean = fo.GradientTransformation(
+            lambda params: fo.tree.map(torch.zeros_like, params),
+            lambda updates, state, params: (updates, fo.tree.map(lambda s, g: s + g, state, updates)),
+        )
+        tx = fo.chain(fo.clip_by_global_norm(1.0), mean, fo.nadam(0.1), fo.stateless(total), fo.trace(0.5))
+        return fo.Optimizer([("b", params[0]), ("a", params[1])], tx)
+
+    optimizer, twin = make_one(), make_one()
+    history = draw(4, parameters(optimizer))
+    for some in (optimizer, twin):
+        step_all(some, history)
+    tx, params, state = fo.from_torch(optimizer)
+    assert tx is optimizer._transformation
+    params, state = update_all(tx, params, state, history, ["b", "a"])
+    fo.to_torch(optimizer, params, state)
+    step_all(twin, history)
+    assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
+    for some in (optimizer, twin):
+        step_all(some, history)
+    assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
+
+
+def test_errors():
+    class Mine(torch.optim.Optimizer):
+        pass
+
+    with pytest.raises(TypeError, match="Mine is no optimizer of torch.optim"):
+        fo.from_torch(Mine([torch.ones(1)], {}))
+
+    chained = fo.Optimizer([torch.ones(1), torch.ones(1)], fo.chain(fo.clip_by_global_norm(1.0), fo.adam()))
+    step_all(chained, [[torch.ones(1), None], [torch.ones(1), torch.ones(1)]])
+    with pytest.raises(ValueError, match="at different steps, 2, 1, but .* it cannot be parted"):
+        fo.from_torch(chained)
+
+    optimizer = make(torch.optim, "Adam", {})
+    _, params, state = fo.from_torch(optimizer)
+    with pytest.raises(ValueError, match="params and the optimizer's parameters do not match"):
+        fo.to_torch(optimizer, params[1:], state)
+    with pytest.raises(ValueError, match="the params have shape .* at '0'"):
+        fo.to_torch(optimizer, [torch.ones(7), *params[1:]], state)
+    with pytest.raises(ValueError, match="The saved state of parameter '0' has 'prev', which this transformation does"):
+        fo.to_torch(optimizer, params, fo.rprop().update(params, fo.rprop().init(params))[1])
+    with pytest.raises(ValueError, match="not one of lbfgs for these parameters"):
+        fo.to_torch(torch.optim.LBFGS([torch.ones(1)]), [torch.ones(1)], state)
+    assert not optimizer.state
