@@ -3,7 +3,7 @@
 Missing gradients, masked leaves, trees that do not match and states of others are dealt with here, once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from functorch_optim import passes, tree
 from functorch_optim.checks import check_params, check_updates
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
-from functorch_optim.rule import TreeRule, tree_state_type
+from functorch_optim.rule import Rule, TreeRule, tree_state_type
 from functorch_optim.tree import MaskedNode, Tree
 
 
@@ -30,7 +30,10 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             states.append(link.rule.init(tree.unflatten(structure, masked) if link.where else params))
             continue
         present = [on and leaf is not None for leaf, on in zip(leaves, active, strict=True)]
-        leaf_states = [link.rule.init_leaf(p) if on else None for p, on in zip(leaves, present, strict=True)]
+        leaf_states = [
+            init_leaf(link.rule, p, lambda i=i: tree.paths(params)[i]) if present[i] else None
+            for i, p in enumerate(leaves)
+        ]
         state_type = next((type(state) for state in leaf_states if state is not None), link.rule.state_type or tuple)
         trees = [
             tree.unflatten(structure, [MaskedNode() if state is None else state[field] for state in leaf_states])
@@ -40,6 +43,14 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
         counters = [step, *carried] if link.rule.counters else []
         states.append(tree_state_type(state_type, link.rule.counters)(*counters, *trees))
     return states
+
+
+def init_leaf(rule: Rule, p: Tensor, path: Callable[[], str]) -> Any:
+    """Make a rule's state for one parameter; let errors name it."""
+    try:
+        return rule.init_leaf(p)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"At {path()!r}: {error}") from error
 
 
 def update(

@@ -254,3 +254,52 @@ def test_parameters_that_were_not_there_at_init():
     for tx in (fo.adam(0.1), fo.leafwise(MeanState, lambda g, state, p, s: (g, state))):
         with pytest.raises(ValueError, match="for .* has nothing at 'a': the parameter was None or masked out"):
             tx.update({"a": ones(1)}, tx.init({"a": None}), {"a": ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.nadam(momentum_decay=-1.0), "Invalid momentum_decay value: -1.0; it needs value >= 0"),
+        (lambda: fo.adagrad(lr_decay=-1.0), "Invalid lr_decay value: -1.0"),
+        (lambda: fo.adagrad(lr=-1.0), "Invalid learning rate: -1.0"),
+        (lambda: fo.adagrad(initial_accumulator_value=-1.0), "Invalid initial_accumulator_value value: -1.0"),
+        (lambda: fo.rmsprop(alpha=-1.0), "Invalid alpha value: -1.0"),
+        (lambda: fo.rmsprop(momentum=-1.0), "Invalid momentum value: -1.0"),
+        (lambda: fo.rprop(etas=(0.5, 0.9)), "Invalid etas at index 1: 0.9; it needs value > 1"),
+        (lambda: fo.rprop(etas=(1.5, 1.9)), "Invalid etas at index 0: 1.5; it needs 0 < value < 1"),
+        (lambda: fo.rprop(step_sizes=0.1), r"Invalid step_sizes: 0.1; give 2 numbers, as in step_sizes=\(1e-6, 50.0\)"),
+        (lambda: fo.asgd(lambd=-1.0), "Invalid lambd value: -1.0"),
+        (lambda: fo.adafactor(beta2_decay=0.1), "Invalid beta2_decay: 0.1; it needs value <= 0"),
+        (lambda: fo.adafactor(eps=1e-3), r"Invalid eps: 0.001; give a pair, as in eps=\(None, 1e-3\)"),
+        (lambda: fo.adafactor(eps=(-1.0, 1e-3)), "Invalid epsilon1: -1.0"),
+        (lambda: fo.adafactor(d=0.5), "Invalid clipping threshold d: 0.5; it needs value >= 1"),
+        (lambda: fo.muon(ns_steps=100), "Invalid ns_steps: 100; it is a number of iterations, 0 <= ns_steps < 100"),
+        (lambda: fo.muon(ns_coefficients=(1.0, 2.0)), r"Invalid ns_coefficients: \(1.0, 2.0\); give 3 numbers"),
+        (lambda: fo.muon(adjust_lr_fn="other"), "Invalid adjust_lr_fn: 'other'; choose 'original' or"),
+        (lambda: fo.muon(eps=0.0), "Invalid epsilon value: 0.0; it needs value > 0"),
+        (lambda: fo.leafwise(None, lambda *_: None, carry=tuple), "carry needs scalars"),
+    ],
+)
+def test_bad_arguments_of_further_optimizers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_parameters_that_a_rule_cannot_take():
+    with pytest.raises(ValueError, match=r"At 'a.b': Muon is for matrices, but this parameter has shape \(3,\)"):
+        fo.muon().init(PARAMS)
+    with pytest.raises(TypeError, match="At 'a.b': Adafactor does not support complex parameters"):
+        fo.adafactor().init({"a": {"b": torch.ones(2, dtype=torch.complex64)}})
+    opt = fo.Optimizer([torch.ones(3)], fo.muon)
+    opt.param_groups[0]["params"][0].grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"At '0': Muon is for matrices"):
+        opt.step()
+
+
+def test_names_in_trees():
+    state = fo.chain(fo.trace(0.9), fo.trace(0.5)).init(PARAMS)
+    with pytest.raises(KeyError, match="Nothing in the tree bears the name 'exp_avg'; names in it are 0, step"):
+        fo.tree.get(state, "exp_avg")
+    with pytest.raises(KeyError, match="2 nodes bear the name 'momentum_buffer': 0.momentum_buffer, 1.momentum_buffer"):
+        fo.tree.get(state, "momentum_buffer")
+    assert fo.tree.get(state[0], "momentum_buffer") is state[0].momentum_buffer

@@ -231,7 +231,7 @@ class Plan:
             rule: Any = self.links[k].rule
             missing = [key for key in keys if key not in state]
             if missing:
-                initial = dict(zip(keys, rule.init_leaf(p), strict=True))
+                initial = dict(zip(keys, lift.init_leaf(rule, p, lambda: self.path(i)), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if len(missing) == len(keys):
                     fresh.append(k)

@@ -97,12 +97,11 @@ def scale_by_muon(
     def init(p: Tensor) -> ScaleByMuonState:
         if p.ndim != 2:
             raise ValueError(
-                f"Muon is for matrices, but a parameter has shape {tuple(p.shape)}; give the others to another "
-                "optimizer: partition({True: muon(), False: adamw()}, lambda params: "
-                "tree.map(lambda p: p.ndim == 2, params))"
+                f"Muon is for matrices, but this parameter has shape {tuple(p.shape)}; give it to another optimizer, "
+                "as in partition({True: muon(), False: adamw()}, lambda ps: tree.map(lambda p: p.ndim == 2, ps))"
             )
         if p.is_complex():
-            raise TypeError("Muon does not support complex parameters; partition them out")
+            raise TypeError("Muon does not support complex parameters; give them to another optimizer, with partition")
         return ScaleByMuonState(torch.zeros_like(p))
 
     def scalars(step: Tensor) -> MuonScalars:

@@ -1,0 +1,114 @@
+"""Functional states as plain containers: by path in the state, and by parameter."""
+
+import io
+
+import pytest
+import torch
+from catalogue import CATALOGUE, rows
+from test_properties import assert_close, make_params, train
+
+import functorch_optim as fo
+
+
+def through_a_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@rows
+@pytest.mark.parametrize("by", ["path", "index"])
+def test_there_and_back_by_parameter(row, by):
+    tx, params, x = row(), make_params(), torch.ones(3, dtype=torch.float64)
+    params, state = train(tx, params, x, steps=3)
+    saved = through_a_file(fo.state_dict(state, params, by=by))
+    loaded = fo.load_state_dict(tx.init(params), saved, params, by=by)
+    assert_close(loaded, state, rtol=0, atol=0)
+    assert_close(train(tx, params, x, state=loaded), train(tx, params, x, state=state), rtol=0, atol=0)
+
+
+def test_the_state_of_a_parameter_has_torchs_names():
+    params = {"b": torch.ones(2), "a": [torch.ones(3, 2)]}
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(0.1, momentum=0.9), fo.nadam(), fo.trace(0.5))
+    state = tx.update(params, tx.init(params), params)[1]
+    by_path, by_index = fo.state_dict(state, params), fo.state_dict(state, params, by="index")
+    names = {"step", "mu_product", "momentum_buffer", "momentum_buffer.1", "exp_avg", "exp_avg_sq"}
+    assert {key: set(value) for key, value in by_path["state"].items()} == {"a.0": names, "b": names}
+    # Parameters are numbered as dicts were filled, as model.named_parameters() does; paths are sorted.
+    assert list(by_index["state"]) == [0, 1]
+    assert by_index["state"][0]["exp_avg"] is by_path["state"]["b"]["exp_avg"] is state[2][1].exp_avg["b"]
+    shared = "0.step 1.0.step 1.1.step 1.2.step 2.0.step 2.1.step 2.1.mu_product 2.2.step 3.step"
+    assert list(by_path["transformation"]) == shared.split()
+
+
+def test_masked_parameters_have_no_state():
+    params = {"a": torch.ones(2), "b": torch.ones(3), "c": None}
+    tx = fo.masked(fo.trace(0.9), {"a": True, "b": False, "c": True})
+    saved = fo.state_dict(tx.init(params), params)
+    assert {key: set(value) for key, value in saved["state"].items()} == {"a": {"step", "momentum_buffer"}}
+
+
+def test_functions_of_the_whole_tree_are_saved_apart():
+    row = next(row for row in CATALOGUE if row.name == "tree_transformation")
+    params = {"a": torch.ones(2)}
+    saved = fo.state_dict(row().init(params), params)
+    assert set(saved["transformation"]) == {"0.a", "1.step"}
+
+
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [(fo.adam(0.1, amsgrad=True), "Adam"), (fo.nadam(), "NAdam"), (fo.sgd(0.1, 0.9), "SGD"), (fo.asgd(), "ASGD")],
+)
+def test_a_functional_state_goes_into_torchs_optimizers_and_back(tx, name):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
+    params = {path: p.detach().clone() for path, p in model.named_parameters()}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(fo.tree.map(torch.randn_like, params), state, params)
+        params = fo.apply_updates(params, updates)
+    saved = fo.state_dict(state, params, by="index")
+    for module in (torch.optim, fo.optim):
+        options = {"amsgrad": True} if name == "Adam" else {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(module, name)(model.parameters(), lr=0.1, **options)
+        if name == "SGD":  # which keeps no step
+            saved = {"state": {i: {"momentum_buffer": s["momentum_buffer"]} for i, s in saved["state"].items()}}
+        optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if name != "SGD":
+            again = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
+            assert_close(again, state, rtol=0, atol=0)
+
+
+def test_errors():
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    tx = fo.adam(0.1)
+    state = tx.init(params)
+    saved = fo.state_dict(state, params)
+    with pytest.raises(ValueError, match="Invalid by: 'name'; choose 'path' or 'index'"):
+        fo.state_dict(state, params, by="name")
+    with pytest.raises(ValueError, match=r"1\.exp_avg in the state and params do not match.*'c' is missing"):
+        fo.state_dict(state, {**params, "c": torch.ones(1)})
+    with pytest.raises(ValueError, match="saved state has the parameter 'a'; those here are 0, 1"):
+        fo.load_state_dict(state, saved, params, by="index")
+    with pytest.raises(ValueError, match=r"the state has '1\.exp_avg\.b', which the saved one lacks"):
+        fo.load_state_dict(state, {**saved, "state": {"a": saved["state"]["a"]}}, params)
+    with pytest.raises(ValueError, match=r"'1\.exp_avg\.a' has shape \(3,\), but the state's has \(2,\)"):
+        fo.load_state_dict(state, {**saved, "state": {"a": saved["state"]["b"], "b": saved["state"]["b"]}}, params)
+
+    optimizer = torch.optim.Adam([p.clone() for p in params.values()])
+    for step in range(2):
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            p.grad = torch.ones_like(p) if step >= i else None
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"differ in step: 0: 2\.0, 1: 1\.0.*from_torch"):
+        fo.load_state_dict(state, optimizer.state_dict(), params, by="index")
+
+
+def test_steps_that_belong_to_nobody_must_agree():
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    tx = fo.partition({"x": fo.sgd(0.1), "y": fo.sgd(0.2)}, {"a": "x", "b": "y"})
+    state = tx.init(params)
+    assert fo.state_dict(state, params)["state"]["a"]["step"] == 0
+    other = tx.update(params, state, params)[1]
+    with pytest.raises(ValueError, match="Rules that keep nothing but their step are at different ones"):
+        fo.state_dict({"x": state["x"], "y": other["y"]}, params)
