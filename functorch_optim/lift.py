@@ -3,6 +3,7 @@
 Missing gradients, masked leaves, trees that do not match and states of others are dealt with here, once.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             continue
         present = [on and leaf is not None for leaf, on in zip(leaves, active, strict=True)]
         leaf_states = [
-            init_leaf(link.rule, p, lambda i=i: tree.paths(params)[i]) if present[i] else None
+            init_leaf(link.rule, p, functools.partial(_path, params, i)) if present[i] else None
             for i, p in enumerate(leaves)
         ]
         state_type = next((type(state) for state in leaf_states if state is not None), link.rule.state_type or tuple)
@@ -43,6 +44,10 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
         counters = [step, *carried] if link.rule.counters else []
         states.append(tree_state_type(state_type, link.rule.counters)(*counters, *trees))
     return states
+
+
+def _path(params: Tree, i: int) -> str:
+    return tree.paths(params)[i]
 
 
 def init_leaf(rule: Rule, p: Tensor, path: Callable[[], str]) -> Any:
