@@ -20,19 +20,23 @@ class Row(NamedTuple):
         name: what the test is called.
         make: takes the hyperparameters by name.
         hyperparameters: values of the numeric ones; any of them may be given as a tensor or a schedule instead.
-        differentiable: whether it is smooth where the tests look.
+        smooth: whether its state is differentiable too, and well conditioned.
         elementwise: whether its links may be run on batches of tensors.
         complex: whether it takes complex parameters.
         initial: hyperparameters of which the value at the first update alone is used.
+        scheduled: whether its hyperparameters may be schedules.
+        tolerance: of rounding, relative.
     """
 
     name: str
     make: Callable[..., fo.GradientTransformation]
     hyperparameters: dict[str, float] = {}  # noqa: RUF012
-    differentiable: bool = True
+    smooth: bool = True
     elementwise: bool = True
     complex: bool = True
     initial: tuple[str, ...] = ()
+    scheduled: bool = True
+    tolerance: float = 1e-12
 
     def __call__(self, **changed: Any) -> fo.GradientTransformation:
         """Make the transformation, with some hyperparameters changed."""
@@ -108,6 +112,16 @@ def muon(lr: Any, weight_decay: Any, momentum: Any, eps: Any) -> fo.GradientTran
     return fo.partition({True: hidden, False: fo.sgd(lr)}, matrices)
 
 
+def searching(lr: Any) -> fo.GradientTransformation:
+    """Make L-BFGS with a line search."""
+    return fo.lbfgs(lr, max_iter=2, line_search_fn="strong_wolfe")
+
+
+def plateau(factor: Any) -> fo.GradientTransformation:
+    """Make a scale that is lowered at once."""
+    return fo.reduce_on_plateau(factor, patience=0)
+
+
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
 RPROP = {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "smallest": 1e-6, "largest": 0.15}
 INITIAL_SUM = ("initial_accumulator_value",)
@@ -117,7 +131,12 @@ CATALOGUE = [
     Row("identity", fo.identity),
     Row("scale", fo.scale, {"factor": -0.5}),
     Row("scale_by_learning_rate", fo.scale_by_learning_rate, {"lr": 0.1}),
-    Row("scale_by_schedule", lambda gamma: fo.scale_by_schedule(fo.schedules.exponential(0.1, gamma)), {"gamma": 0.9}),
+    Row(
+        "scale_by_schedule",
+        lambda gamma: fo.scale_by_schedule(fo.schedules.exponential(0.1, gamma)),
+        {"gamma": 0.9},
+        scheduled=False,
+    ),
     Row("maximize", fo.maximize),
     Row("set_to_zero", fo.set_to_zero),
     Row("zero_nans", fo.zero_nans),
@@ -182,6 +201,9 @@ CATALOGUE = [
     ),
     Row("adafactor_epsilon", partial(fo.adafactor, maximize=True), {"lr": 0.1}, complex=False),
     Row("muon", muon, {**DECAYED, "momentum": 0.9, "eps": 1e-7}, complex=False),
+    Row("lbfgs", partial(fo.lbfgs, max_iter=2, history_size=2), {"lr": 0.1}, elementwise=False, tolerance=1e-9),
+    Row("lbfgs_search", searching, {"lr": 0.2}, elementwise=False, smooth=False, tolerance=1e-9),
+    Row("reduce_on_plateau", plateau, {"factor": 0.5}, elementwise=False, smooth=False, scheduled=False),
     Row("chain", chained, {"max_norm": 0.7, "lr": 0.1}),
     Row("named_chain", lambda lr: fo.named_chain(momentum=fo.trace(0.9), sgd=fo.sgd(lr)), {"lr": 0.1}),
     Row("masked", lambda lr: fo.masked(fo.chain(fo.clip_by_global_norm(lr), fo.sgd(lr)), not_vectors), {"lr": 0.1}),
