@@ -114,7 +114,7 @@ def muon(lr: Any, weight_decay: Any, momentum: Any, eps: Any) -> fo.GradientTran
 
 def searching(lr: Any) -> fo.GradientTransformation:
     """Make L-BFGS with a line search."""
-    return fo.lbfgs(lr, max_iter=2, line_search_fn="strong_wolfe")
+    return fo.lbfgs(lr, max_iter=1, line_search_fn="strong_wolfe")
 
 
 def plateau(factor: Any) -> fo.GradientTransformation:
