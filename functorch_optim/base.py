@@ -197,7 +197,7 @@ def leafwise(
         >>> updates, state[0].step
         ({'w': tensor([-0.1000,  0.1000])}, tensor(1))
     """
-    state_type: Any = init if isinstance(init, type) else getattr(init, "__annotations__", {}).get("return")
+    state_type: Any = init if isinstance(init, type) else _returned(init)
     make_state: Any = init
     if isinstance(init, type):
         count = len(getattr(init, "_fields", ()))
@@ -211,9 +211,15 @@ def leafwise(
         raise ValueError(
             f"Invalid sparse: {sparse!r}; give 'touched', for an elementwise rule only, 'dense', or None to refuse"
         )
-    declared = state_type if hasattr(state_type, "_fields") else None
-    rule = Rule(make_state, update, scalars, carry, elementwise, needs_params, sparse, declared)
+    carried_type = None if carry is None else _returned(carry) or type(carry())
+    rule = Rule(make_state, update, scalars, carry, elementwise, needs_params, sparse, state_type, carried_type)
     return GradientTransformation._of((Link(rule),), 0)
+
+
+def _returned(function: Any) -> Any:
+    """Return the NamedTuple that a function says it returns, or None."""
+    declared = getattr(function, "__annotations__", {}).get("return")
+    return declared if hasattr(declared, "_fields") else None
 
 
 @factory

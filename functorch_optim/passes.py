@@ -214,7 +214,7 @@ def _evaluated_scalars(
     step = step.to(torch.float64)
     if rule.carry is None:
         return rule.scalars(step, **wanted), carried
-    scalars, new = rule.scalars(step, type(rule.carried())(*carried), **wanted)
+    scalars, new = rule.scalars(step, rule.carried_type(*carried), **wanted)
     # The numbers are float64, but torch.optim keeps float32: what comes out of its checkpoints stays so.
     return scalars, tuple([n.to(old) for n, old in zip(new, carried, strict=True)])
 

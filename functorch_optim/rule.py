@@ -35,6 +35,7 @@ class Rule(NamedTuple):
     needs_params: bool = False
     sparse: Literal["touched", "dense"] | None = None
     state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
+    carried_type: Any = None  # the NamedTuple that `carry` makes
 
     @property
     def extras(self) -> "Extras":
@@ -54,7 +55,7 @@ class Rule(NamedTuple):
     @property
     def counters(self) -> tuple[str, ...]:
         """Name what the state holds once for all tensors: the step, and the numbers that scalars carry on."""
-        return () if self.scalars is None else ("step", *getattr(self.carried(), "_fields", ()))
+        return () if self.scalars is None else ("step", *getattr(self.carried_type, "_fields", ()))
 
     def init_leaf(self, p: Tensor) -> Any:
         """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""

@@ -209,7 +209,7 @@ def test_scalars_are_float64(row):
         if scalars is not None:
             extras = {"updates": [torch.ones(2)]} if link.rule.sees_tree else {}
             carried = [torch.tensor(0.5, dtype=torch.float64) for _ in link.rule.counters[1:]]
-            arguments = [type(link.rule.carried())(*carried)] if carried else []
+            arguments = [link.rule.carried_type(*carried)] if carried else []
             leaves = fo.tree.flatten(scalars(step, *arguments, **extras))[0]
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             assert all(leaf.dtype in (torch.float64, torch.bool) for leaf in tensors)

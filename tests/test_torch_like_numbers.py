@@ -183,6 +183,18 @@ def test_groups_with_options_of_their_own(name, options, device):
     assert_same_state(ours, theirs, 1e-10)
 
 
+@cases
+def test_mixed_dtypes(name, options, device):
+    dtypes = [torch.float64, torch.float32, torch.complex128, torch.complex64]
+    params = [p for dtype in dtypes[: 2 if name in ("Adafactor", "Muon") else 4] for p in make_params(name, dtype)[:2]]
+    if name == "Adafactor" and "eps" not in options:
+        params = params[:2]  # torch takes the first parameter's machine epsilon for all
+    ours, theirs = pair(name, params, options)
+    assert run(ours, theirs, scale=0.01) < 60 * 4 * torch.finfo(torch.float32).eps
+    assert deviation(parameters(ours)[:2], parameters(theirs)[:2]) < 1e-12
+    assert_same_state(ours, theirs, 1e-4)
+
+
 def pair_of_groups(name, groups, **options):
     def make(module):
         own = [{**group, "params": [p.clone().requires_grad_() for p in group["params"]]} for group in groups]
@@ -238,10 +250,15 @@ EMBEDDINGS = [
 
 
 @pytest.mark.parametrize(("name", "options"), EMBEDDINGS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sparse_gradients(name, options, dtype, device):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_sparse_gradients(name, options, dtype, tolerance, device):
+    assert run_sparse(name, options, dtype, device) < tolerance
+
+
+def run_sparse(name, options, dtype, device="cpu"):
     params = [torch.randn(7, 3, dtype=dtype, device=device), torch.randn(4, 2, 2, dtype=dtype, device=device)]
     ours, theirs = pair(name, params, options)
+    worst = 0.0
     for step in range(60):
         for p, q in zip(parameters(ours), parameters(theirs), strict=True):
             entries = torch.randint(len(q), (1, step % 5), device=device)  # none at times, and some more than once
@@ -250,8 +267,9 @@ def test_sparse_gradients(name, options, dtype, device):
             p.grad = q.grad.clone()
         ours.step()
         theirs.step()
-        assert deviation(parameters(ours), parameters(theirs)) < (1e-12 if dtype == torch.float64 else 1e-5)
         assert all(p.grad.is_sparse for p in parameters(ours))
+        worst = max(worst, deviation(parameters(ours), parameters(theirs)))
+    return worst
 
 
 def test_sparse_gradients_touch_no_other_entry():
@@ -273,13 +291,16 @@ def test_the_comparison_can_fail():
 def measure(name, dtype, scale):
     """Return the largest relative deviation over all options."""
     worst = 0.0
-    for options in OPTIONS[name]:
+    for options in OPTIONS.get(name, []):
         torch.manual_seed(0)
         worst = max(worst, run(*pair(name, make_params(name, dtype), options), scale=scale))
+    for sparse, options in EMBEDDINGS:
+        if sparse == name:
+            worst = max(worst, run_sparse(name, options, dtype))
     return worst
 
 
 if __name__ == "__main__":  # the table of docs/torch-optim.md
-    for name in OPTIONS:
+    for name in [*OPTIONS, "SparseAdam"]:
         double, single = measure(name, torch.float64, 1.0), measure(name, torch.float32, 0.01)
         print(f"| `{name}` | {double:.0e} | {single:.0e} | {single / torch.finfo(torch.float32).eps / 60:.2f} |")

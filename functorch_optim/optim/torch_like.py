@@ -4,11 +4,11 @@ They are torch.optim's own classes in all but the step: constructors, param grou
 care for older state dicts are inherited. The numbers are the same, `state[p]` has the same keys, and state dicts go
 both ways.
 
-Where torch.optim leaves off, these go on: float16 and bfloat16 are computed in float32 and rounded once, a schedule of
-`fo.schedules` may stand for any number, and derivatives through the step are right with `differentiable=True`.
-The options `foreach`, `fused` and `capturable` are accepted as torch.optim accepts them, and change no number.
+Where torch.optim leaves off, these go on: float16 and bfloat16 are computed in float32 and rounded once, and an error
+while updates are computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable` are accepted as torch.optim accepts them, and change no number.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from functorch_optim.base import GradientTransformation
 from functorch_optim.hyperparameters import is_zero
 from functorch_optim.optim.base import OptimizerBase
+from functorch_optim.optim.plan import Plan, step_dtype
 from functorch_optim.optimizers.adadelta import adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad
@@ -35,6 +36,21 @@ class TorchLike(OptimizerBase):
     """What the classes below have before those of torch.optim."""
 
     _live = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again, calls backward, and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is of a kind that this optimizer does not take, or a parameter cannot be modified
+                in place.
+        """
+        return super().step(closure)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -228,6 +244,13 @@ class RMSprop(TorchLike, torch.optim.RMSprop):
 
     _transformation = staticmethod(rmsprop)
 
+    def _compute(self, index: int, plan: Plan, extra: dict[str, Any]) -> tuple[Any, Any, Any]:
+        updates, states, tree_states = super()._compute(index, plan, extra)
+        for state in states:
+            if "grad_avg" in state:  # torch.optim has it last
+                state["grad_avg"] = state.pop("grad_avg")
+        return updates, states, tree_states
+
 
 class Rprop(TorchLike, torch.optim.Rprop):
     """Train with `fo.rprop`; all arguments are those of torch.optim.Rprop.
@@ -261,6 +284,13 @@ class ASGD(TorchLike, torch.optim.ASGD):
     """
 
     _transformation = staticmethod(asgd)
+
+    def _compute(self, index: int, plan: Plan, extra: dict[str, Any]) -> tuple[Any, Any, Any]:
+        updates, states, tree_states = super()._compute(index, plan, extra)
+        for state in states:
+            # torch.optim computes them in the default dtype, even when a loaded state has them in another.
+            state.update({key: state[key].to(step_dtype()).to(state[key]) for key in ("eta", "mu") if key in state})
+        return updates, states, tree_states
 
 
 class Adafactor(TorchLike, torch.optim.Adafactor):
@@ -327,3 +357,9 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
             if p.is_complex():
                 raise RuntimeError("Muon does not support complex parameters")
             super()._check_gradient(p, group)
+            if group["ns_steps"] >= 100:
+                raise ValueError("Number of steps must be less than 100 for computational efficiency")
+            if p.ndim != 2:
+                raise ValueError("Param gradient must be a 2D matrix")
+            if len(group["ns_coefficients"]) != 3:
+                raise ValueError("Coefficients must be a tuple of exactly 3 values")

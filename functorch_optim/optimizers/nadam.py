@@ -89,6 +89,9 @@ def scale_by_nadam(
     check("epsilon value", eps)
     check("momentum_decay value", momentum_decay)
 
+    def carry() -> NAdamCarried:
+        return NAdamCarried(1.0)
+
     def scalars(step: Tensor, carried: NAdamCarried) -> tuple[NAdamScalars, NAdamCarried]:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
         psi = at(momentum_decay, step)
@@ -104,7 +107,7 @@ def scale_by_nadam(
         v = torch.lerp(state.exp_avg_sq, g * g, s.weight2)
         return (s.now * g + s.ahead * m) / (safe_sqrt(v) + s.eps), ScaleByNAdamState(m, v)
 
-    return leafwise(ScaleByNAdamState, update, scalars, carry=lambda: NAdamCarried(1.0), elementwise=True)
+    return leafwise(ScaleByNAdamState, update, scalars, carry=carry, elementwise=True)
 
 
 @factory
