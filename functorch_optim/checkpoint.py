@@ -98,6 +98,8 @@ def load_state_dict(
                 f"{has} has {path!r}, which {lacks} lacks; it was saved from another transformation or other parameters"
             )
     for path, leaf in present.items():
+        if not isinstance(loaded[path], Tensor):
+            raise ValueError(f"The saved {path!r} is {loaded[path]!r}, where a tensor belongs")
         if loaded[path].shape != leaf.shape:
             raise ValueError(
                 f"The saved {path!r} has shape {tuple(loaded[path].shape)}, but the state's has {tuple(leaf.shape)}; "

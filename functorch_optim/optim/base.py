@@ -1,10 +1,12 @@
 """What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from functorch_optim import checkpoint, execution, tree
 from functorch_optim.base import GradientTransformation, check_extras
@@ -40,20 +42,36 @@ class OptimizerBase(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
             TypeError: an extra that nothing declares.
         """
-        links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
-        wants_value = any(link.rule.extras.any or "value" in link.rule.extras.names for link in links)
         loss = None
         if closure is not None:
-            check_extras(links, {**({"value": None} if wants_value else {}), **extra})
+            self._check_extras(extra)
             with torch.enable_grad():
                 loss = closure()
+        self._update(loss, extra)
+        return loss
+
+    # In functions that torch.compile traces, all but the closure runs as it does eagerly: plans, and buckets by step,
+    # are found from numbers that change.
+    @_disable_dynamo
+    def _check_extras(self, extra: dict[str, Any], *, has_loss: bool = True) -> bool:
+        """Raise when an extra is given that nothing declares, or not given that something needs.
+
+        Returns:
+            Whether the extra `value` is the loss.
+        """
+        links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
+        wants_value = any(link.rule.extras.any or "value" in link.rule.extras.names for link in links)
+        check_extras(links, {**({"value": None} if wants_value and has_loss else {}), **extra})
+        return wants_value and has_loss and "value" not in extra
+
+    @_disable_dynamo
+    def _update(self, loss: Any, extra: dict[str, Any]) -> None:
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._check_gradients()
-            plans = [self._plan(index) for index in range(self._number_of_trees)]
-            if loss is not None and wants_value:
-                extra.setdefault("value", loss)
-            check_extras(links, extra)
+            if self._check_extras(extra, has_loss=loss is not None):
+                extra = {**extra, "value": loss}
             # Everything is computed before anything is changed.
+            plans = [self._plan(index) for index in range(self._number_of_trees)]
             results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
             for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
                 moved = [i for i, update in enumerate(updates) if update is not None]
@@ -63,7 +81,6 @@ class OptimizerBase(torch.optim.Optimizer):
                         self.state[p].update(state)
                 if tree_states:
                     self.state[TREE] = {**self.state.get(TREE, {}), **tree_states}
-        return loss
 
     def _check_gradients(self) -> None:
         """Raise when a gradient is of a kind that this optimizer does not take."""
@@ -72,9 +89,7 @@ class OptimizerBase(torch.optim.Optimizer):
         self, index: int, plan: Plan, extra: dict[str, Any]
     ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
-        saved = self.state.get(TREE, {})
-        keys = _tree_keys(index, plan)
-        known = {k: saved[key] for k, key in keys.items() if key in saved}
+        keys, known = _tree_keys(index, plan), self._tree_states(index, plan)
         updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], known, extra)
         moved = [i for i, update in enumerate(updates) if update is not None]
         execution.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
@@ -84,6 +99,16 @@ class OptimizerBase(torch.optim.Optimizer):
             [{key: kept(value) for key, value in state.items()} for state in states],
             {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
         )
+
+    def _tree_states(self, index: int, plan: Plan) -> dict[int, Any]:
+        """Return the states of functions of the whole tree, by link."""
+        saved = self.state.get(TREE, {})
+        return {k: saved[key] for k, key in _tree_keys(index, plan).items() if key in saved}
+
+    def _exported_tree_states(self, plan: Plan, states: list[Any]) -> dict[str, Any]:
+        """Arrange the states of functions of the whole tree, given those of all links, as `state` keeps them."""
+        kept = {key: states[k] for k, key in _tree_keys(0, plan).items() if tree.flatten(states[k])[0]}
+        return {TREE: kept} if kept else {}
 
     @property
     def _has_factory(self) -> bool:
@@ -132,12 +157,27 @@ class OptimizerBase(torch.optim.Optimizer):
         # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
         candidate = type(self).__new__(type(self))
         candidate.__dict__.update({**self.__dict__, "_plans": {}})
-        super(OptimizerBase, candidate).__setstate__(state)
+        # The classes of torch.optim fill in what older param groups lack. Their care for older states is ours.
+        super(OptimizerBase, candidate).__setstate__({**state, "state": defaultdict(dict)})
         for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
             for name, value in old.items():
                 new.setdefault(name, value)
+        loaded = {key: value.it if isinstance(value, _AsSaved) else value for key, value in state["state"].items()}
+        candidate.state.update(loaded)
         candidate._check_loaded(self)
         self.__dict__.update({**candidate.__dict__, "_plans": {}})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or that of torch.optim's class; see there.
+
+        Args:
+            state_dict: checked before anything is changed.
+
+        Raises:
+            ValueError: groups, keys, shapes or values are not those of this optimizer.
+        """
+        with self.register_load_state_dict_pre_hook(_keep_as_saved):
+            super().load_state_dict(state_dict)
 
     def _check_loaded(self, former: "OptimizerBase") -> None:
         """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
@@ -145,8 +185,17 @@ class OptimizerBase(torch.optim.Optimizer):
         Args:
             former: the optimizer as it was.
         """
-        saved = dict(self.state.get(TREE, {}))
-        tree_states = {}
+        stray = [key for key in self.state if isinstance(key, int)]
+        if stray:
+            raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
+        saved = self.state.get(TREE, {})
+        for name, one in [(TREE, saved), *(saved.items() if isinstance(saved, dict) else ())]:
+            if not isinstance(one, dict):
+                raise ValueError(
+                    f"The saved state of functions of the whole tree, {name!r}, is of type {type(one).__name__}, "
+                    "where a dict belongs"
+                )
+        saved, tree_states = dict(saved), {}
         for index in range(self._number_of_trees):
             plan = self._plan(index)
             # After an edit, such as momentum set to 0, states hold what only the former hyperparameters need.
@@ -155,8 +204,10 @@ class OptimizerBase(torch.optim.Optimizer):
                 others.append(self._new_plan(self._transformation, [self.param_groups[index]], self.defaults))
             for i, p in enumerate(plan.params):
                 if p in self.state:
-                    known: set[str] = set().union(*[other.parts[i].known for other in others])
-                    self.state[p] = plan.checked_state(i, self.state[p], known)
+                    known = [other.parts[i].known for other in others]
+                    self.state[p] = plan.checked_state(
+                        i, self.state[p], set().union(*known), set.intersection(*known), as_torch=self._live
+                    )
             for k, key in _tree_keys(index, plan).items():
                 initial = plan.initial_tree_state(k) if self.state else ()
                 if tree.flatten(initial)[0]:
@@ -174,6 +225,20 @@ def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
     """Name the states of functions of the whole tree: by tree, and by number among them."""
     whole = [k for k, link in enumerate(plan.links) if isinstance(link.rule, TreeRule)]
     return {k: f"{index}.{number}" for number, k in enumerate(whole)}
+
+
+class _AsSaved:
+    """What torch.optim's load_state_dict shall not look into: it casts all numbers to the dtype of the parameter."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+
+def _keep_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"The saved state is of type {type(state).__name__}, where a dict belongs")
+    return {**state_dict, "state": {key: _AsSaved(value) for key, value in state.items()}}
 
 
 def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,7 +87,10 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
             f"write Optimizer(params, {name_of(factory)}, {missing[0]}=...)"
         )
     if live:
-        given = {name: _live(value, functools.partial(group.__getitem__, name)) for name, value in given.items()}
+        for name, value in given.items():
+            whole = isinstance(value, numbers.Integral) and known[name].annotation not in (bool, int)
+            number = float(value) if whole else value  # torch.optim takes weight_decay=False too
+            given[name] = _live(number, functools.partial(group.__getitem__, name))
     made = factory(**given)
     if not isinstance(made, GradientTransformation):
         raise TypeError(
@@ -106,9 +110,22 @@ def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
         )
 
 
+class _Live:
+    """A number that is read again at every step."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __call__(self, count: Any) -> Any:
+        return self._read()
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+
 def _live(value: Any, read: Callable[[], Any]) -> Any:
     if _is_number(value):
-        return lambda count: read()
+        return _Live(read)
     if isinstance(value, list | tuple):
         return tuple([_live(item, functools.partial(_item, read, i)) for i, item in enumerate(value)])
     return value
@@ -118,8 +135,13 @@ def _item(read: Callable[[], Any], i: int) -> Any:
     return read()[i]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) and value != 0
+def _is_number(value: object) -> bool:
+    if isinstance(value, numbers.Integral):
+        return False
+    return isinstance(value, numbers.Real) and value != 0  # NumPy's numbers too
+
+
+_LIVE = object()  # stands for a live number in a snapshot
 
 
 def snapshot(value: Any, live: bool) -> Any:
@@ -128,12 +150,12 @@ def snapshot(value: Any, live: bool) -> Any:
         return [snapshot(item, live) for item in value]
     if isinstance(value, dict):
         return {key: snapshot(item, live) for key, item in value.items()}
-    return _is_number if live and _is_number(value) else value
+    return _LIVE if live and _is_number(value) else value
 
 
 def same(old: Any, new: Any, live: bool) -> bool:
     """Compare a snapshot with what may have been edited: numbers and text by value, all else by identity."""
-    if old is _is_number:
+    if old is _LIVE:
         return _is_number(new)
     if isinstance(old, list):
         if not isinstance(new, list | tuple) or len(old) != len(new):

@@ -1,7 +1,8 @@
 """How a transformation is run over a list of parameters, each with a state and a step count of its own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from functorch_optim import execution, lift, passes, tree
 from functorch_optim.base import GradientTransformation
-from functorch_optim.checks import check_updates
+from functorch_optim.checks import HALF, check_updates
 from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
@@ -152,49 +153,104 @@ class Plan:
     def _initial(self, link: Link, params: list[Tensor]) -> Any:
         return lift.init([link], tree.unflatten(self._structure, params))[0]
 
-    def checked_state(self, i: int, state: State, known: set[str]) -> State:
+    def checked_state(
+        self,
+        i: int,
+        state: State,
+        known: AbstractSet[str],
+        required: AbstractSet[str] = frozenset(),
+        *,
+        as_torch: bool = False,
+    ) -> State:
         """Return a loaded `state[p]` in the form that a step leaves, if it is one that this transformation makes.
 
         Args:
             i: index of the parameter.
             state: what was loaded.
             known: keys that are welcome though this transformation has no use for them.
+            required: keys that must be there if this transformation keeps them, unless nothing is there.
+            as_torch: whether to cast the numbers that scalars carry on to the dtype of the parameter, as torch.optim
+                does; else they keep theirs, so that the numbers are those of a training that was never interrupted.
 
         Raises:
-            ValueError: a key is unknown, a shape is wrong, or a value is no tensor.
+            ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
         """
         p, part = self.params[i], self.parts[i]
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"The saved state of parameter {self.path(i)!r} is of type {type(state).__name__}, where a dict belongs"
+            )
         # torch.optim.SGD used to save None for a buffer that was not there yet.
         state = {key: value for key, value in state.items() if value is not None}
-        for key, value in state.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(value, Tensor) and value.layout != torch.strided:
-                state[key] = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
-            elif not (isinstance(value, Tensor) or (key in part.scalars and number)):
-                raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs")
-            if key in part.scalars:
-                if isinstance(value, Tensor) and value.numel() != 1:
-                    raise ValueError(
-                        f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, but it is one "
-                        "number"
-                    )
-                state[key] = self._as_kept(key, value)
         foreign = [key for key in state if key not in part.known | known]
         if foreign:
             raise ValueError(
                 f"The saved state of parameter {self.path(i)!r} has {foreign[0]!r}, which this transformation does not "
                 f"keep; it keeps {', '.join(sorted(part.known)) or 'nothing'}. An optimizer of another kind saved it"
             )
+        # torch's SGD and Muon do not count.
+        uncounted = self._count is None or all(key.startswith("momentum_buffer") for key in state)
+        lacking = sorted((part.known & required) - set(state) - ({"step"} if uncounted else set()))
+        if state and lacking:
+            raise ValueError(
+                f"The saved state of parameter {self.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
+            )
+        initial: dict[str, Tensor] = {}
         for k, keys in zip(part.links, part.keys, strict=True):
             rule: Any = self.links[k].rule
-            initial = rule.init_leaf(torch.empty_like(p, device="meta"))
-            for key, like in zip(keys, initial, strict=True):
-                if key in state and state[key].shape != like.shape:
-                    raise ValueError(
-                        f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(state[key].shape)}, "
-                        f"but it is {tuple(like.shape)} here; it was saved for another model"
-                    )
-        return state
+            initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
+        checked = {}
+        for key, value in state.items():
+            if key in part.scalars:
+                checked[key] = self._checked_number(i, key, value)
+                if as_torch and key != "step" and isinstance(value, Tensor) and p.is_floating_point():
+                    checked[key] = checked[key].to(p.dtype)
+            elif isinstance(value, Tensor):
+                checked[key] = self._checked_tensor(i, key, value, initial.get(key))
+            elif key in initial:
+                raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs")
+            else:
+                checked[key] = value
+        return checked
+
+    def _checked_number(self, i: int, key: str, value: Any) -> Any:
+        """Return the step, or a number that scalars carry on, in the form that a step leaves."""
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, but it is one number"
+            )
+        number = value.item() if isinstance(value, Tensor) and not value.is_meta else value
+        if isinstance(number, bool) or not isinstance(number, int | float | Tensor):
+            raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a number belongs")
+        if key == "step" and not isinstance(number, Tensor) and not (number >= 0 and float(number).is_integer()):
+            raise ValueError(f"The saved step of parameter {self.path(i)!r} is {number}, but it is a count of updates")
+        return self._as_kept(key, value)
+
+    def _checked_tensor(self, i: int, key: str, value: Tensor, like: Tensor | None) -> Tensor:
+        """Return a loaded tensor in the form that a step leaves.
+
+        Args:
+            i: index of the parameter.
+            key: of the tensor.
+            value: what was loaded.
+            like: what the transformation begins with; None when it does not keep the tensor.
+        """
+        p = self.params[i]
+        if value.layout != torch.strided:
+            value = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
+        if like is None:
+            return value.to(p.device, p.dtype if value.is_complex() == p.is_complex() else value.dtype)
+        if value.shape != like.shape:
+            raise ValueError(
+                f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, "
+                f"but it is {tuple(like.shape)} here; it was saved for another model"
+            )
+        if value.is_complex() != like.is_complex():
+            raise ValueError(
+                f"The saved {key} of parameter {self.path(i)!r} is {value.dtype}, but it is {like.dtype} here; it was "
+                "saved for another model"
+            )
+        return value.to(p.device, like.dtype)
 
     def exported_state(self, i: int, state: State) -> State:
         """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
@@ -229,15 +285,21 @@ class Plan:
         fresh, carried = [], []
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
             rule: Any = self.links[k].rule
+            for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
+                state.setdefault(key, _scalar(number))
+                carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
             missing = [key for key in keys if key not in state]
             if missing:
                 initial = dict(zip(keys, lift.init_leaf(rule, p, lambda: self.path(i)), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if len(missing) == len(keys):
                     fresh.append(k)
-            for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
-                state.setdefault(key, _scalar(number))
-                carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
+            if any(state[key].dtype != p.dtype for key in keys):
+                initial = dict(zip(keys, lift.init_leaf(rule, p, lambda: self.path(i)), strict=True))
+                for key, like in initial.items():
+                    # The parameter was converted since, by module.to(dtype) say. More digits than it has are kept.
+                    if not (state[key].dtype == torch.float32 and like.dtype in HALF):
+                        state[key] = state[key].to(like.dtype)
         step = float(state.get("step", begun)) if part.counted else 0.0
         return (step, tuple(fresh), tuple(carried)), state
 

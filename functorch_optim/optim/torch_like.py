@@ -5,7 +5,8 @@ care for older state dicts are inherited. The numbers are the same, `state[p]` h
 both ways.
 
 Where torch.optim leaves off, these go on: float16 and bfloat16 are computed in float32 and rounded once, and an error
-while updates are computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable` are accepted as torch.optim accepts them, and change no number.
+while updates are computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable`
+are accepted as torch.optim accepts them, and change no number.
 """
 
 from collections.abc import Callable

@@ -39,7 +39,9 @@ class Optimizer(OptimizerBase):
             one of integers.
         ValueError: there are no parameters, or one comes twice, or one is no leaf; a hyperparameter is out of range.
 
-    Learning rate schedulers need the form with a factory: they look for `param_groups[i]["lr"]`.
+    Learning rate schedulers need the form with a factory: they look for `param_groups[i]["lr"]`. So do the helpers of
+    `torch.distributed.checkpoint.state_dict`, which set it to 0 for a step that makes the state; and they know no
+    states of functions of the whole tree.
 
     `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
     is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an

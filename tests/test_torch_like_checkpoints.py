@@ -1,0 +1,280 @@
+"""State dicts of our classes and of torch.optim's are the same, and training goes on with either from both."""
+
+import copy
+
+import pytest
+import torch
+from test_torch_like_numbers import EMBEDDINGS, OPTIONS, cases, deviation, make_params, parameters, run
+from test_wrapper_numbers import saved_and_loaded
+
+import functorch_optim as fo
+
+MODULES = (fo.optim, torch.optim)
+NAMES = [*OPTIONS, "SparseAdam"]
+sources = pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
+
+
+@pytest.fixture(autouse=True)
+def no_checks():
+    """torch warns unless it is told whether to check sparse tensors."""
+    torch.sparse.check_sparse_tensor_invariants.disable()
+
+
+def make(module, name, params, named=False, **options):
+    """Make an optimizer over copies of parameters, in two groups."""
+    params = [p.detach().clone().requires_grad_() for p in params]
+    params = [(f"p{i}", p) for i, p in enumerate(params)] if named else params
+    return getattr(module, name)([{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}], **options)
+
+
+def in_order(optimizer):
+    """Return parameters as `make` was given them."""
+    params = parameters(optimizer)
+    params[::2], params[1::2] = [group["params"] for group in optimizer.param_groups]
+    return params
+
+
+def make_pair(name, params, saved=None, **options):
+    """Make ours and torch's, which may load a state dict each, or both the same."""
+    pair = [make(module, name, params, **options) for module in MODULES]
+    for optimizer, one in zip(pair, saved if isinstance(saved, list) else [saved, saved], strict=True):
+        if one is not None:
+            optimizer.load_state_dict(saved_and_loaded(one))
+    return pair
+
+
+def missing(step, i):
+    """Leave a parameter without gradients, and some at times."""
+    return i == 3 or (step + i) % 4 == 0
+
+
+def assert_same_dicts(mine, torchs, tolerance=1e-10, path="saved"):
+    """Compare containers: their types, and what they hold in which order; and tensors: dtypes, shapes, numbers."""
+    assert type(mine) is type(torchs), path
+    if isinstance(torchs, dict):
+        assert list(mine) == list(torchs), path
+        for key, value in torchs.items():
+            assert_same_dicts(mine[key], value, tolerance, f"{path}.{key}")
+    elif isinstance(torchs, list | tuple):
+        assert len(mine) == len(torchs), path
+        for i, pair in enumerate(zip(mine, torchs, strict=True)):
+            assert_same_dicts(*pair, tolerance, f"{path}.{i}")
+    elif isinstance(torchs, torch.Tensor):
+        assert mine.requires_grad == torchs.requires_grad
+        torch.testing.assert_close(
+            mine.to_dense(), torchs.to_dense(), rtol=tolerance, atol=tolerance, msg=lambda text: f"{path}: {text}"
+        )
+    else:
+        assert mine == torchs, path
+
+
+@cases
+@sources
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_training_goes_on(name, options, dtype, source):
+    if dtype.is_complex and name in ("Adafactor", "Muon"):
+        pytest.skip("torch.optim has it for real numbers only")
+    named = {"named": dtype.is_complex}
+    trained = make_pair(name, make_params(name, dtype), **named, **options)
+    run(*trained, steps=7, missing=missing)
+    assert_same_dicts(trained[0].state_dict(), trained[1].state_dict())
+    # The options are in what is saved.
+    pair = make_pair(name, in_order(trained[source]), trained[source].state_dict(), **named)
+    assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+    assert_same_dicts(pair[0].state_dict()["param_groups"], trained[0].state_dict()["param_groups"])
+
+    torch.manual_seed(1)
+    assert run(*pair, missing=missing) < 1e-12
+    assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+    torch.manual_seed(1)
+    run(*trained, missing=missing)
+    # When loading, torch.optim casts the product of NAdam from float32 to the parameters' dtype. It goes on in that.
+    tolerance = 1e-5 if name == "NAdam" and not dtype.is_complex else 1e-12
+    for optimizer in pair:
+        assert deviation(parameters(optimizer), parameters(trained[1])) < tolerance
+
+    back = make_pair(name, in_order(pair[1]), [one.state_dict() for one in pair[::-1]], **named)
+    assert run(*back, steps=20) < 1e-12
+    assert_same_dicts(back[0].state_dict(), back[1].state_dict())
+
+
+@cases
+@sources
+def test_saved_before_the_first_step(name, options, source):
+    new = make_pair(name, make_params(name, torch.float64), **options)
+    assert_same_dicts(new[0].state_dict(), new[1].state_dict())
+    pair = make_pair(name, in_order(new[0]), new[source].state_dict())
+    assert_same_dicts(pair[0].state_dict(), new[1].state_dict())
+    assert run(*pair, steps=10, missing=missing) < 1e-12
+    assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+
+
+def train_sparsely(pair, steps):
+    for step in range(steps):
+        for p, q in zip(*map(parameters, pair), strict=True):
+            entries = torch.randint(len(q), (1, step % 5))
+            q.grad = torch.sparse_coo_tensor(entries, torch.randn(step % 5, *q.shape[1:], dtype=q.dtype), q.shape)
+            p.grad = q.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    return deviation(*map(parameters, pair))
+
+
+@pytest.mark.parametrize(("name", "options"), EMBEDDINGS)
+@sources
+def test_sparse_training_goes_on(name, options, source):
+    params = [torch.randn(7, 3, dtype=torch.float64), torch.randn(4, 2, 2, dtype=torch.float64)]
+    trained = make_pair(name, params, **options)
+    train_sparsely(trained, 7)
+    assert_same_dicts(trained[0].state_dict(), trained[1].state_dict())
+    pair = make_pair(name, in_order(trained[source]), trained[source].state_dict())
+    assert train_sparsely(pair, 60) < 1e-12
+    assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+    back = make_pair(name, in_order(pair[1]), [one.state_dict() for one in pair[::-1]])
+    assert train_sparsely(back, 20) < 1e-12
+
+
+# What torch used to save. ---------------------------------------------------------------------------------------------
+
+NEWER = ["maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"]
+NEWER += ["nesterov", "amsgrad", "centered"]
+
+
+def saved_by_torch(name, options):
+    """Return parameters, and what torch saved after some steps."""
+    pair = make_pair(name, make_params(name, torch.float64), **options)
+    run(*pair, steps=7)
+    return in_order(pair[1]), pair[1].state_dict()
+
+
+def assert_goes_on_as_torch_does(name, params, saved, options, steps=60):
+    pair = make_pair(name, params, saved, **options)
+    for ours, torchs in zip(*[optimizer.param_groups for optimizer in pair], strict=True):
+        assert {**ours, "params": None} == {**torchs, "params": None}
+    assert run(*pair, steps=steps, missing=missing) < 1e-12
+
+
+@cases
+def test_groups_that_lack_newer_keys(name, options):
+    params, saved = saved_by_torch(name, options)
+    filled_in = make(torch.optim, name, params)
+    filled_in.load_state_dict({**saved, "param_groups": [{"params": g["params"]} for g in saved["param_groups"]]})
+    absent = [key for key in NEWER if key in filled_in.param_groups[0] and key in saved["param_groups"][0]]
+    for keys in [*[[key] for key in absent], absent]:
+        old = copy.deepcopy(saved)
+        for group in old["param_groups"]:
+            for key in keys:
+                del group[key]
+        assert_goes_on_as_torch_does(name, params, old, options, steps=60 if keys == absent else 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_that_lack_what_torch_does_not_fill_in_keep_ours(name):
+    options = {"lr": 0.125, **({} if name in ("SparseAdam", "Muon") else {"maximize": True})}
+    optimizer = make(fo.optim, name, [torch.ones(2, 2)], **options)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["lr"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    assert optimizer.param_groups[1]["lr"] == 0.03
+
+
+FORMS = {
+    "int": int,
+    "float": float,
+    "vector": lambda step: step.reshape(1),
+    "int64": lambda step: step.long(),
+    "float64": lambda step: step.double(),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_steps_of_other_forms(name, form):
+    options = OPTIONS[name][-1]
+    params, saved = saved_by_torch(name, options)
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = form(state["step"])
+    assert_goes_on_as_torch_does(name, params, saved, options)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_steps_of_sparse_adam(form):
+    trained = make_pair("SparseAdam", [torch.randn(7, 3, dtype=torch.float64)])
+    train_sparsely(trained, 7)
+    saved, old = trained[1].state_dict(), trained[1].state_dict()  # torch computes with a tensor, in float32
+    old["state"] = {i: {**state, "step": form(torch.tensor(state["step"]))} for i, state in old["state"].items()}
+    pair = make_pair("SparseAdam", in_order(trained[1]), [old, saved])
+    assert type(pair[0].state[parameters(pair[0])[0]]["step"]) is int
+    assert train_sparsely(pair, 20) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD"])
+def test_numbers_that_were_no_tensors(name):
+    for options in OPTIONS[name]:
+        params, saved = saved_by_torch(name, options)
+        for state in saved["state"].values():
+            state.update({key: float(state[key]) for key in ("mu_product", "eta", "mu", "step") if key in state})
+        pair = make_pair(name, params, saved)
+        assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+        assert run(*pair) < 1e-12
+
+
+def test_momentum_that_was_none():
+    for options in OPTIONS["SGD"]:
+        params, saved = saved_by_torch("SGD", {**options, "momentum": 0.0, "nesterov": False})
+        saved["state"] = {i: {"momentum_buffer": None} for i in range(len(params))}
+        for group in saved["param_groups"]:
+            group["momentum"] = 0.9
+        assert_goes_on_as_torch_does("SGD", params, saved, {})
+
+
+# Parameters of another dtype. -----------------------------------------------------------------------------------------
+
+CASTS = [
+    (torch.float64, torch.float32, 4 * 60 * torch.finfo(torch.float32).eps),
+    (torch.float64, torch.bfloat16, 30 * torch.finfo(torch.bfloat16).eps),  # torch rounds after every operation
+    (torch.float32, torch.float64, 1e-12),
+    (torch.bfloat16, torch.float64, 1e-12),
+]
+
+
+@cases
+@pytest.mark.parametrize(("before", "after", "tolerance"), CASTS)
+def test_other_dtypes(name, options, before, after, tolerance):
+    trained = make_pair(name, make_params(name, before), **options)
+    run(*trained, steps=7, scale=0.01)
+    pair = make_pair(name, [p.to(after) for p in in_order(trained[1])], trained[1].state_dict())
+    assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
+    assert run(*pair, steps=20, scale=0.01) < tolerance
+    for mine, torchs in zip(*[optimizer.state_dict()["state"].values() for optimizer in pair], strict=True):
+        assert {key: value.dtype for key, value in mine.items()} == {key: v.dtype for key, v in torchs.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [("complex64", "complex128"), ("complex128", "complex64")])
+def test_complex_states_of_other_dtypes_are_cast(before, after):
+    """torch.optim leaves them as they are, and its step fails."""
+    before, after = getattr(torch, before), getattr(torch, after)
+    ours, theirs = make_pair("Adam", [torch.randn(3, dtype=before), torch.randn(2, dtype=before)])
+    run(ours, theirs, steps=5)
+    pair = make_pair("Adam", [p.to(after) for p in in_order(theirs)], theirs.state_dict())
+    assert pair[1].state[parameters(pair[1])[0]]["exp_avg"].dtype == before
+    for p in parameters(pair[0]):
+        p.grad = torch.ones_like(p)
+    pair[0].step()
+    assert all(state["exp_avg"].dtype == after for state in pair[0].state.values())
+
+
+def test_the_comparison_can_fail():
+    saved = saved_by_torch("Adam", {})[1]
+    for change in (
+        {"state": {}},
+        {"param_groups": tuple(saved["param_groups"])},
+        {"state": {i: dict(reversed(state.items())) for i, state in saved["state"].items()}},
+        {"state": {i: {**state, "exp_avg": state["exp_avg"].float()} for i, state in saved["state"].items()}},
+        {"state": {i: {**state, "exp_avg": state["exp_avg"] * 1.001} for i, state in saved["state"].items()}},
+    ):
+        with pytest.raises(AssertionError):
+            assert_same_dicts({**saved, **change}, saved)
