@@ -13,6 +13,7 @@ from functorch_optim.combine import partition
 from functorch_optim.layout import nest, unnest
 from functorch_optim.optim import factories
 from functorch_optim.optim.base import OptimizerBase
+from functorch_optim.optim.loading import checked_state, exported_state
 from functorch_optim.optim.plan import Plan
 from functorch_optim.optimizers.lbfgs import LBFGSState, common_dtype, flattened, lbfgs, pack, unpack
 from functorch_optim.optimizers.limited_memory import Memory
@@ -116,7 +117,7 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
         for plan, transformation, _ in _plans(optimizer):
             for i, p in enumerate(plan.params):
                 if by_param[p].get("step", 1) > 0 or p in optimizer.state:
-                    new_states[p] = plan.exported_state(i, by_param[p])
+                    new_states[p] = exported_state(plan, i, by_param[p])
             if isinstance(optimizer, OptimizerBase) and not optimizer._has_factory:
                 new_states.update(optimizer._exported_tree_states(plan, unnest(transformation._layout, state)))
     with torch.no_grad():
@@ -164,7 +165,7 @@ def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
         found: dict[Any, _Set] = {}
         for i, p in enumerate(plan.params):
             given = optimizer.state.get(p, {})
-            position, state = plan.completed(i, plan.checked_state(i, given, set(given)), p)
+            position, state = plan.completed(i, checked_state(plan, i, given, set(given)), p)
             one = found.setdefault(position, _Set(transformation, plan, position, {}, tree_states))
             one.states[p] = (i, state)
         if len(found) > 1 and any(isinstance(link.rule, TreeRule) or link.rule.sees_tree for link in plan.links):

@@ -164,7 +164,7 @@ def test_betas(betas):
 
 @pytest.mark.parametrize("betas", [0.9, None, (0.9,), (0.9, 0.9, 0.9), "ab", {0.9, 0.8}, torch.ones(2)], ids=repr)
 def test_betas_must_be_a_pair(betas):
-    with pytest.raises(ValueError, match=r"^Invalid betas: .*; give a pair, as in betas=\(0.9, 0.999\)"):
+    with pytest.raises(ValueError, match=r"^Invalid betas: .*; give 2 numbers, as in betas=\(0.9, 0.999\)"):
         check_betas(betas)
 
 

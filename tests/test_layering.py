@@ -40,6 +40,7 @@ LAYERS = [
     "optimizers.limited_memory",
     "optimizers",
     "optim.plan",
+    "optim.loading",
     "optim.factories",
     "optim.base",
     "optim.wrapper",

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from functorch_optim import checkpoint, execution, tree
 from functorch_optim.base import GradientTransformation, check_extras
 from functorch_optim.optim import factories
+from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
 from functorch_optim.rule import TreeRule
 
@@ -205,8 +206,8 @@ class OptimizerBase(torch.optim.Optimizer):
             for i, p in enumerate(plan.params):
                 if p in self.state:
                     known = [other.parts[i].known for other in others]
-                    self.state[p] = plan.checked_state(
-                        i, self.state[p], set().union(*known), set.intersection(*known), as_torch=self._live
+                    self.state[p] = checked_state(
+                        plan, i, self.state[p], set().union(*known), set.intersection(*known), as_torch=self._live
                     )
             for k, key in _tree_keys(index, plan).items():
                 initial = plan.initial_tree_state(k) if self.state else ()

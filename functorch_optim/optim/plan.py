@@ -1,8 +1,7 @@
 """How a transformation is run over a list of parameters, each with a state and a step count of its own."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +59,9 @@ class Plan:
         ValueError: masks or labels do not fit the parameters, or names are not unique where they are needed.
 
     Attributes:
+        links: of the transformation.
         params: the parameters in the order in which everything here is.
+        parts: for each parameter, which rules apply to it.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Plan:
     ) -> None:
         self.links = transformation._links
         self.names = names
-        self._count = count
+        self.count = count
         twice = [name for name, count in Counter(names or ()).items() if count > 1]
         if twice and any(link.where or isinstance(link.rule, TreeRule) for link in self.links):
             raise ValueError(
@@ -153,118 +154,9 @@ class Plan:
     def _initial(self, link: Link, params: list[Tensor]) -> Any:
         return lift.init([link], tree.unflatten(self._structure, params))[0]
 
-    def checked_state(
-        self,
-        i: int,
-        state: State,
-        known: AbstractSet[str],
-        required: AbstractSet[str] = frozenset(),
-        *,
-        as_torch: bool = False,
-    ) -> State:
-        """Return a loaded `state[p]` in the form that a step leaves, if it is one that this transformation makes.
-
-        Args:
-            i: index of the parameter.
-            state: what was loaded.
-            known: keys that are welcome though this transformation has no use for them.
-            required: keys that must be there if this transformation keeps them, unless nothing is there.
-            as_torch: whether to cast the numbers that scalars carry on to the dtype of the parameter, as torch.optim
-                does; else they keep theirs, so that the numbers are those of a training that was never interrupted.
-
-        Raises:
-            ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
-        """
-        p, part = self.params[i], self.parts[i]
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"The saved state of parameter {self.path(i)!r} is of type {type(state).__name__}, where a dict belongs"
-            )
-        # torch.optim.SGD used to save None for a buffer that was not there yet.
-        state = {key: value for key, value in state.items() if value is not None}
-        foreign = [key for key in state if key not in part.known | known]
-        if foreign:
-            raise ValueError(
-                f"The saved state of parameter {self.path(i)!r} has {foreign[0]!r}, which this transformation does not "
-                f"keep; it keeps {', '.join(sorted(part.known)) or 'nothing'}. An optimizer of another kind saved it"
-            )
-        # torch's SGD and Muon do not count.
-        uncounted = self._count is None or all(key.startswith("momentum_buffer") for key in state)
-        lacking = sorted((part.known & required) - set(state) - ({"step"} if uncounted else set()))
-        if state and lacking:
-            raise ValueError(
-                f"The saved state of parameter {self.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
-            )
-        initial: dict[str, Tensor] = {}
-        for k, keys in zip(part.links, part.keys, strict=True):
-            rule: Any = self.links[k].rule
-            initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
-        checked = {}
-        for key, value in state.items():
-            if key in part.scalars:
-                checked[key] = self._checked_number(i, key, value)
-                if as_torch and key != "step" and isinstance(value, Tensor) and p.is_floating_point():
-                    checked[key] = checked[key].to(p.dtype)
-            elif isinstance(value, Tensor):
-                checked[key] = self._checked_tensor(i, key, value, initial.get(key))
-            elif key in initial:
-                raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a tensor belongs")
-            else:
-                checked[key] = value
-        return checked
-
-    def _checked_number(self, i: int, key: str, value: Any) -> Any:
-        """Return the step, or a number that scalars carry on, in the form that a step leaves."""
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, but it is one number"
-            )
-        number = value.item() if isinstance(value, Tensor) and not value.is_meta else value
-        if isinstance(number, bool) or not isinstance(number, int | float | Tensor):
-            raise ValueError(f"The saved {key} of parameter {self.path(i)!r} is {value!r}, where a number belongs")
-        if key == "step" and not isinstance(number, Tensor) and not (number >= 0 and float(number).is_integer()):
-            raise ValueError(f"The saved step of parameter {self.path(i)!r} is {number}, but it is a count of updates")
-        return self._as_kept(key, value)
-
-    def _checked_tensor(self, i: int, key: str, value: Tensor, like: Tensor | None) -> Tensor:
-        """Return a loaded tensor in the form that a step leaves.
-
-        Args:
-            i: index of the parameter.
-            key: of the tensor.
-            value: what was loaded.
-            like: what the transformation begins with; None when it does not keep the tensor.
-        """
-        p = self.params[i]
-        if value.layout != torch.strided:
-            value = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
-        if like is None:
-            return value.to(p.device, p.dtype if value.is_complex() == p.is_complex() else value.dtype)
-        if value.shape != like.shape:
-            raise ValueError(
-                f"The saved {key} of parameter {self.path(i)!r} has shape {tuple(value.shape)}, "
-                f"but it is {tuple(like.shape)} here; it was saved for another model"
-            )
-        if value.is_complex() != like.is_complex():
-            raise ValueError(
-                f"The saved {key} of parameter {self.path(i)!r} is {value.dtype}, but it is {like.dtype} here; it was "
-                "saved for another model"
-            )
-        return value.to(p.device, like.dtype)
-
-    def exported_state(self, i: int, state: State) -> State:
-        """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
-        kept = {key: value for key, value in state.items() if key != "step" or self._count is not None}
-        checked = self.checked_state(i, kept, set())
-        scalars = self.parts[i].scalars
-        return {
-            key: self._as_kept(key, value.item()) if key in scalars else value.detach().clone()
-            for key, value in checked.items()
-        }
-
-    def _as_kept(self, key: str, value: Any) -> Any:
+    def as_kept(self, key: str, value: Any) -> Any:
         """Return the step, or a number that scalars carry on, as `state[p]` keeps it."""
-        if key == "step" and self._count is int:
+        if key == "step" and self.count is int:
             return int(value)
         return value.reshape(()) if isinstance(value, Tensor) else _scalar(value)
 
@@ -278,10 +170,10 @@ class Plan:
         """
         part, state = self.parts[i], dict(state)
         begun = any(key in state for keys in part.keys for key in keys)
-        if part.counted and "step" not in state and self._count is not None:
+        if part.counted and "step" not in state and self.count is not None:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.
             # On the CPU, whatever the default device: it is read at every step.
-            state["step"] = self._as_kept("step", float(begun))
+            state["step"] = self.as_kept("step", float(begun))
         fresh, carried = [], []
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
             rule: Any = self.links[k].rule
