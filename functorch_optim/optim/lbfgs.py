@@ -1,5 +1,7 @@
 """torch.optim.LBFGS with the iterations of this library."""
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +11,27 @@ from torch import Tensor
 from functorch_optim.optimizers.lbfgs import common_dtype, flattened, unflattened
 from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Settings, from_torch, minimize, to_torch
 
+_COUNTS = ("func_evals", "n_iter")
+_REST = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")  # since the first iteration
+
 
 class LBFGS(torch.optim.LBFGS):
     """Train with the iterations of `fo.lbfgs`; all arguments are those of torch.optim.LBFGS.
 
-    Same numbers, and the same state, in `state[first parameter]`. When the closure raises, parameters and state are as
-    they were before the step. float16 and bfloat16 are computed in float32.
+    Same numbers, and the same state, in `state[first parameter]`; state dicts go both ways. Where torch.optim leaves
+    off, this goes on:
+
+    - When the closure raises, parameters and state are as they were before the step. torch.optim leaves the parameters
+      where it tried them, and cannot step again when it was the first step.
+    - float16 and bfloat16 are computed in float32, mixed dtypes in the widest of them, and parameters rounded where
+      the closure sees them. `load_state_dict` casts the state to the dtype of the first parameter, as torch.optim does.
+    - A tensor as learning rate may be modified in place, as schedulers do. torch.optim takes it for the length of the
+      last step too.
+    - Gradients need not be contiguous, and all parameters may be empty.
+    - Copies, and optimizers out of a pickle, train on.
+    - An unknown line search is an error before the closure is called, and a second group when it is added.
+    - A state dict of another model or of another kind of optimizer is an error, and changes nothing; options that one
+      lacks stay as they are.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -43,12 +60,17 @@ class LBFGS(torch.optim.LBFGS):
 
         Raises:
             RuntimeError: `line_search_fn` is neither None nor "strong_wolfe".
+            ValueError: `history_size` is not positive.
         """
         [group] = self.param_groups
-        names = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn")
-        settings = Settings(group["lr"], *[group[name] for name in names])
-        if settings.line_search_fn not in (None, STRONG_WOLFE):
+        if group["line_search_fn"] not in (None, STRONG_WOLFE):
             raise RuntimeError("only 'strong_wolfe' is supported")
+        if group["history_size"] < 1:
+            raise ValueError(f"Invalid history_size: {group['history_size']}; it needs an integer >= 1")
+        # Bounds may be floats, infinite too.
+        max_iter, max_eval = [math.ceil(min(group[name], sys.maxsize)) for name in ("max_iter", "max_eval")]
+        names = ("tolerance_grad", "tolerance_change", "history_size", "line_search_fn")
+        settings = Settings(float(group["lr"]), max_iter, max_eval, *[group[name] for name in names])
         params: list[Tensor] = group["params"]
         dtype = common_dtype(params)
 
@@ -72,7 +94,11 @@ class LBFGS(torch.optim.LBFGS):
         begin = flattened(params, dtype)
         memory = from_torch(self.state[params[0]], begin)
         try:
-            x, memory = minimize(evaluate, begin, begin.new_tensor(float(first)), grad(), memory, settings)
+            loss = begin.new_tensor(float(first))
+            if max_iter > 0:
+                x, memory = minimize(evaluate, begin, loss, grad(), memory, settings)
+            else:
+                x, memory = begin, memory._replace(func_evals=memory.func_evals + 1)
         except BaseException:
             write(begin)
             raise
@@ -80,15 +106,45 @@ class LBFGS(torch.optim.LBFGS):
         self.state[params[0]].update(to_torch(memory, settings.history_size))
         return first
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise: there can be only one group, and the constructor adds it.
+
+        Args:
+            param_group: as torch.optim takes it.
+
+        Raises:
+            ValueError: there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
+        super().add_param_group(param_group)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" not in state:  # torch's load_state_dict ends here, with nothing changed yet
-            [group] = self.param_groups
-            size = flattened(group["params"], torch.float64).numel()
-            for loaded in state["state"].values():
-                d = loaded.get("d")
-                if isinstance(d, Tensor) and d.numel() != size:
-                    raise ValueError(
-                        f"The saved direction has {d.numel()} numbers, but the parameters have {size}; "
-                        "it was saved for another model"
-                    )
+            [group], [loaded] = self.param_groups, state["param_groups"]
+            for p in group["params"]:
+                _check(state["state"].get(p, {}), flattened(group["params"], torch.float64).numel())
+            for name, value in group.items():
+                loaded.setdefault(name, value)
         super().__setstate__(state)
+        # torch's pickles lack these, and its methods need them.
+        self._params = self.param_groups[0]["params"]
+        self._numel_cache = None
+
+
+def _check(state: dict[str, Any], size: int) -> None:
+    """Raise when a loaded state is not one of L-BFGS for parameters of this size."""
+    foreign = [key for key in state if key not in (*_COUNTS, *_REST, "al")]
+    if foreign:
+        raise ValueError(f"The saved state has {foreign[0]!r}, which LBFGS does not keep; another optimizer saved it")
+    if not state.get("n_iter", 0):
+        return
+    missing = [key for key in _REST if key not in state]
+    if missing:
+        raise ValueError(f"The saved state lacks {missing[0]!r}, which LBFGS keeps after the first iteration")
+    for vector in (state["d"], state["prev_flat_grad"], *state["old_dirs"], *state["old_stps"]):
+        if vector.numel() != size:
+            raise ValueError(
+                f"The saved state is for {vector.numel()} numbers, but the parameters have {size}; "
+                "it was saved for another model"
+            )

@@ -75,7 +75,9 @@ def lbfgs(
 
     `update(grads, state, params, *, value_fn, value=None)` needs the parameters and the loss as a function of them.
     `grads` and `value` are those at `params`: without `value`, the loss is evaluated there once more. A parameter
-    whose gradient is None is held fixed; to the algorithm its gradient is zero.
+    whose gradient is None is held fixed; to the algorithm its gradient is zero. In `fo.Optimizer`, `value_fn` is given
+    a dict by name where the parameters have names, and else a list: `opt.step(closure, value_fn=loss)`. Inside of
+    `masked` and `partition` it is given `MaskedNode()` in place of the other parameters, and must know these itself.
 
     Args:
         lr: step length >= 0, or with a line search the first that is tried: number, 0-dim tensor, or schedule of the
@@ -251,7 +253,8 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _loss(value: Any, must: str, x: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
-        return value.to(x)
+        # The state keeps the loss, and must not keep the graph of a closure with it.
+        return value.to(x) if torch.is_grad_enabled() else value.detach().to(x)
     if isinstance(value, Tensor):
         raise ValueError(f"{must} a loss, a 0-dim tensor, got one of shape {tuple(value.shape)}; take the mean or sum")
     raise TypeError(f"{must} a loss, a 0-dim tensor, got a {type(value).__name__}")

@@ -14,6 +14,8 @@ Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x -> (loss, gradient): vector -> 0-dim tensor and vector, all of one dtype."""
 
 STRONG_WOLFE = "strong_wolfe"
+NARROW = 1e-9
+"""A line search ends when no parameter changes by more than this; torch.optim's, whatever `tolerance_change` is."""
 
 
 class Settings(NamedTuple):
@@ -118,9 +120,7 @@ def minimize(
             return end(run, ahead, t, loss, grad)
         point = Point(t, loss, grad, grad.dot(d))
         is_last = run.memory.func_evals - before.func_evals > settings.max_eval
-        search = line_search.advance(
-            run.search, point, run.loss, run.grad, _largest(d), is_last, settings.tolerance_change
-        )
+        search = line_search.advance(run.search, point, run.loss, run.grad, _largest(d), is_last, NARROW)
         run = run._replace(search=search)
 
         def arrive(run: _Run) -> _Run:

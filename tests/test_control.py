@@ -1,0 +1,66 @@
+"""Branches and loops: decided where values are known, masked where they are not, with the same numbers."""
+
+from typing import NamedTuple
+
+import torch
+
+from functorch_optim.control import cond, select, while_loop
+
+
+class Point(NamedTuple):
+    t: torch.Tensor
+    f: torch.Tensor
+    g: torch.Tensor
+    gtd: torch.Tensor
+
+
+def test_known_conditions_run_one_branch_and_unknown_ones_both():
+    ran = []
+
+    def branch(name, result):
+        def run(x):
+            ran.append(name)
+            return x + result
+
+        return run
+
+    def both(x):
+        return cond(x > 0, branch("true", 1.0), branch("false", -1.0), x)
+
+    assert both(torch.tensor(2.0)) == 3
+    assert ran == ["true"]
+    torch.func.grad(both)(torch.tensor(-2.0))
+    assert ran == ["true", "false"]
+    assert torch.vmap(both)(torch.tensor([2.0, -2.0])).tolist() == [3.0, -3.0]
+    assert ran == ["true", "false", "true", "false"]
+
+
+def test_loops_end_early_where_they_can_with_the_same_numbers():
+    turns = []
+
+    def halve(x):
+        def body(carry):
+            turns.append(1)
+            return carry[0] / 2, (carry[1][0] + 1,)
+
+        return while_loop(lambda carry: carry[0] > 1, body, (x, (torch.zeros(()),)), 10)
+
+    x = torch.tensor([5.0, 0.5, 8.0])
+    each = [halve(row) for row in x]
+    assert len(turns) == 6
+    batched = torch.vmap(halve)(x)
+    assert len(turns) == 6 + 10
+    compiled = torch.compile(torch.vmap(halve), fullgraph=True, backend="eager")(x)
+    for result in (batched, compiled):
+        assert torch.equal(result[0], torch.stack([row for row, _ in each]))
+        assert result[1][0].tolist() == [3.0, 0.0, 3.0]
+    assert torch.func.jacfwd(lambda x: halve(x)[0])(x[0]) == torch.func.grad(lambda x: halve(x)[0])(x[0]) == 0.125
+
+
+def test_select_keeps_types_and_leaves_what_is_the_same():
+    a, b = torch.ones(2), torch.zeros(2)
+    point = Point(a, a, a, a)
+    assert select(True, point, None) is point
+    picked = torch.vmap(lambda c: select(c, point, point._replace(f=b)))(torch.tensor([True, False]))
+    assert type(picked) is Point
+    assert picked.f.tolist() == [[1.0, 1.0], [0.0, 0.0]]
