@@ -13,7 +13,7 @@ from functorch_optim.layout import nest, unnest
 from functorch_optim.links import Link
 from functorch_optim.passes import Bucket, Leaves
 from functorch_optim.recorded import Recorded
-from functorch_optim.rule import EmptyState, Rule, TreeRule
+from functorch_optim.rule import EmptyState, Rule, TreeRule, check_extras
 from functorch_optim.tree import Tree
 
 _P = ParamSpec("_P")
@@ -100,7 +100,7 @@ class GradientTransformation(Recorded):
             ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
             TypeError: an extra that nothing declares, or one that is missing.
         """
-        check_extras(self._links, extra)
+        check_extras([link.rule for link in self._links], extra)
         states = unnest(self._layout, state)
         new_updates, new_states = lift.update(self._links, updates, states, params, extra)
         return new_updates, nest(self._layout, new_states)
@@ -175,7 +175,8 @@ def leafwise(
         carried, then the fields of the rule's state, each a tree like the parameters.
 
     Raises:
-        ValueError: `carry` comes without `scalars`, or `sparse="touched"` with a rule that is not elementwise.
+        ValueError: `carry` comes without `scalars`; `sparse` is none of the three, or "touched" with a rule that is not
+            elementwise.
 
     Example:
         Sign descent with momentum, in the letters of its paper.
@@ -285,24 +286,3 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
 
 _ADD = Link(Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense"))
-
-
-# Extras. --------------------------------------------------------------------------------------------------------------
-
-
-def check_extras(links: Sequence[Link], extras: dict[str, Any]) -> None:
-    """Raise when an extra was given that no link declares, or one is missing that a link needs."""
-    declared = [link.rule.extras for link in links]
-    names = {name for some in declared for name in some.names} - {"updates"}
-    for name in extras:
-        if name not in names and not any(some.any for some in declared):
-            known = ", ".join(sorted(names)) or "none"
-            raise TypeError(
-                f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
-                "A transformation declares an extra as a keyword-only parameter of its update or scalars"
-            )
-    for link, some in zip(links, declared, strict=True):
-        for name in sorted(some.missing(extras)):
-            raise TypeError(
-                f"{link.rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)"
-            )

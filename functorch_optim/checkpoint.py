@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim.hyperparameters import check_choice
 from functorch_optim.layout import numbered
-from functorch_optim.rule import EmptyState, StepState
+from functorch_optim.rule import EmptyState, StepState, step_dtype
 from functorch_optim.tree import Tree
 
 # What belongs to no parameter: steps, numbers that scalars carry on, states of functions of the whole tree.
@@ -29,14 +30,16 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
         Without `params` a dict: dotted path in the state -> tensor. With `params` a dict of two:
         `"state"`: path or index -> {"step": ..., "exp_avg": ..., ...}, as in torch.optim's state dicts, and
         `"transformation"`: path in the state -> what belongs to no parameter.
-        The tensors are those of the state, not copies. None is left out.
+        The tensors are those of the state, not copies; with `by="index"` they are copies, and each parameter has a step
+        of its own, on the CPU and in torch.optim's dtype. None is left out.
 
     Raises:
         ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b"; or the state is of other
             parameters.
 
     With `by="index"`, `optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})`
-    takes it into `fo.Optimizer`, `fo.optim` and torch.optim.
+    takes it into `fo.Optimizer`, `fo.optim` and torch.optim; but for the states of functions of the whole tree, such as
+    `reduce_on_plateau` and `lbfgs`, which `to_torch` writes.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -56,6 +59,8 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
         for owner in place.owners:
             states[keys[owner]][place.name] = place.tensor
     _add_steps([place for place in places if place.of_all], list(states.values()))
+    if by == "index":  # torch.optim modifies what it loads
+        states = {key: {name: _copy(name, tensor) for name, tensor in own.items()} for key, own in states.items()}
     return {
         "state": {key: found for key, found in states.items() if found},
         REST: {place.path: place.tensor for place in places if place.shared},
@@ -229,9 +234,12 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
 
 
 def _keys(params: Tree, by: str) -> list[Any]:
-    if by not in ("path", "index"):
-        raise ValueError(f"Invalid by: {by!r}; choose 'path' or 'index'")
+    check_choice("by", by, "path", "index")
     return tree.paths(params) if by == "path" else tree.insertion_order(params)
+
+
+def _copy(name: str, tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", step_dtype(), copy=True) if name == "step" else tensor.detach().clone()
 
 
 def _dotted(path: str, key: Any) -> str:

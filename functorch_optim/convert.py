@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import checkpoint, lift, optim, tree
+from functorch_optim import checkpoint, execution, lift, optim, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_updates
 from functorch_optim.combine import partition
 from functorch_optim.layout import nest, unnest
 from functorch_optim.optim import factories
 from functorch_optim.optim.base import OptimizerBase
+from functorch_optim.optim.lbfgs import whole_bounds
 from functorch_optim.optim.loading import checked_state, exported_state
 from functorch_optim.optim.plan import Plan
 from functorch_optim.optimizers.lbfgs import LBFGSState, common_dtype, flattened, lbfgs, pack, unpack
@@ -33,12 +34,13 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
         tx: the transformation with the hyperparameters as they are now. Where groups differ, or parameters have had
             different numbers of updates, it is a `partition`, with a label for each such set.
         params: copies of the parameters, detached: a dict by name where the optimizer has names, else a list.
-        state: copies of the states.
+        state: copies of the states. SGD, Muon and LBFGS of torch.optim do not count: the step here is 1 where there is
+            a buffer, else 0.
 
     Raises:
         TypeError: the class is not known.
-        ValueError: a hyperparameter is out of range; or the optimizer is a `fo.Optimizer` around a transformation, and
-            its parameters have had different numbers of updates.
+        ValueError: a hyperparameter is out of range; or parameters have had different numbers of updates, and something
+            looks at them together: a norm, say, or a `fo.Optimizer` that was given a transformation.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -88,7 +90,8 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
 
     Raises:
         TypeError: the class of the optimizer is not known.
-        ValueError: parameters or state do not fit the optimizer. Nothing is changed then.
+        ValueError: parameters or state do not fit the optimizer.
+        RuntimeError: a parameter of the optimizer cannot be written to. Nothing is changed after an error.
 
     A parameter that has had no update gets no state, as torch.optim has it. The hyperparameters of the optimizer stay.
 
@@ -121,6 +124,7 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
             if isinstance(optimizer, OptimizerBase) and not optimizer._has_factory:
                 new_states.update(optimizer._exported_tree_states(plan, unnest(transformation._layout, state)))
     with torch.no_grad():
+        execution.check_writable(leaves, lambda i: tree.paths(originals)[i])
         for p, value in zip(leaves, values, strict=True):
             p.copy_(value)
     for key, new in new_states.items():
@@ -153,7 +157,7 @@ def _plans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Plan, GradientTra
         yield plan, optimizer._transformation, optimizer._tree_states(0, plan)
         return
     for index, group in enumerate(optimizer.param_groups):
-        transformation = factories.make(kind._transformation, group, live=False)
+        transformation = factories.make(kind._transformation, _hyperparameters(group), live=False)
         plan = Plan(transformation, group["params"], group.get("param_names"), kind._count)
         known = optimizer._tree_states(index, plan) if isinstance(optimizer, OptimizerBase) else {}
         yield plan, transformation, known
@@ -168,10 +172,11 @@ def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
             position, state = plan.completed(i, checked_state(plan, i, given, set(given)), p)
             one = found.setdefault(position, _Set(transformation, plan, position, {}, tree_states))
             one.states[p] = (i, state)
-        if len(found) > 1 and any(isinstance(link.rule, TreeRule) or link.rule.sees_tree for link in plan.links):
+        is_one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory
+        if len(found) > 1 and (is_one or any(isinstance(k.rule, TreeRule) or k.rule.sees_tree for k in plan.links)):
             raise ValueError(
                 f"The parameters are at different steps, {', '.join([f'{step:g}' for step, *_ in found])}, but "
-                f"{transformation!r} looks at all of them together: it cannot be parted"
+                f"{transformation!r} looks at all of them together, or is one for all: it cannot be parted"
             )
         sets += found.values()
     return sets
@@ -195,6 +200,11 @@ def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structu
     return type(initial)(*numbers, *trees)
 
 
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """Copy tensors among the hyperparameters: a scheduler may edit them in place."""
+    return {name: _copy(value) if isinstance(value, Tensor) else value for name, value in group.items()}
+
+
 def _params(optimizer: torch.optim.Optimizer) -> Any:
     """Return the parameters themselves: a dict by name, or a list."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -211,7 +221,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _lbfgs_from_torch(optimizer: torch.optim.LBFGS) -> tuple[GradientTransformation, Tree, Any]:
     [group] = optimizer.param_groups
-    tx = factories.make(lbfgs, group, live=False)
+    tx = factories.make(lbfgs, {**_hyperparameters(group), **whole_bounds(group)}, live=False)
     params = tree.map(_copy, _params(optimizer))
     x = flattened(group["params"], common_dtype(group["params"])).detach()
     memory = memory_from_torch(optimizer.state.get(group["params"][0], {}), x)

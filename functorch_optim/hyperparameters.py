@@ -156,3 +156,39 @@ def check_each(name: str, values: Any, allowed: tuple[str, ...], example: str, e
         raise ValueError(f"Invalid {name}: {values!r}; give {len(allowed)} numbers, as in {name}={example}")
     for index, (value, range_) in enumerate(zip(values, allowed, strict=True)):
         check(f"{each or name} at index {index}", value, range_)
+
+
+def check_choice(name: str, word: Any, *choices: Any) -> None:
+    """Raise unless a word is one of these.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> check_choice("mode", "least", "min", "max")
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid mode: 'least'; choose 'min' or 'max'
+    """
+    if word not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"Invalid {name}: {word!r}; choose {', '.join(others)} or {last}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise unless `value` is a python integer, not less than `least`.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is less.
+
+    Example:
+        >>> check_integer("max_iter", 0, 1)
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid max_iter: 0; it needs an integer >= 1
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; give an integer >= {least}")
+    if value < least:
+        raise ValueError(f"Invalid {name}: {value}; it needs an integer >= {least}")

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -145,6 +145,22 @@ def extras_of(function: Any) -> Extras:
     return Extras(frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters), function)
 
 
+def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:
+    """Raise when an extra was given that no rule declares, or one is missing that a rule needs."""
+    declared = [rule.extras for rule in rules]
+    names = {name for some in declared for name in some.names} - {"updates"}
+    for name in extras:
+        if name not in names and not any(some.any for some in declared):
+            known = ", ".join(sorted(names)) or "none"
+            raise TypeError(
+                f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
+                "A transformation declares an extra as a keyword-only parameter of its update or scalars"
+            )
+    for rule, some in zip(rules, declared, strict=True):
+        for name in sorted(some.missing(extras)):
+            raise TypeError(f"{rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")
+
+
 def leaf_state(state_type: type, carried: type | None = None) -> type:
     """Declare a NamedTuple as the state that a rule keeps for one tensor.
 
@@ -218,3 +234,8 @@ def _reduce(state: Any) -> tuple[Any, ...]:
 
 def _rebuild(state_type: Any, counters: tuple[str, ...], fields: tuple[Any, ...]) -> Any:
     return tree_state_type(state_type, counters)(*fields)
+
+
+def step_dtype() -> torch.dtype:
+    """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

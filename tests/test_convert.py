@@ -171,6 +171,28 @@ def test_optimizers_around_chains():
     assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
 
 
+def test_hyperparameters_are_copies():
+    optimizer = make(torch.optim, "Adam", {"lr": torch.tensor(0.1)})
+    tx, params, state = fo.from_torch(optimizer)
+    expected = tx.update(params, state, params)[0]
+    optimizer.param_groups[0]["lr"].fill_(5.0)
+    assert all(torch.equal(a, b) for a, b in zip(tx.update(params, state, params)[0], expected, strict=True))
+
+
+def test_lbfgs_with_bounds_that_are_floats():
+    p = torch.ones(2, requires_grad=True)
+    tx, _, _ = fo.from_torch(torch.optim.LBFGS([p], max_iter=1e1, max_eval=float("inf")))
+    assert "max_iter=10" in repr(tx)
+
+
+def test_errors_change_nothing():
+    optimizer = torch.optim.Adam([torch.ones(2), torch.ones(1).expand(3)])
+    _, params, state = fo.from_torch(optimizer)
+    with pytest.raises(RuntimeError, match="Elements of the parameter '1' share memory"):
+        fo.to_torch(optimizer, [p + 1 for p in params], state)
+    assert torch.equal(parameters(optimizer)[0], torch.ones(2))
+
+
 def test_errors():
     class Mine(torch.optim.Optimizer):
         pass
@@ -182,6 +204,13 @@ def test_errors():
     step_all(chained, [[torch.ones(1), None], [torch.ones(1), torch.ones(1)]])
     with pytest.raises(ValueError, match="at different steps, 2, 1, but .* it cannot be parted"):
         fo.from_torch(chained)
+
+    around = fo.Optimizer([torch.ones(1), torch.ones(1)], fo.adam())
+    step_all(around, [[torch.ones(1), None], [torch.ones(1), torch.ones(1)]])
+    with pytest.raises(
+        ValueError, match="at different steps, 2, 1, but adam.* looks at all of them together, or is one for all"
+    ):
+        fo.from_torch(around)
 
     optimizer = make(torch.optim, "Adam", {})
     _, params, state = fo.from_torch(optimizer)

@@ -45,6 +45,7 @@ LAYERS = [
     "optim.base",
     "optim.wrapper",
     "optim.torch_like",
+    "optim.classes",
     "optim.lbfgs",
     "optim",
     "convert",

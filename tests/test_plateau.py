@@ -285,3 +285,11 @@ def test_errors_of_the_value():
     with pytest.raises(ValueError, match=r"looks at one number, got a value of shape \(2,\); give their mean"):
         tx.update(g, tx.init(g), value=torch.ones(2))
     assert torch.equal(tx.update(g, tx.init(g), value=torch.ones(1, 1))[0], g)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [1.0]])
+def test_a_value_that_is_no_number(value):
+    tx = fo.reduce_on_plateau()
+    message = f"reduce_on_plateau needs a number as value, got a {type(value).__name__}; call tx.update"
+    with pytest.raises(TypeError, match=message):
+        tx.update(torch.ones(1), tx.init(torch.ones(1)), value=value)

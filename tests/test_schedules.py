@@ -183,7 +183,7 @@ NAN = math.nan
         ),
         (lambda: schedules.cosine_annealing(1.0, 0), "Invalid T_max: 0; it needs value > 0"),
         (lambda: schedules.cosine_warm_restarts(1.0, 0), "Invalid T_0: 0; it needs value > 0"),
-        (lambda: schedules.cosine_warm_restarts(1.0, 1, 0), "Invalid T_mult: 0; it needs value >= 1"),
+        (lambda: schedules.cosine_warm_restarts(1.0, 1, 0), "Invalid T_mult: 0; it needs an integer >= 1"),
         (lambda: schedules.cyclic(0.1, 1.0, 0), "Invalid step_size_up: 0; it needs value > 0"),
         (lambda: schedules.cyclic(0.1, 1.0, 1, -1), "Invalid step_size_down: -1; it needs value >= 0"),
         (
@@ -235,8 +235,8 @@ def test_value_errors(make, message):
         (lambda: schedules.step(1.0, True), "Invalid step_size: True is a bool"),
         (lambda: schedules.step(torch.tensor(1.0j), 1), "Invalid value: a tensor of dtype torch.complex64"),
         (lambda: schedules.product(schedules.constant(1.0), 0.1), "function of the step, got 0.1; write constant"),
-        (lambda: schedules.cosine_warm_restarts(1.0, 1, 1.5), "Invalid T_mult: 1.5 is a float; give a python int"),
-        (lambda: schedules.cosine_warm_restarts(1.0, 1, True), "Invalid T_mult: True is a bool; give a python int"),
+        (lambda: schedules.cosine_warm_restarts(1.0, 1, 1.5), "Invalid T_mult: 1.5 is a float; give an integer >= 1"),
+        (lambda: schedules.cosine_warm_restarts(1.0, 1, True), "Invalid T_mult: True is a bool; give an integer >= 1"),
         (lambda: schedules.cosine_warm_restarts(1.0, 1, torch.tensor(2)), "Invalid T_mult: .* is a Tensor"),
     ],
 )

@@ -37,7 +37,8 @@ def test_the_state_of_a_parameter_has_torchs_names():
     assert {key: set(value) for key, value in by_path["state"].items()} == {"a.0": names, "b": names}
     # Parameters are numbered as dicts were filled, as model.named_parameters() does; paths are sorted.
     assert list(by_index["state"]) == [0, 1]
-    assert by_index["state"][0]["exp_avg"] is by_path["state"]["b"]["exp_avg"] is state[2][1].exp_avg["b"]
+    assert by_path["state"]["b"]["exp_avg"] is state[2][1].exp_avg["b"]
+    assert torch.equal(by_index["state"][0]["exp_avg"], state[2][1].exp_avg["b"])
     shared = "0.step 1.0.step 1.1.step 1.2.step 2.0.step 2.1.step 2.1.mu_product 2.2.step 3.step"
     assert list(by_path["transformation"]) == shared.split()
 
@@ -57,26 +58,40 @@ def test_functions_of_the_whole_tree_are_saved_apart():
 
 
 @pytest.mark.parametrize(
-    ("tx", "name"),
-    [(fo.adam(0.1, amsgrad=True), "Adam"), (fo.nadam(), "NAdam"), (fo.sgd(0.1, 0.9), "SGD"), (fo.asgd(), "ASGD")],
+    ("tx", "name", "lr", "options"),
+    [
+        (fo.adam(0.1, amsgrad=True), "Adam", 0.1, {"amsgrad": True}),
+        (fo.nadam(0.1), "NAdam", 0.1, {}),
+        (fo.sgd(0.1, 0.9), "SGD", 0.1, {"momentum": 0.9}),
+        (fo.asgd(0.1), "ASGD", 0.1, {}),
+        (fo.rprop(0.1), "Rprop", 0.1, {}),
+    ],
 )
-def test_a_functional_state_goes_into_torchs_optimizers_and_back(tx, name):
+def test_a_functional_state_goes_into_torchs_optimizers_and_back(tx, name, lr, options):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
     params = {path: p.detach().clone() for path, p in model.named_parameters()}
     state = tx.init(params)
     for _ in range(3):
         updates, state = tx.update(fo.tree.map(torch.randn_like, params), state, params)
         params = fo.apply_updates(params, updates)
-    saved = fo.state_dict(state, params, by="index")
+    saved, before = fo.state_dict(state, params, by="index"), fo.tree.map(torch.clone, state)
+    grads = fo.tree.map(torch.randn_like, params)
+    updates, _ = tx.update(grads, state, params)
+    moved = fo.apply_updates(params, updates)
     for module in (torch.optim, fo.optim):
-        options = {"amsgrad": True} if name == "Adam" else {"momentum": 0.9} if name == "SGD" else {}
-        optimizer = getattr(module, name)(model.parameters(), lr=0.1, **options)
-        if name == "SGD":  # which keeps no step
-            saved = {"state": {i: {"momentum_buffer": s["momentum_buffer"]} for i, s in saved["state"].items()}}
-        optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        if name != "SGD":
-            again = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
-            assert_close(again, state, rtol=0, atol=0)
+        for foreach in (False, True):
+            for path, p in model.named_parameters():
+                p.data, p.grad = params[path].clone(), grads[path]
+            optimizer = getattr(module, name)(model.parameters(), lr=lr, foreach=foreach, **options)
+            through = saved if foreach else through_a_file(saved)
+            optimizer.load_state_dict({**through, "param_groups": optimizer.state_dict()["param_groups"]})
+            if name != "SGD":  # which keeps no step
+                again = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
+                assert_close(again, state, rtol=0, atol=0)
+            optimizer.step()
+            assert_close({path: p.detach() for path, p in model.named_parameters()}, moved)
+            assert_close(state, before, rtol=0, atol=0)  # torch.optim modifies what it has loaded
+            saved = fo.state_dict(state, params, by="index")
 
 
 def test_errors():

@@ -1,5 +1,7 @@
 """fo.Optimizer around a transformation: all parameters are one tree, with the numbers of the functional loop."""
 
+import copy
+import pickle
 from typing import NamedTuple
 
 import pytest
@@ -421,3 +423,14 @@ def test_steps_are_loaded_as_they_are_counted():
     saved["state"][0]["step"] = torch.ones(3)
     with pytest.raises(ValueError, match="saved step of parameter '0' has shape"):
         opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("transformation", [fo.adam, fo.adam()], ids=["factory", "transformation"])
+def test_parameters_are_added_to_copies(copied, transformation):
+    opt = copied(fo.Optimizer([torch.ones(1)], transformation))
+    opt.add_param_group({"params": [torch.ones(2)]})
+    for group in opt.param_groups:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    opt.step()
+    assert len(opt.state) == 2

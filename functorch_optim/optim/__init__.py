@@ -1,7 +1,8 @@
 """The stateful side: what torch.optim has, under the same names.
 
-`import functorch_optim.optim as optim` in place of `import torch.optim as optim` changes no number; `Optimizer`,
-`lr_scheduler` and `swa_utils` here are torch's own. The optimizer around any transformation is `fo.Optimizer`.
+`import functorch_optim.optim as optim` takes the place of `import torch.optim as optim`, with the same numbers up to
+rounding; `Optimizer`, `lr_scheduler` and `swa_utils` here are torch's own. The optimizer around any transformation is
+`fo.Optimizer`.
 """
 
 import sys
@@ -9,8 +10,7 @@ import sys
 import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from functorch_optim.optim.lbfgs import LBFGS
-from functorch_optim.optim.torch_like import (
+from functorch_optim.optim.classes import (
     ASGD,
     SGD,
     Adadelta,
@@ -25,6 +25,7 @@ from functorch_optim.optim.torch_like import (
     Rprop,
     SparseAdam,
 )
+from functorch_optim.optim.lbfgs import LBFGS
 
 __all__ = [
     "ASGD",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
-    from functorch_optim.optim.torch_like import Muon as Muon
+    from functorch_optim.optim.classes import Muon as Muon
 
     __all__ += ["Muon"]
 

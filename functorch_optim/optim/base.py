@@ -9,14 +9,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from functorch_optim import checkpoint, execution, tree
-from functorch_optim.base import GradientTransformation, check_extras
+from functorch_optim.base import GradientTransformation
+from functorch_optim.checkpoint import REST
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
-from functorch_optim.rule import TreeRule
-
-# The key in `state` of what belongs to no parameter: the states of functions of the whole tree.
-TREE = "transformation"
+from functorch_optim.rule import TreeRule, check_extras
 
 
 class OptimizerBase(torch.optim.Optimizer):
@@ -60,9 +58,9 @@ class OptimizerBase(torch.optim.Optimizer):
         Returns:
             Whether the extra `value` is the loss.
         """
-        links = [link for index in range(self._number_of_trees) for link in self._plan(index).links]
-        wants_value = any(link.rule.extras.any or "value" in link.rule.extras.names for link in links)
-        check_extras(links, {**({"value": None} if wants_value and has_loss else {}), **extra})
+        rules = [link.rule for index in range(self._number_of_trees) for link in self._plan(index).links]
+        wants_value = any(rule.extras.any or "value" in rule.extras.names for rule in rules)
+        check_extras(rules, {**({"value": None} if wants_value and has_loss else {}), **extra})
         return wants_value and has_loss and "value" not in extra
 
     @_disable_dynamo
@@ -81,7 +79,7 @@ class OptimizerBase(torch.optim.Optimizer):
                     if state:
                         self.state[p].update(state)
                 if tree_states:
-                    self.state[TREE] = {**self.state.get(TREE, {}), **tree_states}
+                    self.state[REST] = {**self.state.get(REST, {}), **tree_states}
 
     def _check_gradients(self) -> None:
         """Raise when a gradient is of a kind that this optimizer does not take."""
@@ -103,13 +101,13 @@ class OptimizerBase(torch.optim.Optimizer):
 
     def _tree_states(self, index: int, plan: Plan) -> dict[int, Any]:
         """Return the states of functions of the whole tree, by link."""
-        saved = self.state.get(TREE, {})
+        saved = self.state.get(REST, {})
         return {k: saved[key] for k, key in _tree_keys(index, plan).items() if key in saved}
 
     def _exported_tree_states(self, plan: Plan, states: list[Any]) -> dict[str, Any]:
         """Arrange the states of functions of the whole tree, given those of all links, as `state` keeps them."""
         kept = {key: states[k] for k, key in _tree_keys(0, plan).items() if tree.flatten(states[k])[0]}
-        return {TREE: kept} if kept else {}
+        return {REST: kept} if kept else {}
 
     @property
     def _has_factory(self) -> bool:
@@ -148,7 +146,7 @@ class OptimizerBase(torch.optim.Optimizer):
             return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in ("_transformation",) if name in self.__dict__}
+        kept = {"_transformation": self._transformation} if "_transformation" in self.__dict__ else {}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,8 +187,8 @@ class OptimizerBase(torch.optim.Optimizer):
         stray = [key for key in self.state if isinstance(key, int)]
         if stray:
             raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
-        saved = self.state.get(TREE, {})
-        for name, one in [(TREE, saved), *(saved.items() if isinstance(saved, dict) else ())]:
+        saved = self.state.get(REST, {})
+        for name, one in [(REST, saved), *(saved.items() if isinstance(saved, dict) else ())]:
             if not isinstance(one, dict):
                 raise ValueError(
                     f"The saved state of functions of the whole tree, {name!r}, is of type {type(one).__name__}, "
@@ -219,7 +217,7 @@ class OptimizerBase(torch.optim.Optimizer):
                 "an optimizer of another kind saved it"
             )
         if tree_states:
-            self.state[TREE] = tree_states
+            self.state[REST] = tree_states
 
 
 def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
@@ -246,5 +244,5 @@ def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
     for group in saved["param_groups"]:
         for name in [name for name, value in group.items() if factories.has_function(value)]:
             del group[name]
-    if TREE in saved["state"]:
-        saved["state"][TREE] = {key: checkpoint.state_dict(state) for key, state in saved["state"][TREE].items()}
+    if REST in saved["state"]:
+        saved["state"][REST] = {key: checkpoint.state_dict(state) for key, state in saved["state"][REST].items()}

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,16 @@ _COUNTS = ("func_evals", "n_iter")
 _REST = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")  # since the first iteration
 
 
+def whole_bounds(group: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bounds of a param group as integers; torch.optim takes floats too, infinite ones among them."""
+    return {name: math.ceil(min(group[name], sys.maxsize)) for name in ("max_iter", "max_eval")}
+
+
 class LBFGS(torch.optim.LBFGS):
     """Train with the iterations of `fo.lbfgs`; all arguments are those of torch.optim.LBFGS.
 
-    Same numbers, and the same state, in `state[first parameter]`; state dicts go both ways. Where torch.optim leaves
-    off, this goes on:
+    Same numbers, and the same state, in `state[first parameter]`; state dicts go both ways. Differs from
+    torch.optim:
 
     - When the closure raises, parameters and state are as they were before the step. torch.optim leaves the parameters
       where it tried them, and cannot step again when it was the first step.
@@ -67,10 +72,11 @@ class LBFGS(torch.optim.LBFGS):
             raise RuntimeError("only 'strong_wolfe' is supported")
         if group["history_size"] < 1:
             raise ValueError(f"Invalid history_size: {group['history_size']}; it needs an integer >= 1")
-        # Bounds may be floats, infinite too.
-        max_iter, max_eval = [math.ceil(min(group[name], sys.maxsize)) for name in ("max_iter", "max_eval")]
+        bounds = whole_bounds(group)
         names = ("tolerance_grad", "tolerance_change", "history_size", "line_search_fn")
-        settings = Settings(float(group["lr"]), max_iter, max_eval, *[group[name] for name in names])
+        settings = Settings(
+            float(group["lr"]), bounds["max_iter"], bounds["max_eval"], *[group[name] for name in names]
+        )
         params: list[Tensor] = group["params"]
         dtype = common_dtype(params)
 
@@ -95,7 +101,7 @@ class LBFGS(torch.optim.LBFGS):
         memory = from_torch(self.state[params[0]], begin)
         try:
             loss = begin.new_tensor(float(first))
-            if max_iter > 0:
+            if bounds["max_iter"] > 0:
                 x, memory = minimize(evaluate, begin, loss, grad(), memory, settings)
             else:
                 x, memory = begin, memory._replace(func_evals=memory.func_evals + 1)

@@ -13,7 +13,7 @@ from functorch_optim.checks import HALF, check_updates
 from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
-from functorch_optim.rule import Rule, TreeRule
+from functorch_optim.rule import Rule, TreeRule, step_dtype
 
 State = dict[str, Any]
 
@@ -246,8 +246,3 @@ def _scalar(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         return value.to(step_dtype())
     return torch.tensor(float(value), dtype=step_dtype(), device="cpu")
-
-
-def step_dtype() -> torch.dtype:
-    """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation
+from functorch_optim.checkpoint import REST
 from functorch_optim.checks import check_params
 from functorch_optim.optim import factories
-from functorch_optim.optim.base import TREE, OptimizerBase
+from functorch_optim.optim.base import OptimizerBase
 
 
 class Optimizer(OptimizerBase):
@@ -59,6 +60,8 @@ class Optimizer(OptimizerBase):
         (0.05, ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    _complete = True  # whether all groups are there
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -91,7 +94,7 @@ class Optimizer(OptimizerBase):
                 raise ValueError("Some parameters come more than once in a group; give each of them once")
         if isinstance(self._transformation, GradientTransformation):
             factories.check_no_hyperparameters(param_group)
-            if TREE in self.__dict__.get("state", ()):
+            if REST in self.__dict__.get("state", ()):
                 raise ValueError(
                     "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
                     "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"

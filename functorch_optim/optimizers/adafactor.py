@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.combine import chain, partition
+from functorch_optim.combine import partition
 from functorch_optim.hyperparameters import Hyperparameter, at, check
 from functorch_optim.numerics import safe_norm
+from functorch_optim.optimizers.descent import uphill_or_down
 from functorch_optim.rule import leaf_state
-from functorch_optim.transforms.scaling import maximize as ascend
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
 
@@ -144,7 +144,7 @@ def adafactor(
         "factored": leafwise(_init_factored, factored, scalars, needs_params=True),
         "unfactored": leafwise(_init_unfactored, unfactored, scalars, needs_params=True),
     }
-    return chain(*([ascend()] if maximize else []), partition(rules, _kinds))
+    return uphill_or_down(partition(rules, _kinds), maximize=maximize)
 
 
 def _kinds(params: Tree) -> Tree:

@@ -32,7 +32,8 @@ def scale_by_rss(
         g <- g / (sqrt(s) + eps)
 
     Args:
-        initial_accumulator_value: s before the first update, >= 0: number, 0-dim tensor, or schedule.
+        initial_accumulator_value: s before the first update, >= 0: number, 0-dim tensor, or schedule, of which the
+            first value is used.
         eps: added to the root, >= 0.
 
     Raises:

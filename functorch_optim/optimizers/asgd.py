@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.combine import chain
 from functorch_optim.hyperparameters import Hyperparameter, at, check
+from functorch_optim.optimizers.descent import uphill_or_down
 from functorch_optim.rule import leaf_state
 from functorch_optim.transforms.decay import add_decayed_weights
-from functorch_optim.transforms.scaling import maximize as ascend
 
 
 class ASGDCarried(NamedTuple):
@@ -72,7 +71,7 @@ def asgd(
 
     The averaged parameters are in the state: `fo.tree.get(state, "ax")`. As in torch.optim.ASGD, eta lags behind by a
     step: a learning rate that changes acts on the step after the next. The numbers eta and mu are states of the whole
-    tree, in float64. (torch.optim.ASGD has them in float32; `fo.optim.ASGD` does too.)
+    tree, in float64. (The stateful forms keep them for each parameter, in float32, as torch.optim.ASGD does.)
 
     Source: Polyak & Juditsky, Acceleration of stochastic approximation by averaging, SIAM J. Control Optim. 1992, with
     the schedules of Bottou's SVM-SGD as in torch.optim.ASGD.
@@ -103,4 +102,4 @@ def asgd(
         return u, ASGDState(torch.lerp(state.ax, p + u, s.mu))
 
     rule = leafwise(ASGDState, update, scalars, carry=carry, elementwise=True, needs_params=True)
-    return chain(*([ascend()] if maximize else []), add_decayed_weights(weight_decay), rule)
+    return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)

@@ -31,4 +31,9 @@ def descent(
     """
     decay = add_decayed_weights(weight_decay, mask)
     links = [*rules, decay] if decoupled else [decay, *rules]
-    return chain(*([ascend()] if maximize else []), *links, scale_by_learning_rate(lr))
+    return uphill_or_down(*links, scale_by_learning_rate(lr), maximize=maximize)
+
+
+def uphill_or_down(*links: GradientTransformation, maximize: bool) -> GradientTransformation:
+    """Chain links, after a change of sign if it is to ascend."""
+    return chain(*([ascend()] if maximize else []), *links)

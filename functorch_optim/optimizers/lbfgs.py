@@ -11,7 +11,7 @@ from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, factory
 from functorch_optim.checks import HALF
 from functorch_optim.control import is_known, is_masked
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_number
+from functorch_optim.hyperparameters import Hyperparameter, at, check, check_integer, check_number
 from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
 from functorch_optim.tree import Tree
 
@@ -83,9 +83,10 @@ def lbfgs(
         lr: step length >= 0, or with a line search the first that is tried: number, 0-dim tensor, or schedule of the
             number of updates done.
         max_iter: largest number of iterations in an update, >= 1.
-        max_eval: number of evaluations in an update that it ends after, >= 1; None is 1.25 max_iter.
+        max_eval: number of evaluations in an update that it ends after, >= 1; None is 1.25 max_iter. It is looked at
+            after an iteration, so that there are at least two, unless the gradient is small at once.
         tolerance_grad: see above, >= 0.
-        tolerance_change: see above, >= 0.
+        tolerance_change: see above, >= 0. A line search ends by 1e-9 whatever it is, as torch's does.
         history_size: number of pairs that are kept, >= 1. The state has room for all from the start.
         line_search_fn: "strong_wolfe", or None for none.
 
@@ -121,9 +122,9 @@ def lbfgs(
         (tensor(1.), tensor(1.))
     """
     check("learning rate", lr)
-    _check_count("max_iter", max_iter)
-    _check_count("max_eval", 1 if max_eval is None else max_eval)
-    _check_count("history_size", history_size)
+    check_integer("max_iter", max_iter, 1)
+    check_integer("max_eval", 1 if max_eval is None else max_eval, 1)
+    check_integer("history_size", history_size, 1)
     check_number("tolerance_grad", tolerance_grad)
     check_number("tolerance_change", tolerance_change)
     if line_search_fn not in (None, STRONG_WOLFE):
@@ -258,13 +259,6 @@ def _loss(value: Any, must: str, x: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         raise ValueError(f"{must} a loss, a 0-dim tensor, got one of shape {tuple(value.shape)}; take the mean or sum")
     raise TypeError(f"{must} a loss, a 0-dim tensor, got a {type(value).__name__}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Invalid {name}: {value!r} is a {type(value).__name__}; give an integer >= 1")
-    if value < 1:
-        raise ValueError(f"Invalid {name}: {value}; it needs an integer >= 1")
 
 
 def _check_state(state: Any, x: Tensor, history_size: int) -> None:

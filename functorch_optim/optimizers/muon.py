@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_each
+from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_each, check_integer
 from functorch_optim.optimizers.descent import descent
 from functorch_optim.rule import leaf_state
 
@@ -53,7 +53,7 @@ def scale_by_muon(
     *,
     ns_dtype: torch.dtype | None = torch.bfloat16,
 ) -> GradientTransformation:
-    """Replace the momentum of a matrix by the nearest matrix with orthogonal rows or columns, about.
+    """Replace the momentum of a matrix by the nearest matrix with orthonormal rows or columns, about.
 
         b <- mu b + (1 - mu) g
         X = mu b + (1 - mu) g  if nesterov,  else  b
@@ -75,6 +75,9 @@ def scale_by_muon(
         ValueError: a number is out of range; a parameter is no matrix.
         TypeError: a parameter is complex.
 
+    Differs from Jordan's as torch.optim.Muon does: b is a mean of gradients where he has a sum, and a norm less than
+    eps is replaced by it where he adds eps.
+
     Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024,
     https://kellerjordan.github.io/posts/muon; Liu et al., Muon is scalable for LLM training, arXiv:2502.16982.
 
@@ -89,10 +92,10 @@ def scale_by_muon(
     check("momentum", momentum)
     check_each("ns_coefficients", ns_coefficients, ("a number",) * 3, "(3.4445, -4.775, 2.0315)")
     check("epsilon value", eps, "value > 0")
-    if not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
-        raise ValueError(f"Invalid ns_steps: {ns_steps!r}; it is a number of iterations, 0 <= ns_steps < 100")
-    if adjust_lr_fn not in ("original", "match_rms_adamw", None):
-        raise ValueError(f"Invalid adjust_lr_fn: {adjust_lr_fn!r}; choose 'original' or 'match_rms_adamw'")
+    check_integer("ns_steps", ns_steps, 0)
+    if ns_steps >= 100:
+        raise ValueError(f"Invalid ns_steps: {ns_steps}; torch.optim.Muon takes less than 100, and 5 are usual")
+    check_choice("adjust_lr_fn", adjust_lr_fn, "original", "match_rms_adamw", None)
 
     def init(p: Tensor) -> ScaleByMuonState:
         if p.ndim != 2:
@@ -177,8 +180,9 @@ def muon(
 
     Raises:
         ValueError: a number is out of range; a parameter is no matrix.
+        TypeError: a parameter is complex.
 
-    Same numbers as torch.optim.Muon. Source: Jordan et al., 2024; Liu et al., arXiv:2502.16982, algorithm 1.
+    Same numbers as torch.optim.Muon. Source: Jordan et al., 2024; Liu et al., arXiv:2502.16982, equation 4.
 
     Example:
         >>> import functorch_optim as fo, torch

@@ -73,8 +73,8 @@ def scale_by_nadam(
     Raises:
         ValueError: a number is out of range.
 
-    The product of the mu is a state of the whole tree: one number, in float64. (torch.optim.NAdam has it in float32;
-    `fo.optim.NAdam` does too.)
+    The product of the mu is a state of the whole tree: one number, in float64. (The stateful forms keep it for each
+    parameter, in float32, as torch.optim.NAdam does.)
 
     Source: Dozat, Incorporating Nesterov momentum into Adam, ICLR workshop 2016, algorithm 2 and its schedule of mu.
 

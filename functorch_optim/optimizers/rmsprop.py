@@ -66,7 +66,7 @@ def scale_by_rms(
     NaN; here the difference is zero then.
 
     Source: Tieleman & Hinton, Neural networks for machine learning, lecture 6.5, 2012; centered: Graves,
-    arXiv:1308.0850, equations 38 to 45, with eps outside of the root.
+    arXiv:1308.0850, equations 38 to 41, with eps outside of the root.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -85,13 +85,13 @@ def scale_by_rms(
         v = torch.lerp(state.square_avg, g * g, s.weight)
         return g / (safe_sqrt(v) + s.eps), ScaleByRmsState(v)
 
-    def centred(g: Tensor, state: ScaleByStddevState, p: Tensor | None, s: RmsScalars) -> Any:
+    def deviation(g: Tensor, state: ScaleByStddevState, p: Tensor | None, s: RmsScalars) -> Any:
         v = torch.lerp(state.square_avg, g * g, s.weight)
         m = torch.lerp(state.grad_avg, g, s.weight)
         return g / (safe_sqrt(torch.clamp_min(v - m * m, 0)) + s.eps), ScaleByStddevState(v, m)
 
     if centered:
-        return leafwise(ScaleByStddevState, centred, scalars, elementwise=True)
+        return leafwise(ScaleByStddevState, deviation, scalars, elementwise=True)
     return leafwise(ScaleByRmsState, plain, scalars, elementwise=True)
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.combine import chain
 from functorch_optim.hyperparameters import Hyperparameter, at, check, check_each, filled_like
+from functorch_optim.optimizers.descent import uphill_or_down
 from functorch_optim.rule import leaf_state
-from functorch_optim.transforms.scaling import maximize as ascend
 from functorch_optim.transforms.scaling import scale
 
 
@@ -120,4 +119,4 @@ def rprop(
         >>> updates
         {'w': tensor([-0.1000])}
     """
-    return chain(*([ascend()] if maximize else []), scale_by_rprop(lr, etas, step_sizes), scale(-1.0))
+    return uphill_or_down(scale_by_rprop(lr, etas, step_sizes), scale(-1.0), maximize=maximize)

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from functorch_optim.hyperparameters import check_choice, check_integer
 from functorch_optim.schedules.pieces import between, follow, half_wave, mix
-from functorch_optim.schedules.schedule import Number, check_choice, check_numbers, factory
+from functorch_optim.schedules.schedule import Number, check_numbers, factory
 
 _COUNTABLE = 2**53  # the largest number up to which float64 has every whole number
 
@@ -74,10 +75,7 @@ def cosine_warm_restarts(
                dtype=torch.float64)
     """
     check_numbers(value=value, T_0=T_0, eta_min=eta_min)
-    if isinstance(T_mult, bool) or not isinstance(T_mult, int):
-        raise TypeError(f"Invalid T_mult: {T_mult!r} is a {type(T_mult).__name__}; give a python int")
-    if T_mult < 1:
-        raise ValueError(f"Invalid T_mult: {T_mult}; it needs value >= 1")
+    check_integer("T_mult", T_mult, 1)
     # The restarts that there can be, in units of T_0: compared with these numbers, which are exact, a step cannot end
     # up in the wrong period as it could by the rounding of a logarithm.
     restarts = [1]

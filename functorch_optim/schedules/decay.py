@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from functorch_optim.hyperparameters import check_choice
 from functorch_optim.schedules.pieces import between, mix, progress
-from functorch_optim.schedules.schedule import Number, check_choice, check_numbers, factory
+from functorch_optim.schedules.schedule import Number, check_numbers, factory
 
 
 @factory

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from functorch_optim.hyperparameters import check_choice
 from functorch_optim.schedules.pieces import between, follow, legs
 from functorch_optim.schedules.schedule import (
     Number,
-    check_choice,
     check_each,
     check_milestones,
     check_numbers,

@@ -174,10 +174,3 @@ def check_milestones(milestones: Sequence[Number], what: str, pieces: Sequence[A
     numbers = [milestone for milestone in milestones if not isinstance(milestone, Tensor)]
     if sorted(numbers) != numbers:
         raise ValueError(f"The milestones {list(milestones)} are not in order")
-
-
-def check_choice(name: str, word: str, *choices: str) -> None:
-    """Raise unless a word is one of these."""
-    if word not in choices:
-        *others, last = map(repr, choices)
-        raise ValueError(f"Invalid {name}: {word!r}; choose {', '.join(others)} or {last}")

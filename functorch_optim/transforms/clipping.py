@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_number
+from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim.numerics import safe_norm
 
 
@@ -104,8 +104,7 @@ def clip_by_global_norm(
     check("max_norm", max_norm)
     check_number("norm_type", norm_type, "value > 0")
     check("eps", eps)
-    if nonfinite not in ("propagate", "skip", "raise"):
-        raise ValueError(f"Invalid nonfinite: {nonfinite!r}; choose 'propagate', 'skip' or 'raise'")
+    check_choice("nonfinite", nonfinite, "propagate", "skip", "raise")
     skip = nonfinite == "skip"
 
     def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:

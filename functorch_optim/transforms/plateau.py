@@ -1,6 +1,7 @@
 """Lowering the scale of updates when the loss stops improving."""
 
-from typing import Literal, NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, factory
 from functorch_optim.checks import HALF
-from functorch_optim.hyperparameters import at, check
+from functorch_optim.hyperparameters import at, check, check_choice
 from functorch_optim.tree import Tree
 
 
@@ -95,9 +96,8 @@ def reduce_on_plateau(
         2.0 tensor([-0.0500])
     """
     _check(factor=factor, patience=patience, threshold=threshold, cooldown=cooldown, min_scale=min_scale, eps=eps)
-    for name, word, choices in (("mode", mode, ("min", "max")), ("threshold_mode", threshold_mode, ("rel", "abs"))):
-        if word not in choices:
-            raise ValueError(f"Invalid {name}: {word!r}; choose {choices[0]!r} or {choices[1]!r}")
+    check_choice("mode", mode, "min", "max")
+    check_choice("threshold_mode", threshold_mode, "rel", "abs")
     sign = 1.0 if mode == "min" else -1.0
 
     def is_better(value: Tensor, best: Tensor) -> Tensor:
@@ -148,13 +148,19 @@ def _check(**numbers: float | Tensor) -> None:
             raise ValueError(f"Invalid {name}: {number}; it needs a whole number")
 
 
-def _as_number(value: float | Tensor, like: Tensor) -> Tensor:
+def _as_number(value: Any, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor | Real):
+        raise TypeError(
+            f"reduce_on_plateau needs a number as value, got a {type(value).__name__}; "
+            "call tx.update(updates, state, params, value=loss)"
+        )
     value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype)
     if value.numel() != 1:
         raise ValueError(
             f"reduce_on_plateau looks at one number, got a value of shape {tuple(value.shape)}; give their mean"
         )
-    return value.reshape(()).to(like)
+    number: Tensor = value.reshape(()).to(like)
+    return number
 
 
 def _scaled(g: Tensor, scale: Tensor) -> Tensor:
