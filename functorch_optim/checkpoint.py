@@ -152,7 +152,7 @@ class _Place(NamedTuple):
 def _add_steps(places: list[_Place], states: list[dict[str, Tensor]]) -> None:
     """Give a step to parameters that no rule keeps more of."""
     bare = [state for state in states if "step" not in state] if places else []
-    if bare and len({int(place.tensor) for place in places}) > 1:
+    if bare and not all(torch.equal(place.tensor, places[0].tensor) for place in places):
         raise ValueError(
             f"Rules that keep nothing but their step are at different ones, {places[0].path!r} and others: the state "
             "does not tell which parameters are at which"
@@ -235,7 +235,11 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
 
 def _keys(params: Tree, by: str) -> list[Any]:
     check_choice("by", by, "path", "index")
-    return tree.paths(params) if by == "path" else tree.insertion_order(params)
+    keys: list[Any] = list(tree.paths(params) if by == "path" else tree.insertion_order(params))
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"Two parameters have the path {twice!r}; rename the keys with dots, or choose by='index'")
+    return keys
 
 
 def _copy(name: str, tensor: Tensor) -> Tensor:

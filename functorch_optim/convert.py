@@ -93,7 +93,8 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
         ValueError: parameters or state do not fit the optimizer.
         RuntimeError: a parameter of the optimizer cannot be written to. Nothing is changed after an error.
 
-    A parameter that has had no update gets no state, as torch.optim has it. The hyperparameters of the optimizer stay.
+    A parameter whose step is 0 gets no state, as torch.optim has it. (The functional form has one step for all that are
+    updated together, with or without a gradient.) The hyperparameters of the optimizer stay.
 
     Example:
         See `from_torch`.
@@ -209,6 +210,12 @@ def _params(optimizer: torch.optim.Optimizer) -> Any:
     """Return the parameters themselves: a dict by name, or a list."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    for what, keys in (("parameters", list(map(id, params))), ("names", names)):
+        if len(set(keys)) < len(keys):
+            raise ValueError(
+                f"The optimizer has {what} that come more than once, which a tree of parameters cannot have; "
+                "give each of them once"
+            )
     return dict(zip(names, params, strict=True)) if names else params
 
 

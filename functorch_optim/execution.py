@@ -122,6 +122,24 @@ def add_(params: list[Tensor], updates: list[Tensor]) -> None:
         torch._foreach_add_(params, updates)
 
 
+def is_room_for(old: Any, new: Any) -> bool:
+    """Tell whether a tensor may be overwritten by another, which holds no graph."""
+    return (
+        type(old) in PLAIN
+        and type(new) in PLAIN
+        and old is not new
+        and (old.shape, old.dtype, old.device, old.layout) == (new.shape, new.dtype, new.device, new.layout)
+        and not (old.requires_grad or new.requires_grad or old.is_inference())
+        and not any(stride == 0 and size > 1 for stride, size in zip(old.stride(), old.shape, strict=True))
+    )
+
+
+def copy_(old: list[Tensor], new: list[Tensor]) -> None:
+    """Overwrite tensors, of any dtypes and devices, by others like them."""
+    if old:
+        torch._foreach_copy_(old, new)
+
+
 def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
     """Raise when a parameter cannot be added to in place.
 

@@ -119,8 +119,12 @@ def _as_rules_take_it(update: Tensor, rules: Sequence[Any], path: Path, i: int) 
     """
     if update.layout == torch.strided or not rules:
         return update
+    if update.layout != torch.sparse_coo:
+        raise RuntimeError(
+            f"The gradient of {path(i)!r} has layout {update.layout}; of sparse ones only torch.sparse_coo is supported"
+        )
     for rule in rules:
-        if rule.sparse is None or update.layout != torch.sparse_coo:
+        if rule.sparse is None:
             raise RuntimeError(
                 f"{rule.name} does not support sparse gradients, but that of {path(i)!r} has layout {update.layout}; "
                 "give update.to_dense(), or use sparse_adam, adagrad or sgd with gradients of layout torch.sparse_coo"

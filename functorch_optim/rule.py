@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     @property
     def extras(self) -> "Extras":
         """What `scalars` wants to be told besides the step."""
-        return Extras(frozenset(), False, None) if self.scalars is None else extras_of(self.scalars)
+        return Extras(frozenset(), False, frozenset()) if self.scalars is None else extras_of(self.scalars)
 
     @property
     def sees_tree(self) -> bool:
@@ -112,12 +112,12 @@ class Extras(NamedTuple):
     Attributes:
         names: what they are called.
         any: whether the function takes `**anything` besides.
-        function: the function.
+        required: those that have no default.
     """
 
     names: frozenset[str]
     any: bool
-    function: Any
+    required: frozenset[str]
 
     def wanted(self, given: dict[str, Any]) -> dict[str, Any]:
         """Pick from what was given what the function takes."""
@@ -125,11 +125,7 @@ class Extras(NamedTuple):
 
     def missing(self, given: Collection[str]) -> frozenset[str]:
         """Name the parameters that have no default and were not given."""
-        absent = self.names - frozenset(given) - {"updates"}  # the lift gives the updates
-        if not absent:
-            return absent
-        parameters = inspect.signature(self.function).parameters
-        return frozenset([name for name in absent if parameters[name].default is inspect.Parameter.empty])
+        return self.required - frozenset(given) - {"updates"}  # the lift gives the updates
 
 
 def extras_of(function: Any) -> Extras:
@@ -138,11 +134,14 @@ def extras_of(function: Any) -> Extras:
     if code is not None:  # torch.compile cannot trace inspect.signature
         if code.co_flags & inspect.CO_VARKEYWORDS and hasattr(function, "__wrapped__"):
             return extras_of(function.__wrapped__)  # a decorator that passes everything on
-        names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        return Extras(frozenset(names), bool(code.co_flags & inspect.CO_VARKEYWORDS), function)
-    parameters = inspect.signature(function).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    return Extras(frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters), function)
+        names = frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
+        # What a function made in a trace has for defaults cannot be asked there.
+        optional = names if torch.compiler.is_compiling() else frozenset(function.__kwdefaults__ or ())
+        return Extras(names, bool(code.co_flags & inspect.CO_VARKEYWORDS), names - optional)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    required = frozenset([p.name for p in parameters if p.default is p.empty])
+    return Extras(frozenset([p.name for p in parameters]), takes_any, required)
 
 
 def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:

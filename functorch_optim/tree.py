@@ -134,12 +134,22 @@ def insertion_order(tree: Tree) -> list[int]:
     """Number the leaves, listed in the order of `flatten`, in the order in which dicts were filled.
 
     Example:
-        >>> insertion_order({"weight": 1, "bias": 2})
-        [1, 0]
+        >>> insertion_order({"c": 1, "a": 2, "b": 3})
+        [1, 2, 0]
     """
     leaves, structure = flatten(tree)
-    order = torch.utils._pytree.tree_leaves(unflatten(structure, range(len(leaves))))
-    return sorted(range(len(leaves)), key=order.index)
+    order: list[int] = []
+
+    def walk(node: Tree) -> None:
+        if _is_leaf(node):
+            order.append(node)
+        else:
+            for child in node.values() if isinstance(node, dict) else _children(node).values():
+                walk(child)
+
+    walk(unflatten(structure, range(len(leaves))))
+    positions = {leaf: position for position, leaf in enumerate(order)}
+    return [positions[i] for i in range(len(leaves))]
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:

@@ -215,3 +215,48 @@ HYPERPARAMETERS = [(row, name) for row in CATALOGUE for name in row.hyperparamet
 hyperparameters = pytest.mark.parametrize(
     ("row", "name"), HYPERPARAMETERS, ids=[f"{row.name}-{name}" for row, name in HYPERPARAMETERS]
 )
+
+
+# A problem for all of them. -------------------------------------------------------------------------------------------
+
+SHAPES = {"weight": (3, 2), "bias": (2,), "scale": (), "none": (0, 3)}
+
+
+def make_params(dtype=torch.float64, device="cpu", batch=()):
+    params = {name: torch.randn((*batch, *shape), dtype=dtype, device=device) for name, shape in SHAPES.items()}
+    return {"layer": params, "rest": [torch.randn(*batch, 3, dtype=dtype, device=device)]}
+
+
+def loss(params, x):
+    """Stand for a network: every parameter matters, at several scales, and the gradients depend on the parameters."""
+    layer, rest = params["layer"], params["rest"][0]
+    hidden = torch.tanh(layer["weight"] @ layer["bias"] + x * rest)
+    value = (
+        (hidden * hidden * layer["scale"]).sum() + layer["scale"].square() + (rest * layer["bias"].sum()).cos().sum()
+    )
+    return value.real if value.is_complex() else value
+
+
+def step(tx, grads, state, params, x=1.0):
+    """Update with the extras that some transformation declares."""
+    extras = {"value": lambda: loss(params, x), "value_fn": lambda: lambda params: loss(params, x)}
+    declared = {name for link in tx._links for name in link.rule.extras.names}
+    return tx.update(grads, state, params, **{name: extras[name]() for name in declared & extras.keys()})
+
+
+def train(tx, params, x, steps=4, state=None):
+    """Run some steps; return the parameters and the state."""
+    state = tx.init(params) if state is None else state
+    for _ in range(steps):
+        grads = torch.func.grad(loss)(params, x)
+        updates, state = step(tx, grads, state, params, x)
+        params = fo.apply_updates(params, updates)
+    return params, state
+
+
+def assert_close(left, right, **tolerance):
+    left_leaves, left_structure = fo.tree.flatten(left)
+    right_leaves, right_structure = fo.tree.flatten(right)
+    assert left_structure == right_structure
+    for a, b in zip(left_leaves, right_leaves, strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-12, "atol": 1e-13}))

@@ -4,6 +4,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# So that asserts of helpers tell as much as those of tests.
+pytest.register_assert_rewrite(
+    "catalogue", "checkpoint_cases", "hooks", "lbfgs_problems", "torch_like_cases", "wrapper_cases"
+)
+
 # Tensors are small here, and tests run in several processes: threads would only be in each other's way.
 torch.set_num_threads(1)
 
@@ -21,6 +26,20 @@ settings.load_profile("default")
 )
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_checks():
+    """torch warns unless it is told whether to check sparse tensors."""
+    torch.sparse.check_sparse_tensor_invariants.disable()
+
+
+@pytest.fixture
+def double():
+    """Let torch.optim keep steps, and the numbers that NAdam and ASGD carry on, in float64 as functions do."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_torch_like_checkpoints import NAMES, assert_same_dicts, make, train_sparsely
-from test_torch_like_numbers import OPTIONS, parameters
+from checkpoint_cases import assert_same_dicts, make
+from torch_like_cases import NAMES, OPTIONS, each, parameters, run_sparse
+from wrapper_cases import summing
 
 import functorch_optim as fo
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
 
 
 def make_params():
@@ -39,7 +34,7 @@ def trained_wrapper(transformation, **hyperparameters):
 
 def train(optimizer):
     if isinstance(optimizer, torch.optim.SparseAdam):
-        train_sparsely((optimizer, optimizer), 3)
+        run_sparse(optimizer, optimizer, steps=3)
         return
     for _ in range(3):
         for p in parameters(optimizer):
@@ -129,7 +124,7 @@ def test_states(change, message):
     assert_refused(optimizer, with_state(optimizer.state_dict(), change), message)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_states_that_lack_something(name):
     options = OPTIONS.get(name, [{}])[-1]
     optimizer = trained(name, **options)
@@ -193,14 +188,6 @@ def test_states_of_another_class(saver, loader):
 
 
 # fo.Optimizer. --------------------------------------------------------------------------------------------------------
-
-
-def summing():
-    def update(updates, state, params):
-        total = fo.tree.map(torch.add, state, updates)
-        return total, total
-
-    return fo.GradientTransformation(lambda params: fo.tree.map(torch.zeros_like, params), update)
 
 
 CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), fo.trace(0.9), summing(), fo.trace(0.5), fo.nadam(0.1))

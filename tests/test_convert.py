@@ -2,28 +2,17 @@
 
 import pytest
 import torch
-from test_torch_like_numbers import OPTIONS, deviation, gradient, make_params, parameters
+from torch_like_cases import awkward_params, cases, deviation, gradient, parameters
 
 import functorch_optim as fo
 
-CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
-cases = pytest.mark.parametrize(
-    ("name", "options"), CASES, ids=[f"{name}-{'-'.join(options) or 'defaults'}" for name, options in CASES]
-)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Let torch.optim keep the numbers that NAdam and ASGD carry on in float64, as the functional form does."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def make(module, name, options, named=False, groups=1):
     """Make an optimizer; with several groups, each has a learning rate of its own."""
     torch.manual_seed(0)
-    params = [p.clone().requires_grad_() for p in make_params(name, torch.float64)]
+    params = [p.clone().requires_grad_() for p in awkward_params(name, torch.float64)]
     entries = [(f"p{9 - i}", p) if named else p for i, p in enumerate(params)]  # named in another order than sorted
     if groups == 1:
         return getattr(module, name)(entries, **options)
@@ -183,6 +172,48 @@ def test_lbfgs_with_bounds_that_are_floats():
     p = torch.ones(2, requires_grad=True)
     tx, _, _ = fo.from_torch(torch.optim.LBFGS([p], max_iter=1e1, max_eval=float("inf")))
     assert "max_iter=10" in repr(tx)
+
+
+def test_sparse_adam():
+    """Whose step torch.optim keeps as an int."""
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
+    embedding(torch.tensor([1, 1, 3])).sum().backward()
+    optimizer.step()
+    tx, params, state = fo.from_torch(optimizer)
+    updates, state = tx.update([embedding.weight.grad], state, params)
+    fo.to_torch(optimizer, fo.apply_updates(params, updates), state)
+    assert optimizer.state[embedding.weight]["step"] == 2
+    assert type(optimizer.state[embedding.weight]["step"]) is int
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (fo.sgd(0.1), torch.optim.Adam, "lacks 'exp_avg'"),
+        (fo.adam(0.1), lambda params: torch.optim.Adam(params, amsgrad=True), "lacks 'max_exp_avg_sq'"),
+        (fo.adam(0.1), torch.optim.NAdam, "lacks 'mu_product'"),
+        (fo.clip(0.1), torch.optim.Adam, "lacks 'exp_avg'"),
+    ],
+)
+def test_states_of_others_are_refused(ours, theirs, message):
+    params = [torch.ones(2)]
+    _, state = ours.update(params, ours.init(params), params)
+    optimizer = theirs([torch.zeros(2)])
+    with pytest.raises(ValueError, match=message):
+        fo.to_torch(optimizer, params, state)
+    assert not optimizer.state
+    assert torch.equal(parameters(optimizer)[0], torch.zeros(2))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_what_comes_twice_cannot_be_a_tree():
+    p, q = torch.ones(1), torch.ones(1)
+    with pytest.raises(ValueError, match="The optimizer has parameters that come more than once"):
+        fo.from_torch(torch.optim.Adam([p, p]))
+    with pytest.raises(ValueError, match="The optimizer has names that come more than once"):
+        fo.from_torch(torch.optim.Adam([{"params": [("w", p)]}, {"params": [("w", q)]}]))
 
 
 def test_errors_change_nothing():

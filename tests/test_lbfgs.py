@@ -1,10 +1,8 @@
 """L-BFGS, the functional form: torch.optim.LBFGS's numbers, its states, trees and errors."""
 
-import io
-import pickle
-
 import pytest
 import torch
+from copies import through_a_file, through_pickle
 from lbfgs_problems import (
     DOUBLE,
     FEW,
@@ -147,18 +145,15 @@ def test_modifies_no_argument_and_keeps_structure(options):
 @few
 def test_a_saved_state_goes_on_with_the_same_numbers(options):
     params, state = train(make(rosenbrock), options)
-    buffer = io.BytesIO()
-    torch.save(fo.state_dict(state), buffer)
-    buffer.seek(0)
-    loaded = fo.load_state_dict(lbfgs(**options).init(params), torch.load(buffer, weights_only=True))
+    loaded = fo.load_state_dict(lbfgs(**options).init(params), through_a_file(fo.state_dict(state)))
     expected, result = (train(params, options, state=s) for s in (state, loaded))
     assert all(torch.equal(a, b) for a, b in zip(leaves_of(expected), leaves_of(result), strict=True))
-    assert isinstance(pickle.loads(pickle.dumps(state)), LBFGSState)
+    assert isinstance(through_pickle(state), LBFGSState)
 
 
 def test_prints_and_pickles():
     tx = lbfgs(0.5, line_search_fn="strong_wolfe")
-    assert repr(tx) == repr(pickle.loads(pickle.dumps(tx))) == "lbfgs(0.5, line_search_fn='strong_wolfe')"
+    assert repr(tx) == repr(through_pickle(tx)) == "lbfgs(0.5, line_search_fn='strong_wolfe')"
 
 
 def test_the_loss_is_evaluated_as_often_as_torch_does_and_the_first_time_only_without_a_value():

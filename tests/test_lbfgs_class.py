@@ -11,12 +11,6 @@ from torch_like_cases import outcome
 import functorch_optim as fo
 
 
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
 def make_params(dtype=torch.float64):
     """A vector, a scalar, an empty one, and a matrix."""
     return [torch.randn(shape, dtype=dtype) for shape in ((3,), (), (0, 2), (2, 2))]

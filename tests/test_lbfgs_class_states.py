@@ -1,15 +1,13 @@
 """fo.optim.LBFGS as an optimizer: state dicts from and to torch.optim, copies, hooks, schedulers."""
 
 import copy
-import io
-import pickle
-from contextlib import ExitStack
 
 import pytest
 import torch
+from copies import through_a_file, through_pickle
+from hooks import calls_of_hooks
 from lbfgs_problems import DOUBLE, WOLFE, Training, assert_same, bowl, deviation, make_pair
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch_like_cases import outcome
 
 import functorch_optim as fo
@@ -21,13 +19,6 @@ MODULES = {"ours": fo.optim, "torchs": torch.optim}
 
 def make_params(dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype) for shape in ((3,), (), (2, 2))]
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def resumed(module, trained, loss=bowl):
@@ -187,10 +178,6 @@ def test_groups_that_do_not_fit_are_torchs_errors():
 # Copies. --------------------------------------------------------------------------------------------------------------
 
 
-def through_pickle(thing):
-    return pickle.loads(pickle.dumps(thing))
-
-
 @each
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, through_pickle])
 @pytest.mark.parametrize("begun", [False, True])
@@ -217,37 +204,8 @@ def test_copies_train_on(options, make_copy, begun):
 
 
 def test_hooks():
-    events = []
-    for some in make_pair(make_params(), max_iter=2):
-        seen, optimizer = [], some.optimizer
-
-        def record(name, seen=seen, optimizer=optimizer):
-            def hook(given, *args):
-                assert given is optimizer
-                seen.append((name, len(args)))
-
-            return hook
-
-        with ExitStack() as handles:
-            for handle in (
-                register_optimizer_step_pre_hook(record("all pre")),
-                register_optimizer_step_post_hook(record("all post")),
-                optimizer.register_step_pre_hook(record("pre")),
-                optimizer.register_step_post_hook(record("post")),
-                optimizer.register_state_dict_pre_hook(record("save pre")),
-                optimizer.register_state_dict_post_hook(record("save post")),
-                optimizer.register_load_state_dict_pre_hook(record("load pre")),
-                optimizer.register_load_state_dict_post_hook(record("load post")),
-            ):
-                handles.enter_context(handle)
-            some.step()
-            optimizer.load_state_dict(optimizer.state_dict())
-        some.step()
-        events.append(seen)
-    assert events[0] == events[1]
-    assert [name for name, _ in events[0]] == [
-        *("all pre", "pre", "post", "all post", "save pre", "save post", "load pre", "load post")
-    ]
+    ours, theirs = [calls_of_hooks(some.optimizer, some.closure) for some in make_pair(make_params(), max_iter=2)]
+    assert ours == theirs
 
 
 def test_a_hook_may_replace_the_closure():

@@ -1,10 +1,10 @@
 """lbfgs inside of fo.Optimizer, of masks and of partitions: what it is given there."""
 
 import copy
-import io
 
 import pytest
 import torch
+from copies import through_a_file
 from lbfgs_problems import DOUBLE, WOLFE, Theirs, deviation, leaves_of, make, rosenbrock
 
 import functorch_optim as fo
@@ -90,10 +90,7 @@ def test_goes_on_after_copies_and_schedulers(make_copy):
         twin = copy.deepcopy(ours)
     else:
         twin = Wrapped(ours.params, True, True)
-        file = io.BytesIO()
-        torch.save(ours.optimizer.state_dict(), file)
-        file.seek(0)
-        twin.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        twin.optimizer.load_state_dict(through_a_file(ours.optimizer.state_dict()))
     assert twin.optimizer.param_groups[0]["lr"] == 0.01
     before = {name: p.detach().clone() for name, p in ours.params.items()}
     twin.step()

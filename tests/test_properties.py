@@ -1,57 +1,13 @@
 """Properties that hold of every transformation, tested of every row of the catalogue."""
 
-import io
-import pickle
-
 import pytest
 import torch
 import torch._dynamo.testing
-from catalogue import CATALOGUE, hyperparameters, rows
+from catalogue import CATALOGUE, assert_close, hyperparameters, loss, make_params, rows, step, train
+from copies import through_a_file, through_pickle
 
 import functorch_optim as fo
 from functorch_optim import execution
-
-SHAPES = {"weight": (3, 2), "bias": (2,), "scale": (), "none": (0, 3)}
-
-
-def make_params(dtype=torch.float64, device="cpu", batch=()):
-    params = {name: torch.randn((*batch, *shape), dtype=dtype, device=device) for name, shape in SHAPES.items()}
-    return {"layer": params, "rest": [torch.randn(*batch, 3, dtype=dtype, device=device)]}
-
-
-def loss(params, x):
-    """Stand for a network: every parameter matters, at several scales, and the gradients depend on the parameters."""
-    layer, rest = params["layer"], params["rest"][0]
-    hidden = torch.tanh(layer["weight"] @ layer["bias"] + x * rest)
-    value = (
-        (hidden * hidden * layer["scale"]).sum() + layer["scale"].square() + (rest * layer["bias"].sum()).cos().sum()
-    )
-    return value.real if value.is_complex() else value
-
-
-def step(tx, grads, state, params, x=1.0):
-    """Update with the extras that some transformation declares."""
-    extras = {"value": lambda: loss(params, x), "value_fn": lambda: lambda params: loss(params, x)}
-    declared = {name for link in tx._links for name in link.rule.extras.names}
-    return tx.update(grads, state, params, **{name: extras[name]() for name in declared & extras.keys()})
-
-
-def train(tx, params, x, steps=4, state=None):
-    """Run some steps; return the parameters and the state."""
-    state = tx.init(params) if state is None else state
-    for _ in range(steps):
-        grads = torch.func.grad(loss)(params, x)
-        updates, state = step(tx, grads, state, params, x)
-        params = fo.apply_updates(params, updates)
-    return params, state
-
-
-def assert_close(left, right, **tolerance):
-    left_leaves, left_structure = fo.tree.flatten(left)
-    right_leaves, right_structure = fo.tree.flatten(right)
-    assert left_structure == right_structure
-    for a, b in zip(left_leaves, right_leaves, strict=True):
-        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-12, "atol": 1e-13}))
 
 
 def tree_by_tree(function, count, *trees):
@@ -146,12 +102,9 @@ def test_pickles_prints_and_saves(row):
     params, state = train(tx, params, x, steps=2)
     assert repr(tx).endswith(")")
 
-    file = io.BytesIO()
-    torch.save(fo.state_dict(state), file)
-    file.seek(0)
-    loaded = fo.load_state_dict(tx.init(params), torch.load(file, weights_only=True))
+    loaded = fo.load_state_dict(tx.init(params), through_a_file(fo.state_dict(state)))
     assert_close(loaded, state, rtol=0, atol=0)
-    assert_close(pickle.loads(pickle.dumps(state)), state, rtol=0, atol=0)
+    assert_close(through_pickle(state), state, rtol=0, atol=0)
     assert_close(train(tx, params, x, state=loaded), train(tx, params, x, state=state), rtol=0, atol=0)
 
 
@@ -166,7 +119,7 @@ def test_pickles_prints_and_saves(row):
     ],
 )
 def test_transformation_pickles(tx):
-    again = pickle.loads(pickle.dumps(tx))
+    again = through_pickle(tx)
     assert repr(again) == repr(tx)
     params, x = make_params(), torch.ones(3, dtype=torch.float64)
     assert_close(train(again, params, x), train(tx, params, x), rtol=0, atol=0)

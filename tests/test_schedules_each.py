@@ -90,7 +90,7 @@ def test_total_iters_need_not_be_whole_nor_fit_in_float32(case):
         (schedules.warmup_cosine(0.3, 0, 0, end_value=0.1), [0.1, 0.1]),
         (schedules.warmup_cosine(0.3, 0, 2, end_value=0.1), [0.3, 0.2]),
         (schedules.warmup_cosine(0.3, 1, 1, start_value=0.2, end_value=0.1), [0.2, 0.1]),
-        (schedules.polynomial(0.3, 2, 0.0, 0.1), [0.3, 0.3, 0.1]),
+        (schedules.polynomial(0.3, 2, 0.0, 0.1), [0.3, 0.3, 0.3]),
         (schedules.exponential(0.3, 0.0), [0.3, 0.0]),
         (schedules.exponential(1.0, -0.5), [1.0, -0.5, 0.25]),
         (schedules.linear(0.3, 0.7, math.inf), [0.3, 0.3]),

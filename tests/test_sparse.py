@@ -6,12 +6,6 @@ import torch
 import functorch_optim as fo
 
 
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
 def sparse(entries, shape=(5, 2)):
     values = torch.randn(len(entries), *shape[1:], dtype=torch.float64)
     return torch.sparse_coo_tensor([entries], values, shape)

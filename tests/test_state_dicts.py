@@ -1,20 +1,12 @@
 """Functional states as plain containers: by path in the state, and by parameter."""
 
-import io
-
+import optree
 import pytest
 import torch
-from catalogue import CATALOGUE, rows
-from test_properties import assert_close, make_params, train
+from catalogue import CATALOGUE, assert_close, make_params, rows, train
+from copies import through_a_file
 
 import functorch_optim as fo
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @rows
@@ -127,3 +119,32 @@ def test_steps_that_belong_to_nobody_must_agree():
     other = tx.update(params, state, params)[1]
     with pytest.raises(ValueError, match="Rules that keep nothing but their step are at different ones"):
         fo.state_dict({"x": state["x"], "y": other["y"]}, params)
+
+
+def test_paths_that_collide_are_refused_before_anything_is_lost():
+    params = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}
+    state = fo.trace(0.9).init(params)
+    with pytest.raises(ValueError, match="Two parameters have the path 'a.b'; rename the keys with dots, or"):
+        fo.state_dict(state, params)
+    assert len(fo.state_dict(state, params, by="index")["state"]) == 2
+
+
+def test_states_that_vmap_has_batched():
+    params = {"a": torch.ones(2, 3), "b": torch.ones(2)}
+    for tx in (fo.sgd(0.1), fo.adam(0.1)):
+        state = torch.vmap(tx.init)(params)
+        loaded = fo.load_state_dict(state, fo.state_dict(state, params), params)
+        assert_close(loaded, state, rtol=0, atol=0)
+
+
+def test_dataclasses_are_trees():
+    @optree.dataclasses.dataclass(namespace="functorch_optim")
+    class Layer:
+        weight: torch.Tensor
+        bias: torch.Tensor
+
+    params = {"b": Layer(torch.ones(2), torch.ones(1)), "a": torch.ones(3)}
+    state = fo.trace(0.9).init(params)
+    saved = fo.state_dict(state, params, by="index")
+    assert [own["momentum_buffer"].numel() for own in saved["state"].values()] == [2, 1, 3]
+    assert_close(fo.load_state_dict(state, saved, params, by="index"), state, rtol=0, atol=0)

@@ -4,34 +4,26 @@ import copy
 
 import pytest
 import torch
-from test_torch_like_numbers import EMBEDDINGS, OPTIONS, cases, deviation, make_params, parameters, run
-from test_wrapper_numbers import saved_and_loaded
+from checkpoint_cases import assert_same_dicts, in_order, make
+from copies import through_a_file
+from torch_like_cases import (
+    MODULES,
+    OPTIONS,
+    REAL,
+    awkward_params,
+    cases,
+    deviation,
+    each,
+    embedding_params,
+    embeddings,
+    parameters,
+    run,
+    run_sparse,
+)
 
 import functorch_optim as fo
 
-MODULES = (fo.optim, torch.optim)
-NAMES = [*OPTIONS, "SparseAdam"]
 sources = pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
-def make(module, name, params, named=False, **options):
-    """Make an optimizer over copies of parameters, in two groups."""
-    params = [p.detach().clone().requires_grad_() for p in params]
-    params = [(f"p{i}", p) for i, p in enumerate(params)] if named else params
-    return getattr(module, name)([{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}], **options)
-
-
-def in_order(optimizer):
-    """Return parameters as `make` was given them."""
-    params = parameters(optimizer)
-    params[::2], params[1::2] = [group["params"] for group in optimizer.param_groups]
-    return params
 
 
 def make_pair(name, params, saved=None, **options):
@@ -39,7 +31,7 @@ def make_pair(name, params, saved=None, **options):
     pair = [make(module, name, params, **options) for module in MODULES]
     for optimizer, one in zip(pair, saved if isinstance(saved, list) else [saved, saved], strict=True):
         if one is not None:
-            optimizer.load_state_dict(saved_and_loaded(one))
+            optimizer.load_state_dict(through_a_file(one))
     return pair
 
 
@@ -48,34 +40,14 @@ def missing(step, i):
     return i == 3 or (step + i) % 4 == 0
 
 
-def assert_same_dicts(mine, torchs, tolerance=1e-10, path="saved"):
-    """Compare containers: their types, and what they hold in which order; and tensors: dtypes, shapes, numbers."""
-    assert type(mine) is type(torchs), path
-    if isinstance(torchs, dict):
-        assert list(mine) == list(torchs), path
-        for key, value in torchs.items():
-            assert_same_dicts(mine[key], value, tolerance, f"{path}.{key}")
-    elif isinstance(torchs, list | tuple):
-        assert len(mine) == len(torchs), path
-        for i, pair in enumerate(zip(mine, torchs, strict=True)):
-            assert_same_dicts(*pair, tolerance, f"{path}.{i}")
-    elif isinstance(torchs, torch.Tensor):
-        assert mine.requires_grad == torchs.requires_grad
-        torch.testing.assert_close(
-            mine.to_dense(), torchs.to_dense(), rtol=tolerance, atol=tolerance, msg=lambda text: f"{path}: {text}"
-        )
-    else:
-        assert mine == torchs, path
-
-
 @cases
 @sources
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_training_goes_on(name, options, dtype, source):
-    if dtype.is_complex and name in ("Adafactor", "Muon"):
+    if dtype.is_complex and name in REAL:
         pytest.skip("torch.optim has it for real numbers only")
     named = {"named": dtype.is_complex}
-    trained = make_pair(name, make_params(name, dtype), **named, **options)
+    trained = make_pair(name, awkward_params(name, dtype), **named, **options)
     run(*trained, steps=7, missing=missing)
     assert_same_dicts(trained[0].state_dict(), trained[1].state_dict())
     # The options are in what is saved.
@@ -101,7 +73,7 @@ def test_training_goes_on(name, options, dtype, source):
 @cases
 @sources
 def test_saved_before_the_first_step(name, options, source):
-    new = make_pair(name, make_params(name, torch.float64), **options)
+    new = make_pair(name, awkward_params(name, torch.float64), **options)
     assert_same_dicts(new[0].state_dict(), new[1].state_dict())
     pair = make_pair(name, in_order(new[0]), new[source].state_dict())
     assert_same_dicts(pair[0].state_dict(), new[1].state_dict())
@@ -109,29 +81,17 @@ def test_saved_before_the_first_step(name, options, source):
     assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
 
 
-def train_sparsely(pair, steps):
-    for step in range(steps):
-        for p, q in zip(*map(parameters, pair), strict=True):
-            entries = torch.randint(len(q), (1, step % 5))
-            q.grad = torch.sparse_coo_tensor(entries, torch.randn(step % 5, *q.shape[1:], dtype=q.dtype), q.shape)
-            p.grad = q.grad.clone()
-        for optimizer in pair:
-            optimizer.step()
-    return deviation(*map(parameters, pair))
-
-
-@pytest.mark.parametrize(("name", "options"), EMBEDDINGS)
+@embeddings
 @sources
 def test_sparse_training_goes_on(name, options, source):
-    params = [torch.randn(7, 3, dtype=torch.float64), torch.randn(4, 2, 2, dtype=torch.float64)]
-    trained = make_pair(name, params, **options)
-    train_sparsely(trained, 7)
+    trained = make_pair(name, embedding_params(), **options)
+    run_sparse(*trained, steps=7)
     assert_same_dicts(trained[0].state_dict(), trained[1].state_dict())
     pair = make_pair(name, in_order(trained[source]), trained[source].state_dict())
-    assert train_sparsely(pair, 60) < 1e-12
+    assert run_sparse(*pair) < 1e-12
     assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
     back = make_pair(name, in_order(pair[1]), [one.state_dict() for one in pair[::-1]])
-    assert train_sparsely(back, 20) < 1e-12
+    assert run_sparse(*back, steps=20) < 1e-12
 
 
 # What torch used to save. ---------------------------------------------------------------------------------------------
@@ -142,7 +102,7 @@ NEWER += ["nesterov", "amsgrad", "centered"]
 
 def saved_by_torch(name, options):
     """Return parameters, and what torch saved after some steps."""
-    pair = make_pair(name, make_params(name, torch.float64), **options)
+    pair = make_pair(name, awkward_params(name, torch.float64), **options)
     run(*pair, steps=7)
     return in_order(pair[1]), pair[1].state_dict()
 
@@ -168,7 +128,7 @@ def test_groups_that_lack_newer_keys(name, options):
         assert_goes_on_as_torch_does(name, params, old, options, steps=60 if keys == absent else 3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_groups_that_lack_what_torch_does_not_fill_in_keep_ours(name):
     options = {"lr": 0.125, **({} if name in ("SparseAdam", "Muon") else {"maximize": True})}
     optimizer = make(fo.optim, name, [torch.ones(2, 2)], **options)
@@ -203,12 +163,12 @@ def test_steps_of_other_forms(name, form):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_steps_of_sparse_adam(form):
     trained = make_pair("SparseAdam", [torch.randn(7, 3, dtype=torch.float64)])
-    train_sparsely(trained, 7)
+    run_sparse(*trained, steps=7)
     saved, old = trained[1].state_dict(), trained[1].state_dict()  # torch computes with a tensor, in float32
     old["state"] = {i: {**state, "step": form(torch.tensor(state["step"]))} for i, state in old["state"].items()}
     pair = make_pair("SparseAdam", in_order(trained[1]), [old, saved])
     assert type(pair[0].state[parameters(pair[0])[0]]["step"]) is int
-    assert train_sparsely(pair, 20) < 1e-12
+    assert run_sparse(*pair, steps=20) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["NAdam", "ASGD"])
@@ -244,7 +204,7 @@ CASTS = [
 @cases
 @pytest.mark.parametrize(("before", "after", "tolerance"), CASTS)
 def test_other_dtypes(name, options, before, after, tolerance):
-    trained = make_pair(name, make_params(name, before), **options)
+    trained = make_pair(name, awkward_params(name, before), **options)
     run(*trained, steps=7, scale=0.01)
     pair = make_pair(name, [p.to(after) for p in in_order(trained[1])], trained[1].state_dict())
     assert_same_dicts(pair[0].state_dict(), pair[1].state_dict())
@@ -269,10 +229,14 @@ def test_complex_states_of_other_dtypes_are_cast(before, after):
 
 def test_the_comparison_can_fail():
     saved = saved_by_torch("Adam", {})[1]
+    reordered = {i: dict(reversed(state.items())) for i, state in saved["state"].items()}
+    assert_same_dicts({**saved, "state": reordered}, saved)
     for change in (
         {"state": {}},
         {"param_groups": tuple(saved["param_groups"])},
-        {"state": {i: dict(reversed(state.items())) for i, state in saved["state"].items()}},
+        {"param_groups": [dict(reversed(group.items())) for group in saved["param_groups"]]},
+        {"state": dict(reversed(saved["state"].items()))},
+        {"state": {i: {k: v for k, v in state.items() if k != "step"} for i, state in saved["state"].items()}},
         {"state": {i: {**state, "exp_avg": state["exp_avg"].float()} for i, state in saved["state"].items()}},
         {"state": {i: {**state, "exp_avg": state["exp_avg"] * 1.001} for i, state in saved["state"].items()}},
     ):

@@ -9,13 +9,7 @@ from torch_like_cases import WITH_DIFFERENTIABLE
 
 import functorch_optim as fo
 
-
-@pytest.fixture(autouse=True)
-def double():
-    """In which steps, eta, mu and mu_product are kept too."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def tensor(shape=(5,), low=0.5):

@@ -1,22 +1,12 @@
 """Our classes after edits of hyperparameters and states, and after copies, as torch.optim's."""
 
 import copy
-import io
-import pickle
+from functools import partial
 
 import pytest
 import torch
-from test_torch_like_numbers import deviation, parameters
-from torch_like_cases import NAMES, assert_same, make_pair, train
-
-each = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
+from copies import through_a_file, through_pickle
+from torch_like_cases import NAMES, assert_same, deviation, each, make_pair, parameters, train
 
 # Edits. ---------------------------------------------------------------------------------------------------------------
 
@@ -82,27 +72,30 @@ def test_an_edit_changes_the_numbers(name):
     assert deviation(*map(parameters, pair)) > 1e-9
 
 
-@each
-def test_states_that_are_edited(name):
-    pair = make_pair(name)
-    train(pair, 3)
-    for optimizer in pair:
-        for p in parameters(optimizer):
-            for key, value in optimizer.state[p].items():
-                optimizer.state[p][key] = value + 2 if key == "step" else value * 0.5
-    train(pair, 3)
-    assert_same(*pair)
+def edited(optimizer):
+    for p in parameters(optimizer):
+        for key, value in optimizer.state[p].items():
+            optimizer.state[p][key] = value + 2 if key == "step" else value * 0.5
+
+
+def edited_in_place(optimizer):
+    for p in parameters(optimizer):
+        for key, value in optimizer.state[p].items():
+            if key != "step":
+                value.mul_(0.5)
+
+
+def cleared(optimizer):
+    optimizer.state.clear()
 
 
 @each
-def test_states_that_are_edited_in_place(name):
+@pytest.mark.parametrize("edit", [edited, edited_in_place, cleared])
+def test_states_that_are_edited(name, edit):
     pair = make_pair(name)
     train(pair, 3)
     for optimizer in pair:
-        for p in parameters(optimizer):
-            for key, value in optimizer.state[p].items():
-                if key != "step":
-                    value.mul_(0.5)
+        edit(optimizer)
     train(pair, 3)
     assert_same(*pair)
 
@@ -123,27 +116,10 @@ def test_states_that_are_given_before_the_first_step(name):
     assert_same(*pair)
 
 
-@each
-def test_states_that_are_cleared(name):
-    pair = make_pair(name)
-    train(pair, 3)
-    for optimizer in pair:
-        optimizer.state.clear()
-    train(pair, 3)
-    assert_same(*pair)
-
-
 # Copies. --------------------------------------------------------------------------------------------------------------
 
 
-def through_torch_save(thing):
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), through_torch_save]
+COPIES = [copy.deepcopy, through_pickle, partial(through_a_file, weights_only=False)]
 
 
 @each

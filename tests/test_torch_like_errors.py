@@ -7,42 +7,22 @@ import re
 
 import pytest
 import torch
-from test_torch_like_numbers import parameters
 from torch import nn
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch_like_cases import (
+    MODULES,
     NAMES,
     WITH_FUSED,
     assert_same,
     draw_gradient,
+    each,
     make_params,
     outcome,
+    outcomes,
+    parameters,
 )
 
-import functorch_optim as fo
-
-each = pytest.mark.parametrize("name", NAMES)
-MODULES = (fo.optim, torch.optim)
 DB = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in NAMES}
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
-@pytest.fixture
-def double():
-    """Steps are float64 then: with some flags torch.optim computes with them as they are."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def outcomes(function):
-    """Return what happens with our classes, and with torch's."""
-    return [outcome(function, module) for module in MODULES]
 
 
 # torch's own tables. --------------------------------------------------------------------------------------------------

@@ -2,24 +2,11 @@
 
 import copy
 import inspect
-from contextlib import ExitStack
 
 import pytest
 import torch
-from test_torch_like_numbers import parameters
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch_like_cases import NAMES, assert_same, make_pair, make_params, train
-
-import functorch_optim as fo
-
-each = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
+from hooks import calls_of_hooks
+from torch_like_cases import MODULES, assert_same, each, make_pair, make_params, parameters, train
 
 # Hooks. ---------------------------------------------------------------------------------------------------------------
 
@@ -27,45 +14,8 @@ def no_checks():
 @each
 def test_hooks(name):
     """Called in torch's order, with torch's arguments, and gone when their handles are removed."""
-    calls = []
-    for optimizer in make_pair(name):
-        events = []
-
-        def record(text):
-            def hook(*args):
-                kinds = [type(arg).__name__ for arg in args]
-                events.append((text, *kinds, args[0] is optimizer))
-
-            return hook
-
-        def run():
-            optimizer.step(lambda: events.append("closure"))
-            optimizer.load_state_dict(optimizer.state_dict())
-
-        with ExitStack() as handles:
-            for handle in (
-                register_optimizer_step_pre_hook(record("global pre")),
-                register_optimizer_step_post_hook(record("global post")),
-                optimizer.register_step_pre_hook(record("pre")),
-                optimizer.register_step_pre_hook(record("pre 2")),
-                optimizer.register_step_post_hook(record("post")),
-                optimizer.register_step_post_hook(record("post 2")),
-                optimizer.register_state_dict_pre_hook(record("save pre")),
-                optimizer.register_state_dict_pre_hook(record("save pre first"), prepend=True),
-                optimizer.register_state_dict_post_hook(record("save post")),
-                optimizer.register_state_dict_post_hook(record("save post first"), prepend=True),
-                optimizer.register_load_state_dict_pre_hook(record("load pre")),
-                optimizer.register_load_state_dict_pre_hook(record("load pre first"), prepend=True),
-                optimizer.register_load_state_dict_post_hook(record("load post")),
-                optimizer.register_load_state_dict_post_hook(record("load post first"), prepend=True),
-            ):
-                handles.enter_context(handle)
-            run()
-            assert len(events) == 15
-        run()
-        assert len(events) == 16
-        calls.append(events)
-    assert calls[0] == calls[1]
+    ours, theirs = [calls_of_hooks(optimizer) for optimizer in make_pair(name)]
+    assert ours == theirs
 
 
 @each
@@ -119,7 +69,7 @@ def test_subclasses(name):
 
         return Mine
 
-    pair = tuple([subclass(module)(make_params(name)) for module in (fo.optim, torch.optim)])
+    pair = tuple([subclass(module)(make_params(name)) for module in MODULES])
     for p, q in zip(*map(parameters, pair), strict=True):
         p.data = q.data.clone()
     calls = [[], []]
@@ -139,7 +89,7 @@ def test_subclasses(name):
 def test_hooks_of_subclasses(name):
     """Twice when the class itself has been used before, as torch.optim's."""
     counts = []
-    for module in (fo.optim, torch.optim):
+    for module in MODULES:
         base = getattr(module, name)
         base(make_params(name))
 

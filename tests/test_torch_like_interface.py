@@ -6,19 +6,20 @@ import inspect
 
 import pytest
 import torch
-from test_torch_like_numbers import parameters
-from torch_like_cases import NAMES, OPTIONS, assert_same, give_gradients, make_pair, make_params, train
+from torch_like_cases import (
+    MODULES,
+    NAMES,
+    RICHER,
+    assert_same,
+    each,
+    give_gradients,
+    make_pair,
+    make_params,
+    parameters,
+    train,
+)
 
 import functorch_optim as fo
-
-each = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
 
 # Construction. --------------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ def test_arguments_by_position(name):
     signature = inspect.signature(getattr(torch.optim, name))
     given = [p.default for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     given[0] = 0.125  # lr
-    ours, theirs = [getattr(module, name)(make_params(name), *given) for module in (fo.optim, torch.optim)]
+    ours, theirs = [getattr(module, name)(make_params(name), *given) for module in MODULES]
     assert ours.defaults == theirs.defaults
     assert ours.defaults["lr"] == 0.125
 
@@ -79,8 +80,8 @@ def test_groups_after_construction(name, arrange):
     """The groups, all that is in them in its order, their text, the defaults, and the numbers."""
     params = make_params(name)
     twins = copy.deepcopy(params)
-    ours = getattr(fo.optim, name)(arrange(params), **OPTIONS.get(name, {}))
-    theirs = getattr(torch.optim, name)(arrange(twins), **OPTIONS.get(name, {}))
+    ours = getattr(fo.optim, name)(arrange(params), **RICHER.get(name, {}))
+    theirs = getattr(torch.optim, name)(arrange(twins), **RICHER.get(name, {}))
     assert ours.defaults == theirs.defaults
     assert list(ours.defaults) == list(theirs.defaults)
     assert repr(ours) == repr(theirs)

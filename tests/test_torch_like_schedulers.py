@@ -5,10 +5,9 @@ import pickle
 
 import pytest
 import torch
-from test_torch_like_numbers import assert_same_state, parameters
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
-from torch_like_cases import NAMES, assert_same, give_gradients, make_pair, train
+from torch_like_cases import NAMES, assert_same, assert_same_state, each, give_gradients, make_pair, parameters, train
 
 STEPS = 60
 SCHEDULERS = {
@@ -62,12 +61,6 @@ MOMENTUM |= {
 WITH_MOMENTUM = ["SGD", "RMSprop", "Muon", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam"]
 
 
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
 def advance(scheduler, t):
     if isinstance(scheduler, lrs.ReduceLROnPlateau):
         scheduler.step(math.cos(0.3 * t))
@@ -99,7 +92,7 @@ def check(name, make, **options):
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_schedulers(name, kind):
     check(name, SCHEDULERS[kind], lr=0.1)
 

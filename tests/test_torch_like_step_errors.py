@@ -6,44 +6,24 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from test_torch_like_numbers import parameters
 from torch import nn
 from torch_like_cases import (
+    MODULES,
     NAMES,
     WITH_DIFFERENTIABLE,
     WITH_FUSED,
     assert_same,
+    each,
     give_gradients,
     make_pair,
     make_params,
     outcome,
+    outcomes,
+    parameters,
     train,
 )
 
 import functorch_optim as fo
-
-each = pytest.mark.parametrize("name", NAMES)
-MODULES = (fo.optim, torch.optim)
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-
-
-@pytest.fixture
-def double():
-    """Steps are float64 then: with some flags torch.optim computes with them as they are."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def outcomes(function):
-    """Return what happens with our classes, and with torch's."""
-    return [outcome(function, module) for module in MODULES]
-
 
 # Steps. ---------------------------------------------------------------------------------------------------------------
 

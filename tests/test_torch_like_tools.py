@@ -4,23 +4,24 @@ import copy
 
 import pytest
 import torch
-from test_torch_like_numbers import deviation, parameters
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch_like_cases import NAMES, OPTIONS, WITH_FUSED, assert_same, draw_gradient, make_pair, train
+from torch_like_cases import (
+    MODULES,
+    NAMES,
+    RICHER,
+    WITH_FUSED,
+    assert_same,
+    deviation,
+    draw_gradient,
+    each,
+    make_pair,
+    parameters,
+    train,
+)
 
-import functorch_optim as fo
-
-each = pytest.mark.parametrize("name", NAMES)
 DENSE = [name for name in NAMES if name != "SparseAdam"]
-MODULES = (fo.optim, torch.optim)
-
-
-@pytest.fixture(autouse=True)
-def no_checks():
-    """torch warns unless it is told whether to check sparse tensors."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
 
 
 def make_models(name, **options):
@@ -30,7 +31,7 @@ def make_models(name, **options):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
         params = [p for p in model.parameters() if p.ndim == 2 or name != "Muon"]
-        made.append((model, getattr(module, name)(params, **{**OPTIONS.get(name, {}), **options})))
+        made.append((model, getattr(module, name)(params, **{**RICHER.get(name, {}), **options})))
     return made
 
 
@@ -106,7 +107,7 @@ def clip_(clip, params):
 def test_scaled_gradients(name, flags, unscale):
     """Steps with infinite gradients are skipped, and leave parameters and states alone."""
     pair = make_pair(name, **flags)
-    pair = pair[0], getattr(torch.optim, name)(copy.deepcopy(parameters(pair[1])), **OPTIONS.get(name, {}))
+    pair = pair[0], getattr(torch.optim, name)(copy.deepcopy(parameters(pair[1])), **RICHER.get(name, {}))
     scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3) for _ in pair]
     scales = set()
     for t in range(12):

@@ -1,12 +1,14 @@
 """fo.Optimizer has the interface of torch.optim.Optimizer: closures, hooks, copies, checkpoints, edits."""
 
 import copy
-import pickle
-from contextlib import ExitStack
 
 import pytest
 import torch
-from test_wrapper_numbers import (
+from copies import through_a_file
+from hooks import calls_of_hooks
+from torch import nn, optim
+from torch.optim import swa_utils
+from wrapper_cases import (
     ADADELTA,
     ADAM,
     ADAMW,
@@ -14,15 +16,13 @@ from test_wrapper_numbers import (
     SGD,
     Model,
     assert_close,
+    assert_copy_trains_on_by_itself,
     assert_same,
     backward,
+    each_copy,
     make_both,
-    saved_and_loaded,
     train,
 )
-from torch import nn, optim
-from torch.optim import swa_utils
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import functorch_optim as fo
 
@@ -128,35 +128,8 @@ def test_averaged_model(device):
 
 
 def test_hooks_are_called_as_torch_calls_them(device):
-    calls = []
-    for _, optimizer in make_both(device, ADAM):
-        events = []
-
-        def record(name):
-            return lambda *args: events.append((name, len(args)))
-
-        with ExitStack() as handles:
-            for handle in (
-                register_optimizer_step_pre_hook(record("global pre")),
-                register_optimizer_step_post_hook(record("global post")),
-                optimizer.register_step_pre_hook(record("pre")),
-                optimizer.register_step_post_hook(record("post")),
-                optimizer.register_state_dict_pre_hook(record("save pre")),
-                optimizer.register_state_dict_post_hook(record("save post")),
-                optimizer.register_load_state_dict_pre_hook(record("load pre")),
-                optimizer.register_load_state_dict_post_hook(record("load post")),
-            ):
-                handles.enter_context(handle)
-            optimizer.step(lambda: events.append(("closure", 0)))
-            optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.step()  # the hooks are gone again
-        optimizer.load_state_dict(optimizer.state_dict())
-        calls.append(events)
-    assert [name for name, _ in calls[0]] == [
-        *("global pre", "pre", "closure", "post", "global post"),
-        *("save pre", "save post", "load pre", "load post"),
-    ]
-    assert calls[0] == calls[1]
+    ours, theirs = [calls_of_hooks(optimizer) for _, optimizer in make_both(device, ADAM)]
+    assert ours == theirs
 
 
 def test_step_pre_hook_may_change_the_arguments(device):
@@ -200,35 +173,6 @@ def test_repr_names_the_factory_and_the_hyperparameters(device):
 # Copies and checkpoints. ----------------------------------------------------------------------------------------------
 
 
-def load_into_new(pair, make):
-    """Save model and optimizer, and load them into new ones."""
-    new_pair = make()
-    for new, old in zip(new_pair, pair, strict=True):
-        new.load_state_dict(saved_and_loaded(old.state_dict()))
-    return new_pair
-
-
-COPIES = {
-    "deepcopy": lambda pair, make: copy.deepcopy(pair),
-    "pickle": lambda pair, make: pickle.loads(pickle.dumps(pair)),
-    "state_dict": load_into_new,
-}
-each_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
-
-
-def assert_copy_trains_on_by_itself(make, make_copy):
-    """Train, copy, train the copy on, then the original: the same numbers, and neither touches the other."""
-    pair = make()
-    train([pair], range(25))
-    twin, frozen = make_copy(pair, make), copy.deepcopy(pair)
-    train([twin], range(25, 32))
-    assert_same(pair, frozen)
-    train([pair], range(25, 32))
-    assert_same(pair, twin)
-    with pytest.raises(AssertionError, match="not close"):
-        assert_same(pair, frozen)
-
-
 @each_base
 @each_copy
 def test_copies_train_on(make_copy, base, device):
@@ -241,7 +185,7 @@ def test_checkpoints_are_exchanged_with_torch(direction, base, device):
     pairs = make_both(device, base)
     train(pairs, range(25))
     source, target = pairs if direction == "to torch" else pairs[::-1]
-    target[1].load_state_dict(saved_and_loaded(source[1].state_dict()))
+    target[1].load_state_dict(through_a_file(source[1].state_dict()))
     train(pairs, range(25, 32))
     assert_close(*[list(model.parameters()) for model, _ in pairs])
 
@@ -330,7 +274,7 @@ def test_schedules_are_not_saved_and_stay_when_loading(hyperparameters, device):
 
     (name, value), (model, optimizer) = *hyperparameters.items(), make()
     train([(model, optimizer)], range(5))
-    saved = saved_and_loaded(optimizer.state_dict())
+    saved = through_a_file(optimizer.state_dict())
     assert name not in saved["param_groups"][0]
     new_model, new_optimizer = make()
     new_model.load_state_dict(model.state_dict())

@@ -1,17 +1,23 @@
 """fo.Optimizer around a transformation: all parameters are one tree, with the numbers of the functional loop."""
 
-import copy
-import pickle
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_wrapper_interface import assert_copy_trains_on_by_itself, each_copy
-from test_wrapper_numbers import Model, assert_close, assert_same, backward, train
 from torch import nn, optim
 from torch.optim import lr_scheduler
+from wrapper_cases import (
+    Model,
+    assert_close,
+    assert_copy_trains_on_by_itself,
+    assert_same,
+    backward,
+    each_copy,
+    make_vectors,
+    train,
+)
 
 import functorch_optim as fo
 
@@ -229,14 +235,6 @@ def test_states_may_be_the_tensors_that_were_given(tx, device):
     assert_close(parameters(model), parameters(reference_model))
 
 
-def make_vectors(device, *values):
-    """Make parameters whose gradients are ones."""
-    params = [nn.Parameter(torch.tensor(value, dtype=torch.float64, device=device)) for value in values]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    return params
-
-
 def test_an_update_may_be_none_as_in_the_functional_loop(device):
     params = make_vectors(device, [1.0, 2.0], [3.0])
     skip_last = fo.stateless(lambda updates, params: [updates[0], None])
@@ -264,173 +262,3 @@ def test_groups_added_later_join_the_tree(device):
     first.grad, second.grad = first.detach() * 1.5, second.detach()  # 3 and 4
     optimizer.step()
     assert_close([first.item(), second.item()], [3.0 - 1.0 - (0.5 + 0.6), 4.0 - 0.8])
-
-
-# Extras. --------------------------------------------------------------------------------------------------------------
-
-
-def scaled_by_value(lr, on=True):
-    """Make SGD whose gradients are multiplied by the extra `value`, or plain SGD."""
-
-    def update(updates, state, params=None, *, value):
-        return fo.tree.map(lambda g: g * value, updates), state
-
-    return fo.chain(fo.GradientTransformation(lambda params: (), update), fo.sgd(lr)) if on else fo.sgd(lr)
-
-
-def test_the_loss_of_the_closure_is_the_extra_value(device):
-    (p,) = make_vectors(device, [1.0])
-    optimizer = fo.Optimizer([p], scaled_by_value(0.5))
-    assert optimizer.step(lambda: 2.0) == 2.0
-    assert p.item() == 0.0
-    optimizer.step(value=4.0)
-    assert p.item() == -2.0
-    optimizer.step(lambda: 2.0, value=-4.0)  # what is given by name counts
-    assert p.item() == 0.0
-
-
-def test_extras_go_to_those_groups_that_want_them(device):
-    first, second = make_vectors(device, [1.0], [1.0])
-    groups = [{"params": [first]}, {"params": [second], "on": False}]
-    optimizer = fo.Optimizer(groups, scaled_by_value, lr=0.5)
-    optimizer.step(lambda: 2.0)
-    assert [first.item(), second.item()] == [0.0, 0.5]
-    optimizer.step(value=4.0)
-    assert [first.item(), second.item()] == [-2.0, 0.0]
-
-
-def test_updates_may_be_the_parameters_themselves():
-    a, b = [torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 2.0)]
-    a.grad = b.grad = torch.ones(1)
-    fo.Optimizer([a, b], fo.stateless(lambda updates, params: [params[1], params[0]])).step()
-    assert (a.item(), b.item()) == (3.0, 3.0)
-
-
-def test_masks_by_name_need_names():
-    model = torch.nn.Linear(2, 2)
-    tx = fo.masked(fo.sgd(0.1), {"weight": True, "bias": False})
-    fo.Optimizer(model.named_parameters(), tx)
-    with pytest.raises(ValueError, match=r"parameters have no names here: give model.named_parameters\(\)"):
-        fo.Optimizer(model.parameters(), tx)
-
-
-def test_differentiable_is_for_all_groups():
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "differentiable": True}]
-    with pytest.raises(ValueError, match="differentiable is for all groups: write Optimizer"):
-        fo.Optimizer(groups, fo.sgd, lr=0.1)
-
-
-def test_edits_are_noticed_by_type_too():
-    p = torch.nn.Parameter(torch.ones(1))
-    p.grad = torch.ones(1)
-    opt = fo.Optimizer([p], fo.sgd, lr=0.1)
-    opt.step()
-    opt.param_groups[0]["lr"] = False
-    with pytest.raises(TypeError, match="Invalid learning rate: False is a bool"):
-        opt.step()
-
-
-def test_masks_and_labels_span_the_groups():
-    a, b = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    tx = fo.partition({"x": fo.sgd(0.1), "y": fo.sgd(1.0)}, {"a": "x", "b": "y"})
-    opt = fo.Optimizer([{"params": [("a", a)]}, {"params": [("b", b)]}], tx)
-    a.grad = b.grad = torch.ones(1)
-    opt.step()
-    torch.testing.assert_close(torch.cat([a, b]).detach(), torch.tensor([0.9, 0.0]))
-
-
-def two_traces(lr=1.0, maximize=False):
-    return fo.chain(*([fo.maximize()] if maximize else []), fo.trace(0.9), fo.trace(0.5), fo.scale(lr))
-
-
-def test_states_keep_their_names_when_links_come_and_go():
-    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    opt = fo.Optimizer([p], two_traces)
-    for _ in range(3):
-        p.grad = torch.ones_like(p)
-        opt.step()
-    assert sorted(opt.state[p]) == ["momentum_buffer", "momentum_buffer.1", "step"]
-    before = opt.state[p]["momentum_buffer"].item()
-    opt.param_groups[0]["maximize"] = True
-    opt.step()
-    assert opt.state[p]["momentum_buffer"].item() == pytest.approx(0.9 * before - 1)
-
-
-def summing():
-    def update(updates, state, params):
-        state = fo.tree.map(lambda m, g: m if g is None else m + g, state, updates)
-        return fo.tree.map(lambda g, m: m, updates, state), state
-
-    return fo.GradientTransformation(lambda params: fo.tree.map(torch.zeros_like, params), update)
-
-
-def test_states_of_the_tree_keep_their_names_when_links_come_and_go():
-    def factory(lr=0.1, momentum=0.0):
-        return fo.chain(fo.sgd(1.0, momentum), summing(), fo.scale(lr))
-
-    p = torch.nn.Parameter(torch.zeros(1))
-    opt = fo.Optimizer([p], factory)
-    p.grad = torch.ones(1)
-    opt.step()
-    opt.param_groups[0]["momentum"] = 0.9
-    opt.step()
-    assert opt.state["transformation"]["0.0"][0].item() == -2.0
-    opt.load_state_dict(opt.state_dict())
-    assert opt.state["transformation"]["0.0"][0].item() == -2.0
-
-
-def test_missing_gradients_and_functions_of_some_of_the_tree():
-    tx = fo.masked(summing(), {"a": True, "b": True, "c": False})
-    params = {name: torch.ones(1) for name in "abc"}
-    grads = {**params, "b": None}
-    for with_params in (params, None):
-        updates, state = tx.update(grads, tx.init(params), with_params)
-        assert updates == grads
-        assert state["b"] == 0
-
-
-class Slice(NamedTuple):
-    part: torch.Tensor
-
-
-def test_states_may_be_parts_of_parameters():
-    p = torch.nn.Parameter(torch.ones(2))
-    opt = fo.Optimizer([p], fo.leafwise(lambda p: Slice(p.detach()[1:]), lambda g, state, p, s: (-g, state)))
-    p.grad = torch.ones(2)
-    opt.step()
-    assert opt.state[p]["part"].item() == 1
-
-
-def test_extras_are_checked_before_the_closure_runs():
-    p = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(TypeError, match="extra 'bogus'"):
-        fo.Optimizer([p], fo.sgd, lr=0.1).step(lambda: pytest.fail("the closure ran"), bogus=1)
-
-
-def test_steps_are_loaded_as_they_are_counted():
-    p = torch.nn.Parameter(torch.ones(1))
-    opt = fo.Optimizer([p], fo.adam)
-    p.grad = torch.ones(1)
-    opt.step()
-    saved = opt.state_dict()
-    saved["state"][0]["step"] = 1001  # a number, as torch once saved it
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        opt.load_state_dict(saved)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert opt.state[p]["step"] == 1001
-    saved["state"][0]["step"] = torch.ones(3)
-    with pytest.raises(ValueError, match="saved step of parameter '0' has shape"):
-        opt.load_state_dict(saved)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("transformation", [fo.adam, fo.adam()], ids=["factory", "transformation"])
-def test_parameters_are_added_to_copies(copied, transformation):
-    opt = copied(fo.Optimizer([torch.ones(1)], transformation))
-    opt.add_param_group({"params": [torch.ones(2)]})
-    for group in opt.param_groups:
-        group["params"][0].grad = torch.ones_like(group["params"][0])
-    opt.step()
-    assert len(opt.state) == 2

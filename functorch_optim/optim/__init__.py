@@ -8,7 +8,7 @@ rounding; `Optimizer`, `lr_scheduler` and `swa_utils` here are torch's own. The 
 import sys
 
 import torch
-from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer, lr_scheduler, optimizer, swa_utils
 
 from functorch_optim.optim.classes import (
     ASGD,
@@ -52,6 +52,11 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
 
     __all__ += ["Muon"]
 
+if hasattr(torch.optim, "swap_in_optimizer_params_and_state"):  # older torch has it not
+    from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
+
+    __all__ += ["swap_in_optimizer_params_and_state"]
+
 # So that `from functorch_optim.optim.lr_scheduler import StepLR` works too.
-sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
-sys.modules[f"{__name__}.swa_utils"] = swa_utils
+for _module in (lr_scheduler, optimizer, swa_utils):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

@@ -75,11 +75,22 @@ class OptimizerBase(torch.optim.Optimizer):
             for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
                 moved = [i for i, update in enumerate(updates) if update is not None]
                 execution.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
-                for p, state in zip(plan.params, states, strict=True):
-                    if state:
-                        self.state[p].update(state)
+                self._write_states(plan.params, states)
                 if tree_states:
                     self.state[REST] = {**self.state.get(REST, {}), **tree_states}
+
+    def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""
+        old, new = [], []
+        for p, state in zip(params, states, strict=True):
+            for key, value in state.items():
+                present = self.state[p].get(key)
+                if execution.is_room_for(present, value):
+                    old.append(present)
+                    new.append(value)
+                else:
+                    self.state[p][key] = value
+        execution.copy_(old, new)
 
     def _check_gradients(self) -> None:
         """Raise when a gradient is of a kind that this optimizer does not take."""
@@ -121,6 +132,8 @@ class OptimizerBase(torch.optim.Optimizer):
         """Make the plan of a tree, or find it when nothing has changed since the last step."""
         plans = self.__dict__.setdefault("_plans", {})
         groups = [self.param_groups[index]] if self._has_factory else self.param_groups
+        for gone in [number for number in plans if number >= self._number_of_trees]:
+            del plans[gone]
         if index not in plans or not factories.same(plans[index][0], groups, self._live):
             plans[index] = (factories.snapshot(groups, self._live), self._new_plan(self._transformation, groups))
         plan: Plan = plans[index][1]

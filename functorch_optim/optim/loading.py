@@ -9,6 +9,12 @@ from torch import Tensor
 
 from functorch_optim.optim.plan import Plan, State
 
+# What the classes of torch.optim keep in `state[p]`.
+_TORCHS = (
+    *("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf", "sum"),
+    *("square_avg", "acc_delta", "grad_avg", "prev", "step_size", "eta", "mu", "ax", "row_var", "col_var", "variance"),
+)
+
 
 def checked_state(
     plan: Plan,
@@ -27,8 +33,9 @@ def checked_state(
         state: what was loaded.
         known: keys that are welcome though this transformation has no use for them.
         required: keys that must be there if this transformation keeps them, unless nothing is there.
-        as_torch: whether to cast the numbers that scalars carry on to the dtype of the parameter, as torch.optim
-            does; else they keep theirs, so that the numbers are those of a training that was never interrupted.
+        as_torch: whether to welcome keys that no class of torch.optim has, and to cast the numbers that scalars carry
+            on to the dtype of the parameter, as torch.optim does. Else they keep theirs, so that the numbers are those
+            of a training that was never interrupted.
 
     Raises:
         ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
@@ -41,6 +48,8 @@ def checked_state(
     # torch.optim.SGD used to save None for a buffer that was not there yet.
     state = {key: value for key, value in state.items() if value is not None}
     foreign = [key for key in state if key not in part.known | known]
+    if as_torch:  # a class derived from one of torch.optim may keep things of its own
+        foreign = [key for key in foreign if key in _TORCHS]
     if foreign:
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} has {foreign[0]!r}, which this transformation does not "
@@ -117,9 +126,9 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
 def exported_state(plan: Plan, i: int, state: State) -> State:
     """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
     kept = {key: value for key, value in state.items() if key != "step" or plan.count is not None}
-    checked = checked_state(plan, i, kept, set())
+    checked = checked_state(plan, i, kept, set(), plan.parts[i].known)
     scalars = plan.parts[i].scalars
     return {
-        key: plan.as_kept(key, value.item()) if key in scalars else value.detach().clone()
+        key: plan.as_kept(key, float(value)) if key in scalars else value.detach().clone()
         for key, value in checked.items()
     }

@@ -168,7 +168,8 @@ class Plan:
             first update, whatever the step; and the numbers that scalars carry on. Parameters for which all of that is
             the same are updated together. And the state.
         """
-        part, state = self.parts[i], dict(state)
+        part = self.parts[i]
+        state = {key: value for key, value in state.items() if value is not None}  # None is how buffers are reset
         begun = any(key in state for keys in part.keys for key in keys)
         if part.counted and "step" not in state and self.count is not None:
             # torch's SGD does not count: where it has left a buffer, it is past its first step.

@@ -47,12 +47,14 @@ class AdamScalars(NamedTuple):
 
     Attributes:
         weight1: 1 - beta1.
+        beta2: beta2.
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
         eps: eps sqrt(1 - beta2^t), or eps alone for the lazy rule.
     """
 
     weight1: Any
+    beta2: Any
     weight2: Any
     rate: Any
     eps: Any
@@ -102,10 +104,13 @@ def scale_by_adam(
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
         root = debias(beta2, step).sqrt()
-        return AdamScalars(1 - beta1, 1 - beta2, root / debias(beta1, step), at(eps, step) * (1 if lazy else root))
+        return AdamScalars(
+            1 - beta1, beta2, 1 - beta2, root / debias(beta1, step), at(eps, step) * (1 if lazy else root)
+        )
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
-        return torch.lerp(state.exp_avg, g, s.weight1), torch.lerp(state.exp_avg_sq, g * g, s.weight2)
+        # The weight goes first: g * g overflows where g is greater than 1e19 in float32.
+        return torch.lerp(state.exp_avg, g, s.weight1), s.beta2 * state.exp_avg_sq + s.weight2 * g * g
 
     def ratio(m: Tensor, v: Tensor, s: AdamScalars) -> Tensor:
         corrected: Tensor = s.rate * m / (safe_sqrt(v) + s.eps)

@@ -38,6 +38,7 @@ class NAdamScalars(NamedTuple):
 
     Attributes:
         weight1: 1 - beta1.
+        beta2: beta2.
         weight2: 1 - beta2.
         now: weight of g, (1 - mu_t) / (1 - mu_1 ... mu_t), times root.
         ahead: weight of m, mu_{t+1} / (1 - mu_1 ... mu_{t+1}), times root.
@@ -45,6 +46,7 @@ class NAdamScalars(NamedTuple):
     """
 
     weight1: Any
+    beta2: Any
     weight2: Any
     now: Any
     ahead: Any
@@ -100,11 +102,13 @@ def scale_by_nadam(
         product = carried.mu_product * mu.to(carried.mu_product)
         root = debias(beta2, step).sqrt()
         now, ahead = (1 - mu) / (1 - product.to(mu)), mu_next / (1 - product.to(mu) * mu_next)
-        return NAdamScalars(1 - beta1, 1 - beta2, now * root, ahead * root, at(eps, step) * root), NAdamCarried(product)
+        return NAdamScalars(1 - beta1, beta2, 1 - beta2, now * root, ahead * root, at(eps, step) * root), NAdamCarried(
+            product
+        )
 
     def update(g: Tensor, state: ScaleByNAdamState, p: Tensor | None, s: NAdamScalars) -> Any:
         m = torch.lerp(state.exp_avg, g, s.weight1)
-        v = torch.lerp(state.exp_avg_sq, g * g, s.weight2)
+        v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         return (s.now * g + s.ahead * m) / (safe_sqrt(v) + s.eps), ScaleByNAdamState(m, v)
 
     return leafwise(ScaleByNAdamState, update, scalars, carry=carry, elementwise=True)

@@ -30,6 +30,7 @@ class RAdamScalars(NamedTuple):
 
     Attributes:
         weight1: 1 - beta1.
+        beta2: beta2.
         weight2: 1 - beta2.
         rectified: whether rho_t > 5.
         rate: 1 / (1 - beta1^t), times r_t sqrt(1 - beta2^t) where rectified.
@@ -37,6 +38,7 @@ class RAdamScalars(NamedTuple):
     """
 
     weight1: Any
+    beta2: Any
     weight2: Any
     rectified: Any
     rate: Any
@@ -87,11 +89,11 @@ def scale_by_radam(
         rho, inf = torch.where(rectified, rho_t, 6), torch.where(rectified, rho_inf, 6)
         r = ((rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho)).sqrt()
         rate = torch.where(rectified, r * debias(beta2, step).sqrt(), 1) / debias(beta1, step)
-        return RAdamScalars(1 - beta1, 1 - beta2, rectified, rate, at(eps, step))
+        return RAdamScalars(1 - beta1, beta2, 1 - beta2, rectified, rate, at(eps, step))
 
     def update(g: Tensor, state: ScaleByRAdamState, p: Tensor | None, s: RAdamScalars) -> Any:
         m = torch.lerp(state.exp_avg, g, s.weight1)
-        v = torch.lerp(state.exp_avg_sq, g * g, s.weight2)
+        v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         return s.rate * m / torch.where(s.rectified, safe_sqrt(v) + s.eps, 1), ScaleByRAdamState(m, v)
 
     return leafwise(ScaleByRAdamState, update, scalars, elementwise=True)

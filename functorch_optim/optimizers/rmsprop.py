@@ -38,8 +38,9 @@ class ScaleByStddevState(NamedTuple):
 
 
 class RmsScalars(NamedTuple):
-    """What RMSprop needs at a step: 1 - alpha, eps."""
+    """What RMSprop needs at a step: alpha, 1 - alpha, eps."""
 
+    alpha: Any
     weight: Any
     eps: Any
 
@@ -79,14 +80,14 @@ def scale_by_rms(
     check("epsilon value", eps)
 
     def scalars(step: Tensor) -> RmsScalars:
-        return RmsScalars(1 - at(alpha, step), at(eps, step))
+        return RmsScalars(at(alpha, step), 1 - at(alpha, step), at(eps, step))
 
     def plain(g: Tensor, state: ScaleByRmsState, p: Tensor | None, s: RmsScalars) -> Any:
-        v = torch.lerp(state.square_avg, g * g, s.weight)
+        v = s.alpha * state.square_avg + s.weight * g * g
         return g / (safe_sqrt(v) + s.eps), ScaleByRmsState(v)
 
     def deviation(g: Tensor, state: ScaleByStddevState, p: Tensor | None, s: RmsScalars) -> Any:
-        v = torch.lerp(state.square_avg, g * g, s.weight)
+        v = s.alpha * state.square_avg + s.weight * g * g
         m = torch.lerp(state.grad_avg, g, s.weight)
         return g / (safe_sqrt(torch.clamp_min(v - m * m, 0)) + s.eps), ScaleByStddevState(v, m)
 

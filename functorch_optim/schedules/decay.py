@@ -131,7 +131,8 @@ def polynomial(
     def function(step: Tensor) -> Tensor:
         left = 1 - progress(step, total_iters)
         over = left == 0  # where the derivative of a root is infinite
-        return mix(end_value, value, torch.where(over, 0, torch.where(over, 1, left) ** power))
+        last = (torch.as_tensor(power, device=step.device) == 0).to(step)  # 0^0 = 1
+        return mix(end_value, value, torch.where(over, last, torch.where(over, 1, left) ** power))
 
     return function
 

@@ -1,0 +1,18 @@
+"""Copies of things by way of bytes: torch.save and pickle."""
+
+import io
+import pickle
+
+import torch
+
+
+def through_a_file(thing, weights_only=True):
+    """Save with torch, and load again: what a checkpoint holds."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def through_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
