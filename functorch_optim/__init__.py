@@ -1,6 +1,6 @@
 """Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
 
-from functorch_optim import optim, schedules, tree
+from functorch_optim import meta, optim, schedules, tree
 from functorch_optim.base import (
     GradientTransformation,
     apply_updates,
@@ -73,6 +73,7 @@ __all__ = [
     "load_state_dict",
     "masked",
     "maximize",
+    "meta",
     "muon",
     "nadam",
     "named_chain",

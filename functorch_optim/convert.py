@@ -16,12 +16,13 @@ from functorch_optim.optim.base import OptimizerBase
 from functorch_optim.optim.lbfgs import whole_bounds
 from functorch_optim.optim.loading import checked_state, exported_state
 from functorch_optim.optim.plan import Plan
-from functorch_optim.optimizers.lbfgs import LBFGSState, common_dtype, flattened, lbfgs, pack, unpack
+from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs, pack, unpack
 from functorch_optim.optimizers.limited_memory import Memory
 from functorch_optim.optimizers.limited_memory import from_torch as memory_from_torch
 from functorch_optim.optimizers.limited_memory import to_torch as memory_to_torch
 from functorch_optim.rule import Rule, TreeRule
 from functorch_optim.tree import MaskedNode, Tree
+from functorch_optim.vector import common_dtype, flattened
 
 
 def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation, Tree, Any]:

@@ -27,7 +27,7 @@ def test_there_is_code_in_readme():
 
 def test_the_reference_has_every_public_name():
     documented = set(re.findall(r"`([a-zA-Z_]+)", REFERENCE))
-    public = set(fo.__all__) | {"tree"} | set(fo.schedules.__all__) | set(fo.optim.__all__)
+    public = set(fo.__all__) | {"tree"} | set(fo.schedules.__all__) | set(fo.optim.__all__) | set(fo.meta.__all__)
     assert public - documented == set()
 
 
@@ -39,7 +39,7 @@ def test_every_public_name_has_an_example():
 
 
 def test_schedules_and_classes_have_examples():
-    for module in (fo.schedules, fo.optim):
+    for module in (fo.schedules, fo.optim, fo.meta):
         for name in module.__all__:
             thing = getattr(module, name)
             if getattr(thing, "__module__", "").startswith("functorch_optim"):

@@ -149,3 +149,24 @@ def test_those_of_a_batch_that_have_ended_are_not_led_out_of_the_domain():
     each = torch.stack([torch.func.grad(lambda x: trained(x)[0]["x"].sum())(row) for row in x])
     assert each.isfinite().all()
     torch.testing.assert_close(batched, each, rtol=1e-8, atol=1e-10)
+
+
+@few
+def test_derivatives_where_a_complex_number_begins_at_an_odd_place(options):
+    """In the vector of all numbers: torch's view_as_real cannot be differentiated there."""
+    params = {"a": torch.randn(1, **DOUBLE), "z": torch.randn(2, dtype=torch.complex128)}
+
+    def problem(params):
+        return (params["z"] * (2 + 1j) - 1).abs().square().sum() + (params["a"] - params["z"].real.sum()).square().sum()
+
+    def trained(params):
+        moved, _ = train(params, {**options, "max_iter": 3, "lr": 0.1}, problem, updates=2)
+        return problem(moved)
+
+    gradient = torch.func.grad(trained)(params)
+    direction = fo.tree.map(torch.randn_like, params)
+    by = 1e-6
+    up, down = [trained(fo.tree.map(lambda p, d: p + s * by * d, params, direction)) for s in (1, -1)]
+    pairs = [(gradient[key], direction[key]) for key in params]
+    slope = sum((g.conj() * d).real.sum() if g.is_complex() else (g * d).sum() for g, d in pairs)
+    torch.testing.assert_close(slope, (up - down) / (2 * by), rtol=1e-5, atol=1e-8)

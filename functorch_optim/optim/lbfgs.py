@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim.optimizers.lbfgs import common_dtype, flattened, unflattened
 from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Settings, from_torch, minimize, to_torch
+from functorch_optim.vector import common_dtype, flattened, unflattened
 
 _COUNTS = ("func_evals", "n_iter")
 _REST = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")  # since the first iteration

@@ -1,7 +1,6 @@
 """L-BFGS: Newton's method, with an inverse Hessian made of the last few steps."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +8,11 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, factory
-from functorch_optim.checks import HALF
 from functorch_optim.control import is_known, is_masked
 from functorch_optim.hyperparameters import Hyperparameter, at, check, check_integer, check_number
 from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
 from functorch_optim.tree import Tree
+from functorch_optim.vector import common_dtype, flattened, unflattened
 
 
 class LBFGSState(NamedTuple):
@@ -208,45 +207,6 @@ def pack(step: Tensor, memory: Memory, like: LBFGSState) -> LBFGSState:
     pairs = (memory.old_dirs, memory.old_stps, memory.ro)
     old_dirs, old_stps, ro = map(padded, pairs, (like.old_dirs, like.old_stps, like.ro))
     return LBFGSState(step, *memory._replace(old_dirs=old_dirs, old_stps=old_stps, ro=ro))
-
-
-# Trees as one vector of real numbers. ---------------------------------------------------------------------------------
-
-
-def common_dtype(leaves: Sequence[Tensor | None]) -> torch.dtype:
-    """Find the real dtype that holds the numbers of all leaves, float32 at least."""
-    dtypes = [_real_dtype(leaf) for leaf in leaves if leaf is not None]
-    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
-    return torch.float32 if dtype in HALF else dtype
-
-
-def flattened(leaves: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    """Make one vector of all leaves."""
-    pieces = [
-        (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
-        for leaf in leaves
-        if leaf is not None
-    ]
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype)
-
-
-def unflattened(x: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Give each leaf its piece, in its shape and dtype; None stays None."""
-    sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves if leaf is not None]
-    pieces = iter(torch.split(x, sizes) if sizes else ())
-    return [None if leaf is None else _like(next(pieces), leaf) for leaf in leaves]
-
-
-def _like(piece: Tensor, leaf: Tensor) -> Tensor:
-    piece = piece.to(_real_dtype(leaf))
-    if not leaf.is_complex():
-        return piece.reshape(leaf.shape)
-    pairs = piece.reshape(*leaf.shape, 2)
-    return torch.complex(pairs[..., 0], pairs[..., 1])  # view_as_complex refuses a piece that begins at an odd place
-
-
-def _real_dtype(leaf: Tensor) -> torch.dtype:
-    return leaf.real.dtype if leaf.is_complex() else leaf.dtype
 
 
 # Checks. --------------------------------------------------------------------------------------------------------------
