@@ -168,3 +168,30 @@ def test_parameters_are_added_to_copies(copied, transformation):
         group["params"][0].grad = torch.ones_like(group["params"][0])
     opt.step()
     assert len(opt.state) == 2
+
+
+class HistoryState(NamedTuple):
+    last: torch.Tensor
+    before: torch.Tensor
+    view: torch.Tensor
+
+
+def test_states_that_move_from_one_place_to_another():
+    """New states are written into the tensors of the old ones, which must not change what is still to be written."""
+
+    def update(g, state, p, s):
+        return g + state.before, HistoryState(g, state.last, state.last.flip(0).flip(0)[:])
+
+    tx = fo.leafwise(HistoryState, update, elementwise=True)
+    p = torch.zeros(2)
+    opt, state, moved = fo.Optimizer([p.clone()], tx), tx.init([p]), [p]
+    for grad in (1.0, 10.0, 100.0, 1000.0):
+        grads = [torch.full((2,), grad)]
+        opt.param_groups[0]["params"][0].grad = grads[0].clone()
+        opt.step()
+        updates, state = tx.update(grads, state, moved)
+        moved = fo.apply_updates(moved, updates)
+        assert torch.equal(opt.param_groups[0]["params"][0], moved[0])
+        [kept] = opt.state.values()
+        for field, [expected] in zip(HistoryState._fields, state, strict=True):
+            assert torch.equal(kept[field], expected)

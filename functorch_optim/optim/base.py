@@ -100,13 +100,19 @@ class OptimizerBase(torch.optim.Optimizer):
     ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
         keys, known = _tree_keys(index, plan), self._tree_states(index, plan)
-        updates, states, tree_states = plan.update([self.state.get(p, {}) for p in plan.params], known, extra)
+        olds = [self.state.get(p, {}) for p in plan.params]
+        updates, states, tree_states = plan.update(olds, known, extra)
         moved = [i for i, update in enumerate(updates) if update is not None]
         execution.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
-        kept = execution.unshared([*plan.params, *[p.grad for p in plan.params]])
+        # What is about to be written, or belongs to the user, must not be part of what is to be written later.
+        old_tensors = [value for old in olds for value in old.values()]
+        kept = execution.unshared([*plan.params, *[p.grad for p in plan.params], *old_tensors])
         return (
             [kept(update) for update in updates],
-            [{key: kept(value) for key, value in state.items()} for state in states],
+            [
+                {key: value if value is old.get(key) else kept(value) for key, value in state.items()}
+                for state, old in zip(states, olds, strict=True)
+            ],
             {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
         )
 
