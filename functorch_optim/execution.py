@@ -44,10 +44,11 @@ def run(
 
     Args:
         rules: the links of a chain.
-        updates: one tensor for each parameter, at least one; all of one device and dtype.
+        updates: one tensor for each parameter, at least one; all of one device and dtype. A sparse one comes alone.
         states: for each rule, its state for these parameters.
         params: the parameters, where they were given.
-        scalars: for each rule, what its `scalars` returned: numbers and 0-dim float64 tensors in any tree.
+        scalars: for each rule, what its `scalars` returned: in any tree, numbers, 0-dim float64 tensors, and functions
+            that make a number of the dtype of the parameters.
 
     Returns:
         The transformed updates, and for each rule its new state.
