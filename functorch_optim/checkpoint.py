@@ -56,8 +56,8 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
     places = _places(state, params)
     states: dict[Any, dict[str, Tensor]] = {key: {} for key in sorted(keys)}
     for place in places:
-        for owner in place.owners:
-            states[keys[owner]][place.name] = place.tensor
+        for owner, name in zip(place.owners, place.names, strict=True):
+            states[keys[owner]][name] = place.tensor
     _add_steps([place for place in places if place.of_all], list(states.values()))
     if by == "index":  # torch.optim modifies what it loads
         states = {key: {name: _copy(name, tensor) for name, tensor in own.items()} for key, own in states.items()}
@@ -135,16 +135,16 @@ class _Place(NamedTuple):
     Attributes:
         path: dotted path in the state.
         tensor: what is there.
-        name: what it is called in the state of a parameter.
         owners: indices of the parameters whose it is.
+        names: what it is called in the state of each of them.
         shared: whether it may be several parameters'.
         of_all: whether it is the step of a rule that keeps nothing else, so that nothing tells whose it is.
     """
 
     path: str
     tensor: Tensor
-    name: str
     owners: Sequence[int]
+    names: Sequence[str]
     shared: bool
     of_all: bool = False
 
@@ -170,7 +170,7 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
     for path, part in _parts(state, ""):
         counters, fields = _fields(part)
         if fields is None:
-            places += [_Place(_dotted(path, inner), leaf, "", (), True) for inner, leaf in _by_path(part).items()]
+            places += [_Place(_dotted(path, inner), leaf, (), (), True) for inner, leaf in _by_path(part).items()]
             continue
         columns = {
             field: tree.flatten_up_to(
@@ -179,14 +179,14 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
             for field in fields
         }
         owners = [i for i in everyone if any(isinstance(column[i], Tensor) for column in columns.values())]
-        names = [{field: numbered(field, counts[i]) for field in (*fields, *counters)} for i in owners]
+        names = [{field: numbered(field, counts[i]) for field in (*fields, *counters[1:])} for i in owners]
         for field in counters:
-            name = "step" if field == "step" else names[0][field] if owners else ""
-            places.append(_Place(_dotted(path, field), getattr(part, field), name, owners, True, not columns))
+            own = [named.get(field, field) for named in names]  # there is one step for all rules
+            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns))
         for field, column in columns.items():
             places += [
-                _Place(_dotted(path, _dotted(field, paths[i])), column[i], own[field], (i,), False)
-                for i, own in zip(owners, names, strict=True)
+                _Place(_dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
+                for i, named in zip(owners, names, strict=True)
             ]
     return places
 
@@ -219,14 +219,15 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
         )
     found: dict[str, Tensor] = dict(rest)
     for place in places:
-        owners = range(len(keys)) if place.of_all else place.owners
-        values = {keys[i]: states[keys[i]][place.name] for i in owners if place.name in states.get(keys[i], {})}
+        owned = zip(place.owners, place.names, strict=True)
+        owners = [(i, "step") for i in range(len(keys))] if place.of_all else list(owned)
+        values = {keys[i]: states[keys[i]][name] for i, name in owners if name in states.get(keys[i], {})}
         if place.path in found or not values:
             continue
         if len({float(value) for value in values.values()} if place.shared else ()) > 1:
             at = ", ".join([f"{key!r}: {float(value)}" for key, value in values.items()])
             raise ValueError(
-                f"The parameters are at different steps, or differ in {place.name}: {at}. Here all of them share it; "
+                f"The parameters are at different steps, or differ in {owners[0][1]}: {at}. Here all of them share it; "
                 "from_torch(optimizer) makes a transformation that does not"
             )
         found[place.path] = torch.as_tensor(next(iter(values.values())))

@@ -148,3 +148,18 @@ def test_dataclasses_are_trees():
     saved = fo.state_dict(state, params, by="index")
     assert [own["momentum_buffer"].numel() for own in saved["state"].values()] == [2, 1, 3]
     assert_close(fo.load_state_dict(state, saved, params, by="index"), state, rtol=0, atol=0)
+
+
+def test_numbers_carried_on_have_the_names_that_each_parameter_gives_them():
+    """The second NAdam is the first for a parameter that a mask hides from the other."""
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    tx = fo.chain(fo.masked(fo.scale_by_nadam(), {"a": True, "b": False}), fo.scale_by_nadam(momentum_decay=0.1))
+    state = tx.update(params, tx.init(params), params)[1]
+    saved = fo.state_dict(state, params)["state"]
+    assert saved["a"]["mu_product"] is state[0].mu_product
+    assert saved["a"]["mu_product.1"] is saved["b"]["mu_product"] is state[1].mu_product
+    optimizer = fo.Optimizer(params.items(), tx)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**fo.state_dict(state, params, by="index"), "param_groups": groups})
+    loaded = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
+    assert_close(loaded, state, rtol=0, atol=0)

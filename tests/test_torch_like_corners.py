@@ -42,13 +42,14 @@ class Averaging(fo.optim.SGD):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_classes_derived_from_these_may_keep_things_of_their_own(momentum):
-    p = torch.ones(2, requires_grad=True)
-    optimizer = Averaging([p], lr=0.1, momentum=momentum)
+    p, frozen = torch.ones(2, requires_grad=True), torch.ones(3)
+    optimizer = Averaging([p, frozen], lr=0.1, momentum=momentum)
     p.grad = torch.ones(2)
     optimizer.step()
-    again = Averaging([torch.ones(2, requires_grad=True)], lr=0.1, momentum=momentum)
+    again = Averaging([torch.ones(2, requires_grad=True), frozen], lr=0.1, momentum=momentum)
     again.load_state_dict(optimizer.state_dict())
-    [loaded] = again.state.values()
+    loaded, without = again.state.values()
+    assert set(without) == {"average", "note"}
     assert loaded["note"] == "mine"
     assert torch.equal(loaded["average"], optimizer.state[p]["average"])
     assert ("momentum_buffer" in loaded) == (momentum > 0)
