@@ -48,7 +48,8 @@ def run(
         states: for each rule, its state for these parameters.
         params: the parameters, where they were given.
         scalars: for each rule, what its `scalars` returned: in any tree, numbers, 0-dim float64 tensors, and functions
-            that make a number of the dtype of the parameters.
+            that make a number of the dtype of the parameters. For a parameter that comes alone, tensors may also have a
+            number for each element.
 
     Returns:
         The transformed updates, and for each rule its new state.
@@ -59,12 +60,12 @@ def run(
     new_updates = [_widened(update) for update in updates]
     new_states = [_map_columns(_widened, state) for state in states]
     wide_params = [_widened(param) for param in params] if params is not None else None
-    cast = _cast(new_updates[0], updates[0].dtype, to_number=eagerly)
     given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
     versions = [tensor._version for tensor in given if not tensor.is_inference()] if eagerly else []
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
         view = _as_reals if elementwise else _as_it_is
+        cast = _cast(new_updates[0], updates[0].dtype, to_number=eagerly, as_pairs=elementwise)
         way = _foreach if eagerly and elementwise and len(updates) > 1 else _tensor_by_tensor
         results, columns = way(
             [rules[k] for k in links],
@@ -98,12 +99,16 @@ def _run_touched(
     def touched(dense: Tensor) -> Tensor:
         return dense[indices]
 
+    def touched_numbers(scalar: Any) -> Any:
+        each = isinstance(scalar, Tensor) and scalar.ndim > 0
+        return touched(scalar.expand(update.shape)) if each else scalar
+
     [values], some = run(
         rules,
         [update.values()],
         [_map_columns(touched, state) for state in states],
         [touched(p) for p in params] if params is not None else None,
-        scalars,
+        tree.map(touched_numbers, list(scalars)),
     )
     new_states = [
         _zip_columns(lambda new, old: old.index_put(indices, new), new, old)
@@ -273,7 +278,7 @@ def _applied(rule: Rule, g: Any, state: Any, p: Any, s: Any) -> tuple[Any, Any]:
     return returned
 
 
-def _cast(like: Tensor, original: torch.dtype, to_number: bool) -> Callable[[Any], Any]:
+def _cast(like: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) -> Callable[[Any], Any]:
     dtype = like.real.dtype if like.is_complex() else like.dtype
 
     def cast(scalar: Any) -> Any:
@@ -281,10 +286,12 @@ def _cast(like: Tensor, original: torch.dtype, to_number: bool) -> Callable[[Any
             scalar = scalar(original)
         if not isinstance(scalar, Tensor):
             return scalar
+        if as_pairs and like.is_complex() and scalar.ndim > 0:  # one for each element, which is two reals here
+            scalar = scalar.unsqueeze(-1)
         on_cpu = scalar.device.type == "cpu"
         if not scalar.is_floating_point():  # a condition stays one
             return scalar.to(like.device, non_blocking=on_cpu)
-        if to_number and on_cpu:
+        if to_number and on_cpu and scalar.ndim == 0:
             return scalar.item()  # on the CPU this waits for nothing, and foreach ops take numbers best
         return scalar.to(like.device, dtype, non_blocking=on_cpu)
 

@@ -1,28 +1,33 @@
-"""Hyperparameters: a number, a 0-dim tensor, or a schedule, wherever a number is wanted."""
+"""Hyperparameters: a number, a 0-dim tensor, a schedule, or a tree of them, wherever a number is wanted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float]
-"""A number; a 0-dim tensor, which may require grad or be batched by vmap; or a schedule: a function of the number of
-updates already done, 0 at the first update."""
+from functorch_optim import tree
+from functorch_optim.per_parameter import PerParameter, Place, check_fits
+
+Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float] | Mapping[Any, Any] | Sequence[Any]
+"""A number; a 0-dim tensor, which may require grad or be batched by vmap; a schedule: a function of the number of
+updates already done, 0 at the first update; or a tree of these like the parameters, or a prefix of such a tree: a value
+for each. In a tree, a tensor may also have a value for each element: it broadcasts to the parameter."""
 
 
-def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
+def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
     """Evaluate a hyperparameter at a step.
 
     Args:
-        hyperparameter: number, tensor of one element, or schedule.
+        hyperparameter: number, tensor of one element, schedule, or tree of them.
         step: number of this update, 1 at the first: 0-dim float64 tensor. A schedule is called with `step - 1`, the
             number of updates already done, as torch's schedulers and optax count.
 
     Returns:
-        A float, or a 0-dim float64 tensor.
+        A float, or a 0-dim float64 tensor. For a tree, something that answers like one, and is the value for each
+        parameter when the rule is run.
 
     Raises:
         ValueError: a tensor has more than one element.
@@ -33,27 +38,55 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Tensor | float:
         >>> at(0.1, step), at(lambda count: 0.5**count, step)
         (0.1, tensor(1., dtype=torch.float64))
     """
-    value = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.ndim != 0:
+    if is_tree(hyperparameter):
+
+        def at_place(place: Place) -> Any:
+            value = _evaluated(place.of(hyperparameter), step)
+            if isinstance(value, Tensor):
+                check_fits(value, place)
+            return value
+
+        return PerParameter(at_place)
+    value = _evaluated(hyperparameter, step)
+    if isinstance(value, Tensor) and value.ndim != 0:
         if value.numel() != 1:
             raise ValueError(
                 f"A hyperparameter is one number, got a tensor of shape {tuple(value.shape)}. To train with several "
-                "values at once, batch them: torch.vmap(lambda lr: ...)(lrs)."
+                "values at once, batch them: torch.vmap(lambda lr: ...)(lrs). For a value for each parameter, or for "
+                "each of its elements, give a tree like the parameters"
             )
         value = value.reshape(())
-    return value.to(torch.float64)
+    return value
+
+
+def _evaluated(hyperparameter: Any, step: Tensor) -> Any:
+    value: Any = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
+    if isinstance(value, PerParameter):  # a function of the step may be computed from trees
+        return value
+    return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+
+
+def is_tree(hyperparameter: Any) -> bool:
+    """Tell whether a hyperparameter is a tree of values, and no value itself."""
+    return not tree.is_leaf(hyperparameter)
 
 
 def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
     """Make a tensor like `p`, filled with the value of a hyperparameter at the first update; it is differentiable.
+
+    Raises:
+        TypeError: the hyperparameter is a tree.
 
     Example:
         >>> import torch
         >>> filled_like(torch.zeros(2), 0.5)
         tensor([0.5000, 0.5000])
     """
+    if is_tree(hyperparameter):
+        raise TypeError(
+            f"A state begins with the value of this hyperparameter, so it cannot be a tree: {hyperparameter!r}. Give "
+            "each part of the parameters a transformation of its own, with partition"
+        )
     value = at(hyperparameter, torch.ones((), dtype=torch.float64))
     return torch.zeros_like(p) + (value.to(p.device, p.dtype) if isinstance(value, Tensor) else value)
 
@@ -63,18 +96,19 @@ def is_zero(hyperparameter: Hyperparameter) -> bool:
     return isinstance(hyperparameter, Real) and hyperparameter == 0
 
 
-def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
-    """Raise unless `value` is a tensor, a schedule, or a python number that is allowed.
+def check(name: str, value: Any, allowed: str = "value >= 0", *, trees: bool = True) -> None:
+    """Raise unless `value` is a tensor, a schedule, a python number that is allowed, or a tree of these.
 
     Args:
         name: what to call it in the message, in torch.optim's words.
         value: the hyperparameter.
         allowed: "value >= 0", "value > 0", "0 <= value < 1", "0 <= value <= 1", "value <= 0", "value > 1", ... or
             "a number".
+        trees: whether it may be a tree.
 
     Raises:
         ValueError: the number is not allowed; NaN never is.
-        TypeError: it is neither a number nor a tensor nor a schedule.
+        TypeError: it is neither a number nor a tensor nor a schedule nor a tree of them.
 
     Example:
         >>> check("learning rate", -0.1)
@@ -82,7 +116,10 @@ def check(name: str, value: Any, allowed: str = "value >= 0") -> None:
         ...
         ValueError: Invalid learning rate: -0.1; it needs value >= 0
     """
-    if isinstance(value, Tensor):
+    if trees and is_tree(value):
+        for path, entry in zip(tree.paths(value), tree.flatten(value)[0], strict=True):
+            check(f"{name} at {path!r}", entry, allowed)
+    elif isinstance(value, Tensor):
         if not value.is_floating_point() and value.dtype not in _INTEGERS:
             raise TypeError(f"Invalid {name}: a tensor of dtype {value.dtype}; it needs real numbers")
     elif not callable(value):  # neither is inspected: a value would have to be waited for, and is not there in a trace

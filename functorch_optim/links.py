@@ -44,15 +44,17 @@ def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
         TypeError: a label is a tensor.
     """
     leaves = tree.flatten(params)[0]
-    read: list[tuple[Any, list[Any]]] = []  # links often share labels: each is looked at once
+    prefixes = tree.Prefixes(params, "the labels")  # links often share labels: each is looked at once
+    made: list[tuple[Any, Tree]] = []
 
     def labels_of(selection: Selection) -> list[Any]:
-        for labels, found in read:
-            if labels is selection.labels:
-                return found
-        labels = selection.labels(params) if callable(selection.labels) else selection.labels
-        read.append((selection.labels, tree.broadcast_prefix(labels, params, "the labels")))
-        return read[-1][1]
+        if not tree.is_leaf(selection.labels) or not callable(selection.labels):
+            return prefixes.of(selection.labels)
+        for function, labels in made:
+            if function is selection.labels:
+                return prefixes.of(labels)
+        made.append((selection.labels, selection.labels(params)))
+        return prefixes.of(made[-1][1])
 
     chosen = []
     for link in links:

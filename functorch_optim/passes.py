@@ -13,6 +13,7 @@ from torch import Tensor
 from functorch_optim import execution, tree
 from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
 from functorch_optim.links import Link
+from functorch_optim.per_parameter import Place, check_shared, differs, resolved
 from functorch_optim.rule import TreeRule
 from functorch_optim.tree import MaskedNode, Tree
 
@@ -96,8 +97,8 @@ def run(
                 if k in used or bucket.carried[k]:
                     scalars[k], carried[number][k] = _evaluated_scalars(links[k], bucket, k, extras, seen)
             for (applying, *_), indices in groups.items():
-                if applying:
-                    _run_rules(links, leaves, applying, indices, updates, states, scalars)
+                for some, numbers in _parted(indices, [scalars[k] for k in applying], leaves, updates):
+                    _run_rules(links, leaves, applying, some, updates, states, numbers)
     return updates, states, carried
 
 
@@ -132,6 +133,20 @@ def _as_rules_take_it(update: Tensor, rules: Sequence[Any], path: Path, i: int) 
     return update.to_dense() if any(rule.sparse == "dense" for rule in rules) else update
 
 
+def _parted(
+    indices: list[int], scalars: list[Any], leaves: Leaves, updates: Sequence[Any]
+) -> list[tuple[list[int], list[Any]]]:
+    """Part leaves, with their scalars, where numbers differ between them: then each is alone."""
+    if not scalars or not differs(scalars):
+        return [(indices, scalars)] if scalars else []
+    prefixes = tree.Prefixes(tree.unflatten(leaves.structure, range(len(updates))), "the values of a hyperparameter")
+
+    def place(i: int) -> Place:
+        return Place(lambda values: prefixes.of(values)[i], lambda: leaves.path(i), updates[i].shape)
+
+    return [([i], resolved(scalars, place(i))) for i in indices]
+
+
 def _run_rules(
     links: Sequence[Link],
     leaves: Leaves,
@@ -139,9 +154,9 @@ def _run_rules(
     indices: list[int],
     updates: list[Any],
     states: list[Any],
-    scalars: dict[int, Any],
+    scalars: Sequence[Any],
 ) -> None:
-    """Run rules on some of the leaves; write into `updates` and `states`."""
+    """Run rules, whose links and scalars these are, on some of the leaves; write into `updates` and `states`."""
     some_updates = [updates[i] for i in indices]
     some_states = [_picked(states[k], indices) for k in applying]
 
@@ -161,7 +176,7 @@ def _run_rules(
                 check_state(rule.name, field, column, some_updates, path)
     rules: list[Any] = [links[k].rule for k in applying]
     params = [leaves.params[i] for i in indices] if leaves.params is not None else None
-    new_updates, new_states = execution.run(rules, some_updates, some_states, params, [scalars[k] for k in applying])
+    new_updates, new_states = execution.run(rules, some_updates, some_states, params, scalars)
     check_kept("The update after " + ", ".join([links[k].rule.name for k in applying]), new_updates, some_updates, path)
     for k, old, new in zip(applying, some_states, new_states, strict=True):
         for (field, before), (_, after), column in zip(_fields(old), _fields(new), states[k], strict=True):
@@ -219,6 +234,7 @@ def _evaluated_scalars(
     if rule.carry is None:
         return rule.scalars(step, **wanted), carried
     scalars, new = rule.scalars(step, rule.carried_type(*carried), **wanted)
+    check_shared(rule.name, rule.counters[1:], new)
     # The numbers are float64, but torch.optim keeps float32: what comes out of its checkpoints stays so.
     return scalars, tuple([n.to(old) for n, old in zip(new, carried, strict=True)])
 

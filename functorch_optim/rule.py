@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_optim.per_parameter import check_shared
+
 
 class EmptyState(NamedTuple):
     """The state of a transformation that keeps none."""
@@ -68,7 +70,9 @@ class Rule(NamedTuple):
 
     def carried(self) -> Any:
         """Make the numbers that scalars carry on, before the first update."""
-        return self.carry() if self.carry is not None else ()
+        numbers = self.carry() if self.carry is not None else ()
+        check_shared(self.name, self.counters[1:], numbers)
+        return numbers
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim.numerics import safe_sqrt
+from functorch_optim.stand_in import StandIn
 
 
-class TensorList:
+class TensorList(StandIn):
     """A list of tensors that answers like one tensor.
 
     Each torch function called on it is one `torch._foreach_*` call over the list where there is such a kernel for these
@@ -38,37 +39,20 @@ class TensorList:
 
     def __getattr__(self, name: str) -> Any:
         """Answer a method or property of Tensor."""
-        attribute = getattr(Tensor, name)
-        if callable(attribute):
-            return lambda *args, **kwargs: TensorList.__torch_function__(attribute, (), (self, *args), kwargs)
         if name in ("device", "dtype"):
             return getattr(self.tensors[0], name)  # the same for all
-        raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"An elementwise rule must not look at .{name}; declare it with elementwise=False"
+            ) from None
 
     def __bool__(self) -> bool:
         raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
 
     def __repr__(self) -> str:
         return f"TensorList({self.tensors!r})"
-
-
-def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
-    def forward(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, *others: TensorList.__torch_function__(function, (), (self, *others))
-
-    def backward(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: TensorList.__torch_function__(function, (), (other, self))
-
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-        yield f"__{name}__", forward(getattr(operator, name))
-        yield f"__r{name}__", backward(getattr(operator, name))
-    for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "invert"):
-        yield f"__{name.strip('_')}__", forward(getattr(operator, name))
-
-
-for _name, _operator in _operators():
-    setattr(TensorList, _name, _operator)
-TensorList.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:

@@ -141,7 +141,7 @@ def insertion_order(tree: Tree) -> list[int]:
     order: list[int] = []
 
     def walk(node: Tree) -> None:
-        if _is_leaf(node):
+        if is_leaf(node):
             order.append(node)
         else:
             for child in node.values() if isinstance(node, dict) else _children(node).values():
@@ -160,13 +160,13 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     """
 
     def walk(prefix: Tree, tree: Tree, path: str) -> list[Any]:
-        if _is_leaf(prefix):
+        if is_leaf(prefix):
             return [prefix] * len(flatten(tree)[0])
         given, wanted = _children(prefix), _children(tree)
-        if _is_leaf(tree) or set(given) != set(wanted):
+        if is_leaf(tree) or set(given) != set(wanted):
             raise ValueError(
                 f"{name} do not fit the parameters: at {path or 'the root'!r} they have {list(given)} where the "
-                f"parameters have {'a leaf' if _is_leaf(tree) else list(wanted)}. "
+                f"parameters have {'a leaf' if is_leaf(tree) else list(wanted)}. "
                 "Give one value for each parameter, or one for a whole subtree"
             )
         return [leaf for key, child in wanted.items() for leaf in walk(given[key], child, _dotted(path, key))]
@@ -174,15 +174,32 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     return walk(prefix, tree, "")
 
 
+class Prefixes:
+    """Prefixes of one tree, each of which is broadcast to it once."""
+
+    def __init__(self, tree: Tree, name: str) -> None:
+        """Hold the tree, and what to call the prefixes in messages."""
+        self._tree, self._name = tree, name
+        self._known: list[tuple[Tree, list[Any]]] = []
+
+    def of(self, prefix: Tree) -> list[Any]:
+        """Give every leaf of the tree what the prefix has for it; see `broadcast_prefix`."""
+        for known, found in self._known:
+            if known is prefix:
+                return found
+        self._known.append((prefix, broadcast_prefix(prefix, self._tree, self._name)))
+        return self._known[-1][1]
+
+
 def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -> str:
     """Say where and how the structure of `right` first differs from that of `left`."""
 
     def walk(left: Tree, right: Tree, path: str) -> str | None:
         here = f"at {path!r}" if path else "at the root"
-        if _is_leaf(left):
+        if is_leaf(left):
             return None
         dicts = isinstance(left, dict) and isinstance(right, dict)  # any kind of dict matches any other
-        if _is_leaf(right) or not (dicts or type(left) is type(right)):
+        if is_leaf(right) or not (dicts or type(left) is type(right)):
             return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
         lefts, rights = _children(left), _children(right)
         for missing_from, those, others in ((right_name, lefts, rights), (left_name, rights, lefts)):
@@ -203,7 +220,8 @@ def _dotted(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _is_leaf(node: Tree) -> bool:
+def is_leaf(node: Tree) -> bool:
+    """Tell whether this is no container, but a leaf; None is one."""
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -216,7 +234,7 @@ def _children(node: Tree) -> dict[Any, Tree]:
     if type(node) is dict:
         # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
         return {key: node[key] for key in optree.utils.total_order_sorted(node)}
-    if _is_leaf(node):
+    if is_leaf(node):
         return {}
     children, _, keys, _ = _one_level(node)
     return dict(zip(getattr(node, "_fields", keys), children, strict=True))
@@ -230,11 +248,11 @@ class _TracedStructure:
 
     def flatten_up_to(self, other: Tree) -> list[Any]:
         def walk(node: Tree, other: Tree) -> list[Any]:
-            if _is_leaf(node):
+            if is_leaf(node):
                 return [other]
             children, others = _children(node), _children(other)
             dicts = isinstance(node, dict) and isinstance(other, dict)
-            if _is_leaf(other) or set(children) != set(others) or not (dicts or type(node) is type(other)):
+            if is_leaf(other) or set(children) != set(others) or not (dicts or type(node) is type(other)):
                 raise ValueError("the structures differ")
             return [leaf for key, child in children.items() for leaf in walk(child, others[key])]
 
@@ -244,7 +262,7 @@ class _TracedStructure:
         remaining = iter(leaves)
 
         def build(node: Tree) -> Tree:
-            if _is_leaf(node):
+            if is_leaf(node):
                 return next(remaining)
             rebuilt = {key: build(child) for key, child in _children(node).items()}
             if type(node) is dict:

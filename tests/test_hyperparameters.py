@@ -149,7 +149,7 @@ def test_tensors_are_never_inspected(allowed, value):
     check("momentum", lambda count: value, allowed)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, False, 1j, [0.1], (0.1,), {}], ids=repr)
+@pytest.mark.parametrize("value", ["0.1", None, True, False, 1j], ids=repr)
 def test_things_that_are_no_hyperparameters(value):
     with pytest.raises(
         TypeError, match=f"^Invalid momentum: .* is a {type(value).__name__}; give a number, a 0-dim tensor"

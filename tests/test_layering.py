@@ -11,6 +11,8 @@ ROOT = pathlib.Path(functorch_optim.__file__).parent
 LAYERS = [
     "tree",
     "numerics",
+    "stand_in",
+    "per_parameter",
     "control",
     "recorded",
     "hyperparameters",

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from functorch_optim import tree
 from functorch_optim.base import GradientTransformation
 
 Factory = Callable[..., GradientTransformation]
@@ -171,6 +172,4 @@ def same(old: Any, new: Any, live: bool) -> bool:
 
 def has_function(value: Any) -> bool:
     """Tell whether a hyperparameter is a function, a schedule say, or holds one."""
-    if isinstance(value, list | tuple):
-        return any(map(has_function, value))
-    return callable(value)
+    return any(map(callable, tree.flatten(value)[0]))

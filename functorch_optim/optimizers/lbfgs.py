@@ -120,7 +120,7 @@ def lbfgs(
         >>> params["x"].round(decimals=3), params["y"].round(decimals=3)
         (tensor(1.), tensor(1.))
     """
-    check("learning rate", lr)
+    check("learning rate", lr, trees=False)
     check_integer("max_iter", max_iter, 1)
     check_integer("max_eval", 1 if max_eval is None else max_eval, 1)
     check_integer("history_size", history_size, 1)

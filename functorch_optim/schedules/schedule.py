@@ -155,7 +155,7 @@ def check_numbers(**numbers: Number) -> None:
                 f"Invalid {name}: {number!r} is a function; the arguments of a schedule are numbers or tensors. "
                 "To compose functions of the step use arithmetic or join"
             )
-        check(name, number, _ALLOWED.get(name, "a number"))
+        check(name, number, _ALLOWED.get(name, "a number"), trees=False)
 
 
 def check_each(name: str, numbers: Sequence[Number]) -> None:

@@ -103,7 +103,8 @@ def reduce_on_plateau(
     def is_better(value: Tensor, best: Tensor) -> Tensor:
         margin = sign * at(threshold, best)
         limit = best * (1 - margin) if threshold_mode == "rel" else best - margin
-        return value < limit if mode == "min" else value > limit
+        better: Tensor = value < limit if mode == "min" else value > limit
+        return better
 
     def init(params: Tree) -> ReduceOnPlateauState:
         device = next((p.device for p in tree.flatten(params)[0] if p is not None), None)
@@ -143,7 +144,7 @@ def _check(**numbers: float | Tensor) -> None:
     for name, number in numbers.items():
         if callable(number):
             raise TypeError(f"Invalid {name}: {number!r} is a function; reduce_on_plateau takes numbers or tensors")
-        check(name, number, _ALLOWED.get(name, "value >= 0"))
+        check(name, number, _ALLOWED.get(name, "value >= 0"), trees=False)
         if name in ("patience", "cooldown") and not isinstance(number, Tensor) and number % 1 != 0:
             raise ValueError(f"Invalid {name}: {number}; it needs a whole number")
 

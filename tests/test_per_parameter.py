@@ -1,0 +1,217 @@
+"""Hyperparameters that are trees: a value for each parameter, or for each of its elements."""
+
+import pytest
+import torch
+from catalogue import HYPERPARAMETERS, SHAPES, assert_close, loss, make_params, step, train
+
+import functorch_optim as fo
+
+# What cannot differ between parameters, and why.
+REFUSED = {
+    ("scale_by_schedule", "gamma"): "give a number, a 0-dim tensor",
+    **{
+        (name, "initial_accumulator_value"): "A state begins with the value"
+        for name in ("scale_by_rss", "adagrad_decay")
+    },
+    **{(name, "lr"): "A state begins with the value" for name in ("scale_by_rprop", "rprop")},
+    **{(name, "beta1"): "keeps mu_product once for all" for name in ("scale_by_nadam", "nadam", "nadam_decoupled")},
+    **{(name, "momentum_decay"): "keeps mu_product once for all" for name in ("scale_by_nadam", "nadam")},
+    **{("asgd", name): "keeps (eta|mu) once for all" for name in ("lr", "lambd", "alpha", "t0")},
+    **{(name, "lr"): "give a number, a 0-dim tensor" for name in ("lbfgs", "lbfgs_search")},
+    ("reduce_on_plateau", "factor"): "give a number, a 0-dim tensor",
+}
+ACCEPTED = [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) not in REFUSED]
+accepted = pytest.mark.parametrize(("row", "name"), ACCEPTED, ids=[f"{row.name}-{name}" for row, name in ACCEPTED])
+refused = pytest.mark.parametrize(
+    ("row", "name"), [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) in REFUSED]
+)
+X = torch.ones(3, dtype=torch.float64)
+
+
+def tree_of(value, factor=0.99):
+    """Make a tree of slightly different values, shaped like the parameters."""
+    values = [torch.tensor(value * factor**i, dtype=torch.float64) for i in range(5)]
+    return {"layer": dict(zip(SHAPES, values, strict=False)), "rest": [values[4]]}
+
+
+@accepted
+def test_a_tree_of_equal_values_is_one_value(row, name):
+    expected = train(row(), make_params(), X)
+    for prefix in (
+        tree_of(row.hyperparameters[name], 1),
+        {"layer": row.hyperparameters[name], "rest": lambda count: row.hyperparameters[name]},
+    ):
+        torch.manual_seed(0)
+        assert_close(train(row(**{name: prefix}), make_params(), X), expected, rtol=1e-12, atol=1e-13)
+
+
+@accepted
+def test_a_tree_of_values_is_a_transformation_for_each_parameter(row, name, device):
+    """But for a norm of the whole tree, which is the same for all."""
+    values = tree_of(row.hyperparameters[name])
+    tx, params = row(**{name: values}), make_params(device=device)
+    if any(getattr(link.rule, "sees_tree", False) for link in tx._links):
+        pytest.skip("parameters depend on each other")
+    labels = fo.tree.map(lambda path: path, {"layer": {name: name for name in SHAPES}, "rest": ["rest"]})
+    parts = fo.partition(
+        {
+            label: row(**{name: value})
+            for label, value in zip(fo.tree.flatten(labels)[0], fo.tree.flatten(values)[0], strict=True)
+        },
+        labels,
+    )
+    state, expected_state = tx.init(params), parts.init(params)
+    for _ in range(3):
+        grads = fo.tree.map(torch.randn_like, params)
+        updates, state = step(tx, grads, state, params)
+        expected, expected_state = step(parts, grads, expected_state, params)
+        assert_close(updates, expected)
+
+
+@refused
+def test_some_hyperparameters_cannot_be_trees(row, name):
+    with pytest.raises(TypeError, match=REFUSED[row.name, name]):
+        train(row(**{name: tree_of(row.hyperparameters[name])}), make_params(), X)
+
+
+@accepted
+def test_derivatives_equal_finite_differences(row, name):
+    def outer(values):
+        trained, _ = train(fo.chain(row(**{name: values}), fo.scale(0.1)), params, X, steps=3)
+        return loss(trained, X)
+
+    params, values = make_params(), tree_of(row.hyperparameters[name])
+    gradient = torch.func.grad(outer)(values)
+    direction = fo.tree.map(lambda value: value * torch.randn_like(value), values)
+    up, down = [outer(fo.tree.map(lambda v, d: v + by * d, values, direction)) for by in (1e-5, -1e-5)]
+    pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
+    torch.testing.assert_close(sum(g * d for g, d in pairs), (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
+    forward = torch.func.jvp(outer, (values,), (direction,))[1]
+    torch.testing.assert_close(forward, (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+ELEMENTWISE = [
+    (row, name)
+    for row, name in ACCEPTED
+    if row.elementwise and row.name not in ("muon", "adafactor_epsilon") and "norm" not in row.name
+]
+
+
+@pytest.mark.parametrize(("row", "name"), ELEMENTWISE, ids=[f"{row.name}-{name}" for row, name in ELEMENTWISE])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+def test_a_tree_of_tensors_has_a_value_for_each_element(row, name, dtype, device):
+    if dtype.is_complex and not row.complex:
+        pytest.skip("complex parameters are refused")
+    if any(getattr(link.rule, "sees_tree", False) or not link.rule.elementwise for link in row()._links):
+        pytest.skip("elements depend on each other")
+    params = make_params(dtype, device)
+    one, two = row.hyperparameters[name], row.hyperparameters[name] * 0.9
+    first = fo.tree.map(lambda p: torch.rand(p.shape, device=device) < 0.5, params)
+    mixed = fo.tree.map(lambda f: torch.where(f, torch.tensor(one, dtype=torch.float64), two), first)
+    tx, ones, twos = row(**{name: mixed}), row(**{name: one}), row(**{name: two})
+    states = [each.init(params) for each in (tx, ones, twos)]
+    for _ in range(3):
+        grads = fo.tree.map(torch.randn_like, params)
+        (updates, *others), states = zip(
+            *[step(each, grads, state, params) for each, state in zip((tx, ones, twos), states, strict=True)],
+            strict=True,
+        )
+        assert_close(updates, fo.tree.map(torch.where, first, *others), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tensor_broadcasts_to_its_parameter():
+    params = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+    lr = {"w": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([3.0])}
+    tx = fo.sgd(lr)
+    updates, _ = tx.update(fo.tree.map(torch.ones_like, params), tx.init(params), params)
+    assert_close(updates, {"w": torch.tensor([[-1.0] * 3, [-2.0] * 3]), "b": torch.tensor([-3.0, -3.0])})
+
+
+def test_sparse_gradients_take_the_values_of_their_entries():
+    params, lr = {"w": torch.zeros(4, 2)}, {"w": torch.arange(8.0).reshape(4, 2)}
+    grad = torch.sparse_coo_tensor([[3, 1]], torch.ones(2, 2), (4, 2))
+    tx = fo.sgd(lr)
+    updates, _ = tx.update({"w": grad}, tx.init(params), params)
+    expected = torch.zeros(4, 2)
+    expected[[1, 3]] = -lr["w"][[1, 3]]
+    assert_close(updates["w"].to_dense(), expected)
+
+
+def test_vmap_over_trees_of_learning_rates():
+    lrs = fo.tree.map(lambda value: value * torch.tensor([1.0, 2.0, 3.0]).double(), tree_of(0.1))
+    params = make_params()
+    batched = torch.vmap(lambda lr: train(fo.adam(lr), params, X)[0])(lrs)
+    for i in range(3):
+        expected = train(fo.adam(fo.tree.map(lambda lr: lr[i], lrs)), params, X)[0]
+        assert_close(fo.tree.map(lambda leaf: leaf[i], batched), expected)
+
+
+def test_compiles_whole():
+    def outer(lr):
+        tx = fo.chain(fo.clip_by_global_norm({"layer": 0.5, "rest": lr["rest"]}), fo.sgd(lr, momentum=0.9))
+        return loss(train(tx, params, X, steps=2)[0], X)
+
+    params, lr = make_params(), tree_of(0.1)
+    compiled = torch.compile(torch.func.grad(outer), backend="eager", fullgraph=True)
+    assert_close(compiled(lr), torch.func.grad(outer)(lr))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_stateful_form_takes_trees(named):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    given = model.named_parameters() if named else model.parameters()
+    values = {"weight": torch.rand(2, 3), "bias": 0.5}
+    opt = fo.Optimizer(given, fo.sgd, lr=values if named else list(values.values()))
+    model(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - values[name] * p.grad)
+    saved = opt.state_dict()
+    opt.param_groups[0]["lr"] = fo.tree.map(lambda value: 0.0, opt.param_groups[0]["lr"])
+    after = model.weight.detach().clone()
+    opt.step()
+    assert torch.equal(model.weight, after)
+    opt.load_state_dict(saved)
+    opt.step()
+    assert not torch.equal(model.weight, after)
+
+
+def test_schedules_in_trees_are_left_out_of_the_state_dict():
+    model = torch.nn.Linear(1, 1)
+    opt = fo.Optimizer(model.named_parameters(), fo.sgd, lr={"weight": fo.schedules.constant(0.1), "bias": 0.1})
+    assert "lr" not in opt.state_dict()["param_groups"][0]
+
+
+PARAMS = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "lr"),
+    [
+        (
+            ValueError,
+            r"a hyperparameter do not fit the parameters: at the root|at 'the root' they have \['w'\]",
+            {"w": 0.1},
+        ),
+        (
+            ValueError,
+            r"for 'w' has shape \(2,\), but the parameter has \(2, 3\); give one number",
+            {"w": torch.ones(2), "b": 0.1},
+        ),
+        (ValueError, r"for 'b' has shape \(1, 2\), but", {"w": 0.1, "b": torch.ones(1, 2)}),
+        (ValueError, r"Invalid learning rate at 'b': -0.1; it needs value >= 0", {"w": 0.1, "b": -0.1}),
+        (TypeError, r"Invalid learning rate at 'b': 'x' is a str", {"w": 0.1, "b": "x"}),
+        (ValueError, r"got a tensor of shape \(2,\).* For a value for each parameter.* give a tree", torch.ones(2)),
+    ],
+)
+def test_errors(error, message, lr):
+    with pytest.raises(error, match=message):
+        fo.sgd(lr).update(PARAMS, fo.sgd(0.1).init(PARAMS))
+
+
+def test_scalars_must_not_branch():
+    tx = fo.leafwise(None, lambda g, state, p, s: (s * g, state), lambda step: 1.0 if fo.at({"w": 1.0}, step) else 0.0)
+    with pytest.raises(TypeError, match=r"Scalars must not branch on values: use torch.where"):
+        tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
