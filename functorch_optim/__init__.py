@@ -35,7 +35,7 @@ from functorch_optim.transforms.momentum import trace
 from functorch_optim.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
-from functorch_optim.tree import MaskedNode
+from functorch_optim.tree import MaskedNode, stop_gradient
 
 __version__ = "0.1.0"
 
@@ -103,6 +103,7 @@ __all__ = [
     "sparse_adam",
     "state_dict",
     "stateless",
+    "stop_gradient",
     "to_torch",
     "trace",
     "tree",

@@ -102,7 +102,7 @@ def masked(transformation: GradientTransformation, mask: Tree | Callable[[Tree],
         >>> tx.update(grads, tx.init(params), params)[0]
         {'weight': tensor([[1.5000]]), 'bias': tensor([1.])}
     """
-    _check(transformation, "masked(sgd(0.1), mask)")
+    check_transformation(transformation, "masked(sgd(0.1), mask)")
     selection = Selection(mask, True, (True, False))
     return GradientTransformation._of(_restricted(transformation, selection), transformation._layout)
 
@@ -135,7 +135,7 @@ def partition(
     known = tuple(transformations)
     parts = {}
     for label, transformation in transformations.items():
-        _check(transformation, "partition({'a': sgd(0.1), 'b': adam()}, labels)")
+        check_transformation(transformation, "partition({'a': sgd(0.1), 'b': adam()}, labels)")
         restricted = _restricted(transformation, Selection(labels, label, known))
         parts[label] = GradientTransformation._of(restricted, transformation._layout)
     return _combined(parts, "")
@@ -151,13 +151,14 @@ def _combined(
     links: list[Link] = []
     layout = {}
     for name, part in parts.items():
-        _check(part, example)
+        check_transformation(part, example)
         layout[name] = shift(part._layout, len(links))
         links += part._links
     return GradientTransformation._of(links, tuple(layout.values()) if container is tuple else layout)
 
 
-def _check(transformation: Any, example: str) -> None:
+def check_transformation(transformation: Any, example: str) -> None:
+    """Raise unless this is a transformation; `example` is a call that would be right."""
     if not isinstance(transformation, GradientTransformation):
         hint = "call it" if callable(transformation) else "as in"
         raise TypeError(f"{transformation!r} is not a GradientTransformation; {hint}: {example}")

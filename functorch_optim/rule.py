@@ -164,6 +164,12 @@ def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:
             raise TypeError(f"{rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")
 
 
+def with_loss(rules: Sequence[Any], loss: Any, extras: dict[str, Any]) -> dict[str, Any]:
+    """Give the loss as the extra `value` where a rule declares that and the caller gave none."""
+    wanted = any(rule.extras.any or "value" in rule.extras.names for rule in rules)
+    return {"value": loss, **extras} if wanted else extras
+
+
 def leaf_state(state_type: type, carried: type | None = None) -> type:
     """Declare a NamedTuple as the state that a rule keeps for one tensor.
 

@@ -78,6 +78,24 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa:
     return unflatten(structure, [None if column[0] is None else function(*column) for column in columns])
 
 
+def stop_gradient(tree: Tree) -> Tree:
+    """Cut a tree off from what it was computed from: every tensor is detached, in reverse and in forward mode.
+
+    Args:
+        tree: any tree: parameters, a state, what `fo.meta.unroll` returns. Leaves that are no tensors stay as they are.
+
+    Returns:
+        Tree like it. Its tensors share memory with those of `tree`.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> fo.stop_gradient({"w": 2 * w, "name": "w"})
+        {'w': tensor([2., 2.]), 'name': 'w'}
+    """
+    return map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def get(tree: Tree, name: str) -> Any:
     """Find what bears a name in a tree, the averaged parameters in a state say.
 

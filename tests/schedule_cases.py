@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from functorch_optim import schedules
 
 
@@ -19,6 +21,7 @@ class Case(NamedTuple):
     expected: Callable[..., float]  # takes the step and the values of the arguments
     exact: dict[float, float]  # values at the ends and boundaries, to the last bit
     inside: tuple[float, ...]  # steps away from every boundary, where the schedule is smooth in all its arguments
+    numbers: bool = True  # whether it takes the arguments as they are, and no tensor made of them
 
 
 def fall_then_rise(value, gamma, top, milestone, total_iters):
@@ -35,6 +38,11 @@ def make_multi_step(value, first, second, gamma):
 
 def make_stairs(first, second, third, to_second, to_third):
     return schedules.piecewise_constant([first, second, third], [to_second, to_third])
+
+
+def make_table(first, second, third):
+    values = [torch.as_tensor(value, dtype=torch.float64) for value in (first, second, third)]
+    return schedules.table(torch.stack(values))
 
 
 def make_legs(first, second, third, to_second, to_third, interpolation="linear"):
@@ -265,6 +273,14 @@ CASES = {
         {0: 0.3, 1: 0.3, 2: 0.7, 4: 0.7, 5: 0.1, 10**9: 0.1},
         (0.5, 3, 6),
     ),
+    "table": Case(
+        make_table,
+        {"first": 0.3, "second": 0.7, "third": 0.1},
+        lambda step, a, b, c: a if step < 1 else b if step < 2 else c,
+        {0: 0.3, 1: 0.7, 2: 0.1, 10**9: 0.1},
+        (0.5, 1.5, 3),
+        numbers=False,
+    ),
     "piecewise_interpolate": Case(
         make_legs,
         {"first": 0.3, "second": 0.7, "third": 0.1, "to_second": 2.0, "to_third": 5.0},
@@ -427,4 +443,4 @@ for name, weight in {"cosine": half_wave, "sqrt": math.sqrt}.items():
         make=partial(schedules.warmup_stable_decay, decay=name), expected=partial(warmup_stable_decay, weight=weight)
     )
 
-BOUNDARIES = (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # of all of them
+BOUNDARIES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # of all of them

@@ -168,6 +168,7 @@ NAN = math.nan
         (lambda: schedules.constant_factor(1.0, total_iters=-1), "Invalid total_iters: -1; it needs value >= 0"),
         (lambda: schedules.linear_factor(1.0, total_iters=-1), "Invalid total_iters: -1; it needs value >= 0"),
         (lambda: schedules.multi_step(1.0, [1, NAN]), "Invalid milestone at index 1: nan; it needs a number"),
+        (lambda: schedules.table(torch.zeros(0)), r"table needs a value for each step, got a tensor of shape \(0,\)"),
         (lambda: schedules.piecewise_constant([1.0, NAN], [1]), "Invalid value at index 1: nan; it needs a number"),
         (
             lambda: schedules.piecewise_constant([1.0], [1]),
@@ -352,5 +353,7 @@ def test_what_schedules_cannot_be_computed_with():
         schedules.constant(1.0) * "a"
     with pytest.raises(TypeError, match="Invalid end_value: .* is a function; the arguments of a schedule are numbers"):
         schedules.linear(1.0, lambda step: 3.0, 10)
+    with pytest.raises(TypeError, match=r"table needs a floating-point tensor, a value for each step, got \[1.0\]"):
+        schedules.table([1.0])
     with pytest.raises(TypeError, match="A schedule is a function of the step, got 0.1; write constant"):
         schedules.Schedule(0.1)

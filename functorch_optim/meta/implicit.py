@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.meta.root import is_differentiable, pullback, replaced, rooted
+from functorch_optim.meta.derivative import is_differentiable, pullback, replaced
+from functorch_optim.meta.root import rooted
 from functorch_optim.meta.solvers import solve_normal_cg
 from functorch_optim.tree import Tree
 

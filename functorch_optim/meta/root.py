@@ -14,26 +14,30 @@ Of F only reverse mode is asked: a product with A is the transpose of that with 
 torch.func.jvp cannot be nested in torch.autograd.forward_ad, and not every operation of torch has it.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd import forward_ad
 
 from functorch_optim import tree
+from functorch_optim.meta.derivative import (
+    Tensors,
+    alive,
+    forward_mode,
+    has_derivative,
+    is_differentiable,
+    primal,
+    pullback,
+    pushforward,
+    replaced,
+)
 from functorch_optim.meta.krylov import check_alike
 from functorch_optim.tree import Tree
 
-Tensors: TypeAlias = Sequence[Tensor]
 Derivative: TypeAlias = Callable[[Callable[[Tensors], Any], Tensors, Tensors], Callable[[Tensors], list[Tensor]]]
 """(f, at x, results like) -> product with the derivative of f at x, or with its transpose."""
-
-_functorch = torch._C._functorch
-_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
 def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], solve: Callable[..., Tree]) -> Tree:
@@ -66,7 +70,7 @@ def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], 
     xs = [x_leaves[i].detach() for i in present]
     values = unpack(optimality_fn(pack(xs), *constants), "the results of optimality_fn")
     check_alike(values, x_leaves, lambda i: tree.paths(x)[i], "the results of optimality_fn", "the solution")
-    if any(_has_derivative(value) for value in values):
+    if any(has_derivative(value) for value in values):
         raise ValueError(
             "optimality_fn closes over a tensor that is being differentiated, of which custom_root cannot know. Give "
             "it as one of args, solver(init, *args) and optimality_fn(x, *args), or detach it"
@@ -117,8 +121,7 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: _Problem = ctx.problem
-        # A function that torch.func.vjp returned, such as `pullback` does, saves tensors of a level that has ended.
-        saved = [_functorch.unwrap_if_dead(tensor) for tensor in ctx.saved_tensors]
+        saved = [alive(tensor) for tensor in ctx.saved_tensors]
         xs, ts = saved[: problem.count], saved[problem.count :]
         needed = [i for i in range(len(ts)) if ctx.needs_input_grad[1 + problem.count + i]]
         b = [torch.zeros_like(x) if g is None else -g for x, g in zip(xs, grads, strict=True)]
@@ -131,13 +134,12 @@ class _Root(torch.autograd.Function):
         problem: _Problem = ctx.problem
         given: dict[int, Tensor] = {i: t for i, t in enumerate(tangents[problem.count :]) if t is not None}
         moving = list(given)
-        # Forward mode is off here, and so it would be for the levels around this one, silently.
-        with forward_ad._set_fwd_grad_enabled(True):
-            saved = [_primal(tensor) for tensor in ctx.saved_tensors]
+        with forward_mode():
+            saved = [primal(tensor) for tensor in ctx.saved_tensors]
             xs, ts = saved[: problem.count], saved[problem.count :]
-            product = _pushforward(lambda some: problem.F(xs, replaced(ts, moving, some)), [ts[i] for i in moving], xs)
+            product = pushforward(lambda some: problem.F(xs, replaced(ts, moving, some)), [ts[i] for i in moving], xs)
             b = [-value for value in product(list(given.values()))]
-            return tuple(_solved(problem, _pushforward, xs, ts, b))
+            return tuple(_solved(problem, pushforward, xs, ts, b))
 
 
 def _attached(problem: _Problem, xs: Tensors, ts: Tensors) -> Tensors:
@@ -161,58 +163,3 @@ def _solved(problem: _Problem, derivative: Derivative, xs: Tensors, ts: Tensors,
         constants = [tensor.detach() for tensor in rest]
         us = [u.detach() for u in problem.solve(matvec_at(constants), constants[n + m :])]
     return _attached(dataclasses.replace(problem, F=F), us, rest)
-
-
-# Derivatives of functions of lists of tensors. ------------------------------------------------------------------------
-
-
-def pullback(
-    function: Callable[[Tensors], Any], primals: Tensors, like: Any = None
-) -> Callable[[Tensors], list[Tensor]]:
-    """Return the function that multiplies with the transpose of the derivative of `function` at `primals`."""
-    multiply = torch.func.vjp(function, list(primals))[1]
-    return lambda cotangents: multiply(list(cotangents))[0]
-
-
-def _pushforward(
-    function: Callable[[Tensors], Any], primals: Tensors, like: Tensors
-) -> Callable[[Tensors], list[Tensor]]:
-    """Return the function that multiplies with the derivative of `function`, whose results are like `like`."""
-    return pullback(pullback(function, primals), [torch.zeros_like(x) for x in like])
-
-
-def replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    """Return the items with new ones at these places."""
-    result = list(items)
-    for i, item in zip(places, new, strict=True):
-        result[i] = item
-    return result
-
-
-def is_differentiable(leaf: Any) -> bool:
-    """Tell whether this is a tensor of real or complex numbers."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _primal(tensor: Tensor) -> Tensor:
-    """Drop the tangent of the innermost level of forward mode, and keep those of outer ones."""
-    if _functorch.is_batchedtensor(tensor):  # unpack_dual has no batching rule
-        level: Any = _functorch.maybe_get_level(tensor)
-        value, dim = _functorch._unwrap_batched(tensor, level)
-        return _functorch._add_batch_dim(_primal(value), dim, level)  # type: ignore[arg-type]
-    primal: Tensor = _unpack_dual(tensor).primal
-    return primal
-
-
-def _has_derivative(value: Any) -> bool:
-    """Tell whether a tensor is being differentiated, at any level of torch.func or by autograd."""
-    with contextlib.ExitStack() as popped:
-        while isinstance(value, Tensor):
-            level = max(_functorch.maybe_get_level(value) or 0, 0)  # -1 for a plain tensor
-            while len(_functorch.get_interpreter_stack() or ()) > level:  # inner levels would hide the tangent
-                popped.enter_context(temporarily_pop_interpreter_stack())
-            batched = _functorch.is_batchedtensor(value)
-            if value.requires_grad or not (batched or _unpack_dual(value).tangent is None):
-                return True
-            value = _functorch.get_unwrapped(value) if level else None
-    return False

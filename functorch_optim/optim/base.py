@@ -14,7 +14,7 @@ from functorch_optim.checkpoint import REST
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
-from functorch_optim.rule import TreeRule, check_extras
+from functorch_optim.rule import TreeRule, check_extras, with_loss
 
 
 class OptimizerBase(torch.optim.Optimizer):
@@ -43,7 +43,7 @@ class OptimizerBase(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
-            self._check_extras(extra)
+            self._with_loss(extra, "the loss, to come")
             with torch.enable_grad():
                 loss = closure()
         self._update(loss, extra)
@@ -52,23 +52,22 @@ class OptimizerBase(torch.optim.Optimizer):
     # In functions that torch.compile traces, all but the closure runs as it does eagerly: plans, and buckets by step,
     # are found from numbers that change.
     @_disable_dynamo
-    def _check_extras(self, extra: dict[str, Any], *, has_loss: bool = True) -> bool:
-        """Raise when an extra is given that nothing declares, or not given that something needs.
+    def _with_loss(self, extra: dict[str, Any], loss: Any) -> dict[str, Any]:
+        """Add the loss, unless it is None, to the extras where something declares `value`.
 
-        Returns:
-            Whether the extra `value` is the loss.
+        Raises:
+            TypeError: an extra is given that nothing declares, or not given that something needs.
         """
         rules = [link.rule for index in range(self._number_of_trees) for link in self._plan(index).links]
-        wants_value = any(rule.extras.any or "value" in rule.extras.names for rule in rules)
-        check_extras(rules, {**({"value": None} if wants_value and has_loss else {}), **extra})
-        return wants_value and has_loss and "value" not in extra
+        extra = extra if loss is None else with_loss(rules, loss, extra)
+        check_extras(rules, extra)
+        return extra
 
     @_disable_dynamo
     def _update(self, loss: Any, extra: dict[str, Any]) -> None:
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._check_gradients()
-            if self._check_extras(extra, has_loss=loss is not None):
-                extra = {**extra, "value": loss}
+            extra = self._with_loss(extra, loss)
             # Everything is computed before anything is changed.
             plans = [self._plan(index) for index in range(self._number_of_trees)]
             results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
@@ -82,10 +81,11 @@ class OptimizerBase(torch.optim.Optimizer):
     def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""
         old, new = [], []
+        recorded = torch.is_grad_enabled()  # then autograd may hold the old ones, also where they have no derivative
         for p, state in zip(params, states, strict=True):
             for key, value in state.items():
                 present = self.state[p].get(key)
-                if execution.is_room_for(present, value):
+                if not recorded and execution.is_room_for(present, value):
                     old.append(present)
                     new.append(value)
                 else:

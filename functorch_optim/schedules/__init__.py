@@ -33,7 +33,7 @@ from functorch_optim.schedules.phases import (
     warmup_stable_decay,
 )
 from functorch_optim.schedules.schedule import Schedule
-from functorch_optim.schedules.stairs import constant, constant_factor, multi_step, piecewise_constant, step
+from functorch_optim.schedules.stairs import constant, constant_factor, multi_step, piecewise_constant, step, table
 
 __all__ = [
     "Schedule",
@@ -58,6 +58,7 @@ __all__ = [
     "product",
     "step",
     "swa",
+    "table",
     "warmup_cosine",
     "warmup_stable_decay",
 ]

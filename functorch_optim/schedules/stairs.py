@@ -119,3 +119,34 @@ def piecewise_constant(values: Sequence[Number], milestones: Sequence[Number]) -
     check_each("value", values)
     check_milestones(milestones, "values", values, "piecewise_constant([0.1, 0.01], [100])")
     return follow([constant(value) for value in values], tuple(milestones))
+
+
+@factory
+def table(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """Take the value for each step from a tensor: values[step]; the last one after the end. Made to be learned.
+
+    Args:
+        values: floating-point tensor whose first dimension is the step. In a tree of learning rates, a value for each
+            parameter, the others may be those of the parameter.
+
+    Raises:
+        TypeError: `values` is no floating-point tensor.
+        ValueError: there is no value.
+
+    Example:
+        >>> import torch
+        >>> from functorch_optim import schedules
+        >>> schedules.table(torch.tensor([0.3, 0.2, 0.1]))(torch.arange(5))
+        tensor([0.3000, 0.2000, 0.1000, 0.1000, 0.1000], dtype=torch.float64)
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(f"table needs a floating-point tensor, a value for each step, got {values!r}")
+    if values.ndim == 0 or len(values) == 0:
+        raise ValueError(f"table needs a value for each step, got a tensor of shape {tuple(values.shape)}")
+
+    def function(step: Tensor) -> Tensor:
+        # Indexing by a 0-dim tensor would look at its value.
+        index = step.long().clamp(0, len(values) - 1).to(values.device)
+        return values.index_select(0, index.reshape(-1)).reshape((*index.shape, *values.shape[1:]))
+
+    return function

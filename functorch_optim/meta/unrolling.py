@@ -1,0 +1,142 @@
+"""Training as a function that can be differentiated."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim.base import GradientTransformation, apply_updates
+from functorch_optim.combine import check_transformation
+from functorch_optim.hyperparameters import check_integer
+from functorch_optim.meta.capture import computed
+from functorch_optim.meta.derivative import replaced
+from functorch_optim.meta.rematerialization import checkpoint as checkpointed
+from functorch_optim.rule import with_loss
+from functorch_optim.tree import Tree
+
+
+class Unrolled(NamedTuple):
+    """What `unroll` returns.
+
+    Attributes:
+        params: the trained parameters.
+        state: the transformation's state after the last step.
+        losses: the loss of each batch, before its step: shape (steps,).
+    """
+
+    params: Tree
+    state: Any
+    losses: Tensor
+
+
+def unroll(
+    loss_fn: Callable[[Tree, Any], Tensor],
+    transformation: GradientTransformation,
+    params: Tree,
+    batches: Iterable[Any],
+    state: Any = None,
+    *,
+    first_order: bool = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+) -> Unrolled:
+    """Train on one batch after the other, and keep what derivatives need.
+
+        g = grad loss_fn(params, batch);    u, state = update(g, state, params);    params <- params + u
+
+    The result is a function of everything that goes in: the parameters, the batches, the state, the hyperparameters of
+    the transformation, and whatever `loss_fn` closes over. It can be differentiated in all of them, by autograd and by
+    torch.func, batched by `torch.vmap`, and compiled whole.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)`, a 0-dim tensor.
+        transformation: makes updates of gradients. The extras `value` and `value_fn`, where it declares them, are the
+            loss of the batch and the loss as a function of the parameters.
+        params: tree of tensors to begin with.
+        batches: each is given to `loss_fn` for one step: a list of tensors, say; a tensor, of which each step takes a
+            slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data.
+        state: the state to begin with, such as that of a former call. None: `transformation.init(params)`.
+        first_order: whether gradients are taken for constants, as in first-order MAML: no second derivatives of
+            `loss_fn` are needed then.
+        truncate: gradients flow through this many steps at most: parameters and state are detached after each of as
+            many steps. Sums of `losses` then have the gradient of truncated backpropagation; that of the final
+            parameters comes from the steps since the last cut alone.
+        checkpoint: whether to compute again, when a derivative is wanted, what the steps have computed, and keep
+            parameters and state alone, of every `checkpoint` steps. True: of every square root of the number of steps,
+            for memory that grows like it. The derivatives are the same. See `fo.meta.checkpoint`.
+
+    Returns:
+        The trained parameters, the state, and the losses.
+
+    Raises:
+        TypeError: `transformation` is none; `truncate` or `checkpoint` is no integer.
+        ValueError: `truncate` or `checkpoint` is less than 1.
+        RuntimeError: see `fo.meta.checkpoint`.
+
+    Source: Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning, arXiv:1502.03492;
+    Finn et al., Model-Agnostic Meta-Learning, arXiv:1703.03400; Chen et al., Training Deep Nets with Sublinear Memory
+    Cost, arXiv:1604.06174.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> def loss_fn(params, batch):
+        ...     return ((params["w"] - batch) ** 2).sum()
+        >>> def outer(lr):
+        ...     trained = fo.meta.unroll(loss_fn, fo.sgd(lr), {"w": torch.zeros(1)}, torch.ones(3))
+        ...     return trained.losses.sum()
+        >>> torch.func.grad(outer)(torch.tensor(0.25))
+        tensor(-3.)
+    """
+    check_transformation(transformation, "unroll(loss_fn, sgd(0.1), params, batches)")
+    if truncate is not None:
+        check_integer("truncate", truncate, 1)
+    if not isinstance(checkpoint, bool):
+        check_integer("checkpoint", checkpoint, 1)
+    rules = [link.rule for link in transformation._links]
+    searching = any("value_fn" in rule.extras.names for rule in rules)
+    state = transformation.init(params) if state is None else state
+
+    def segment(params: Tree, state: Any, batches: Sequence[Any], first: int) -> tuple[Tree, Any, list[Tensor]]:
+        losses = []
+        for i, batch in enumerate(batches, start=first):
+            if truncate is not None and i > 0 and i % truncate == 0:
+                params, state = tree.stop_gradient((params, state))
+            grads, loss = _grad_and_value(loss_fn, params, batch)
+            grads = tree.stop_gradient(grads) if first_order else grads
+            extra = {"value_fn": functools.partial(_swapped, loss_fn, batch)} if searching else {}
+            updates, state = transformation.update(grads, state, params, **with_loss(rules, loss, extra))
+            params = apply_updates(params, updates)
+            losses.append(loss)
+        return params, state, losses
+
+    steps = list(batches)
+    length = len(steps)
+    if checkpoint:
+        segment = checkpointed(segment)
+        length = max(math.isqrt(len(steps)), 1) if checkpoint is True else checkpoint
+    losses: list[Tensor] = []
+    for first in range(0, len(steps), max(length, 1)):
+        params, state, some = segment(params, state, steps[first : first + length], first)
+        losses += some
+    return Unrolled(params, state, torch.stack(losses) if losses else torch.zeros(0))
+
+
+def _swapped(loss_fn: Callable[[Tree, Any], Tensor], batch: Any, params: Tree) -> Tensor:
+    return loss_fn(params, batch)
+
+
+def _grad_and_value(loss_fn: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> tuple[Tree, Tensor]:
+    """Differentiate a loss with respect to the tensors of a tree."""
+    leaves, structure = tree.flatten(params)
+    present = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+    def loss(tensors: list[Tensor]) -> Tensor:
+        return loss_fn(tree.unflatten(structure, replaced(leaves, present, tensors)), batch)
+
+    grads, value = torch.func.grad_and_value(loss)([leaves[i] for i in present])
+    *grads, value = computed([*grads, value])
+    return tree.unflatten(structure, replaced([None] * len(leaves), present, grads)), value

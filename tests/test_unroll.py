@@ -1,0 +1,245 @@
+"""Training as a function: its values and derivatives are those of the loop that anyone would write."""
+
+import pytest
+import torch
+from catalogue import assert_close, loss, make_params, rows, train
+
+import functorch_optim as fo
+
+BATCHES = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def tensors(row):
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyperparameters.items()}
+
+
+def by_hand(tx, params, batches, state=None):
+    """Train; return the parameters, the state, and the losses."""
+    state = tx.init(params) if state is None else state
+    losses = []
+    for batch in batches:
+        losses.append(loss(params, batch))
+        params, state = train(tx, params, batch, steps=1, state=state)
+    return fo.meta.Unrolled(params, state, torch.stack(losses))
+
+
+def small(tx):
+    """Take small steps, so that rows without a learning rate do not run off."""
+    return fo.chain(tx, fo.scale(0.1))
+
+
+# Values and derivatives. ----------------------------------------------------------------------------------------------
+
+
+@rows
+@pytest.mark.parametrize("checkpoint", [False, True, 3])
+def test_is_the_loop(row, checkpoint):
+    params = make_params()
+    unrolled = fo.meta.unroll(loss, row(), params, BATCHES, checkpoint=checkpoint)
+    assert_close(unrolled, by_hand(row(), params, BATCHES), rtol=1e-12, atol=1e-12)
+
+
+@rows
+@pytest.mark.parametrize("checkpoint", [False, 2])
+def test_derivatives_are_those_of_the_loop(row, checkpoint):
+    """With respect to parameters, batches, the state, and all hyperparameters, which the transformation closes over."""
+    params = make_params()
+    state = by_hand(small(row()), params, BATCHES[:2]).state
+
+    def outer(run, arguments):
+        params, batches, state, numbers = arguments
+        trained = run(small(row(**numbers)), params, batches, state)
+        leaves = fo.tree.flatten(trained.state)[0]
+        total = loss(trained.params, 1.0) + trained.losses.square().sum()
+        return total + sum(leaf.sin().sum() for leaf in leaves if leaf.is_floating_point())
+
+    def unrolled(tx, params, batches, state):
+        return fo.meta.unroll(loss, tx, params, batches, state, checkpoint=checkpoint)
+
+    leaves, structure = fo.tree.flatten((params, BATCHES, state, tensors(row)))
+    moving = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() and leaf.isfinite().all()]
+
+    def of_floats(run):
+        def function(*some):
+            given = list(leaves)
+            for i, tensor in zip(moving, some, strict=True):
+                given[i] = tensor
+            return outer(run, fo.tree.unflatten(structure, given))
+
+        return function
+
+    primals = [leaves[i] for i in moving]
+    expected, found = [
+        torch.func.grad(of_floats(run), argnums=tuple(range(len(moving))))(*primals) for run in (by_hand, unrolled)
+    ]
+    assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    directions = tuple([torch.randn_like(primal) for primal in primals])
+    expected, found = [torch.func.jvp(of_floats(run), tuple(primals), directions)[1] for run in (by_hand, unrolled)]
+    assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_comparison_sees_a_cut():
+    def outer(run, params):
+        return loss(run(fo.adam(0.1), params, BATCHES).params, 1.0)
+
+    def cut(tx, params, batches):
+        return fo.meta.unroll(loss, tx, params, batches, truncate=3)
+
+    params = make_params()
+    with pytest.raises(AssertionError):
+        assert_close(*[torch.func.grad(lambda p, run=run: outer(run, p))(params) for run in (by_hand, cut)])
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_by_autograd(checkpoint):
+    params, lr = make_params(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    params = fo.tree.map(lambda p: p.requires_grad_(), params)
+    trained = fo.meta.unroll(loss, fo.adamw(lr), params, BATCHES, checkpoint=checkpoint)
+    loss(trained.params, 1.0).backward()
+
+    def outer(params, lr):
+        return loss(by_hand(fo.adamw(lr), params, BATCHES).params, 1.0)
+
+    constants = fo.stop_gradient(params)
+    expected = torch.func.grad(outer, argnums=(0, 1))(constants, lr.detach())
+    grads = fo.tree.map(lambda p: torch.zeros_like(p) if p.grad is None else p.grad, params)
+    assert_close((grads, lr.grad), expected)
+
+
+# Options. -------------------------------------------------------------------------------------------------------------
+
+
+def first_order_by_hand(tx, params, batches):
+    state = tx.init(params)
+    for batch in batches:
+        constant = torch.func.grad(loss)(fo.stop_gradient(params), batch)
+        updates, state = tx.update(constant, state, params)
+        params = fo.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_first_order(checkpoint):
+    def outer(params, lr, run):
+        return loss(run(fo.adamw(lr, weight_decay=0.1), params, BATCHES), 1.0)
+
+    def unrolled(tx, params, batches, first_order=True):
+        return fo.meta.unroll(loss, tx, params, batches, first_order=first_order, checkpoint=checkpoint).params
+
+    arguments = (make_params(), torch.tensor(0.1, dtype=torch.float64))
+    grad = torch.func.grad(outer, argnums=(0, 1))
+    assert_close(grad(*arguments, unrolled), grad(*arguments, first_order_by_hand))
+    with pytest.raises(AssertionError):
+        assert_close(grad(*arguments, lambda *given: unrolled(*given, False)), grad(*arguments, first_order_by_hand))
+    # Of SGD, it is the gradient at the trained parameters.
+    params = make_params()
+    first = torch.func.grad(lambda p: loss(unrolled(fo.sgd(0.1), p, BATCHES), 1.0))(params)
+    assert_close(first, torch.func.grad(loss)(unrolled(fo.sgd(0.1), params, BATCHES), 1.0))
+
+
+def test_losses_have_their_own_derivative_in_first_order_mode():
+    params = make_params()
+    grad = torch.func.grad(lambda p: fo.meta.unroll(loss, fo.sgd(0.1), p, BATCHES[:1], first_order=True).losses.sum())
+    assert_close(grad(params), torch.func.grad(loss)(params, BATCHES[0]))
+
+
+@pytest.mark.parametrize("checkpoint", [False, 1, 3, True])
+@pytest.mark.parametrize("truncate", [1, 2, 3, 4, 9])
+def test_truncate(truncate, checkpoint):
+    batches = torch.cat([BATCHES, BATCHES])
+
+    def windows(params, lr):
+        state = fo.adam(lr).init(params)
+        total = 0
+        for first in range(0, len(batches), truncate):
+            params, state = fo.stop_gradient((params, state)) if first else (params, state)
+            params, state, losses = by_hand(fo.adam(lr), params, batches[first : first + truncate], state)
+            total = total + losses.sum()
+        return total, loss(params, 1.0)
+
+    def unrolled(params, lr):
+        trained = fo.meta.unroll(loss, fo.adam(lr), params, batches, truncate=truncate, checkpoint=checkpoint)
+        return trained.losses.sum(), loss(trained.params, 1.0)
+
+    params, lr = make_params(), torch.tensor(0.1, dtype=torch.float64)
+    for output in (0, 1):
+        expected, found = [
+            torch.func.grad(lambda p, lr, f=f: f(p, lr)[output], argnums=(0, 1))(params, lr)
+            for f in (windows, unrolled)
+        ]
+        assert_close(found, expected)
+        if output == 1 and truncate < len(batches):
+            assert all((leaf == 0).all() for leaf in fo.tree.flatten(found[0])[0])
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, iter, lambda batches: batches, lambda batches: (batch for batch in batches)]
+)
+def test_batches_may_be_anything_that_can_be_iterated(kind):
+    params = make_params()
+    assert_close(fo.meta.unroll(loss, fo.adam(), params, kind(BATCHES)), by_hand(fo.adam(), params, BATCHES))
+
+
+def test_batches_of_trees_and_numbers():
+    def regression(w, batch):
+        x, y = batch
+        return (w * x - y).square().mean()
+
+    w, ys = torch.ones(3, dtype=torch.float64), 2 * BATCHES
+    for checkpoint in (False, True):
+        pairs = fo.meta.unroll(regression, fo.sgd(0.1), w, zip(BATCHES, ys, strict=True), checkpoint=checkpoint)
+        single = fo.meta.unroll(lambda w, t: regression(w, (BATCHES[t], ys[t])), fo.sgd(0.1), w, range(4))
+        assert_close(pairs, single)
+
+
+def test_no_batches():
+    params = make_params()
+    for checkpoint in (False, True):
+        trained = fo.meta.unroll(loss, fo.adam(), params, [], checkpoint=checkpoint)
+        assert trained.params is params
+        assert trained.losses.shape == (0,)
+
+
+def test_missing_parameters_stay_missing():
+    params = {"w": torch.ones(2), "none": None, "part": fo.MaskedNode()}
+    trained = fo.meta.unroll(lambda p, x: (p["w"] * x).sum(), fo.adam(0.1), params, torch.ones(2), checkpoint=True)
+    assert trained.params["none"] is None
+    assert trained.params["part"] == fo.MaskedNode()
+    torch.testing.assert_close(trained.params["w"], torch.full((2,), 0.8))
+
+
+def test_extras_that_the_transformation_declares():
+    given = []
+
+    def scalars(step, *, value, value_fn):
+        given.append((value, value_fn))
+        return ()
+
+    tx = fo.chain(fo.leafwise(None, lambda g, state, p, s: (g, state), scalars), fo.sgd(0.1))
+    params = make_params()
+    trained = fo.meta.unroll(loss, tx, params, BATCHES[:1])
+    [(value, value_fn)] = given
+    assert torch.equal(value, trained.losses[0])
+    assert torch.equal(value_fn(params), value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (
+            TypeError,
+            r"is not a GradientTransformation; call it: unroll\(loss_fn, sgd\(0.1\)",
+            {"transformation": fo.sgd},
+        ),
+        (TypeError, "Invalid truncate: 2.0 is a float; give an integer >= 1", {"truncate": 2.0}),
+        (ValueError, "Invalid truncate: 0; it needs an integer >= 1", {"truncate": 0}),
+        (ValueError, "Invalid checkpoint: 0; it needs an integer >= 1", {"checkpoint": 0}),
+        (TypeError, "Invalid checkpoint: 'all' is a str; give an integer >= 1", {"checkpoint": "all"}),
+        (TypeError, "The parameter at 'w' is a str, not a tensor", {"params": {"w": "x"}}),
+        (ValueError, "belongs to another transformation", {"state": fo.adam().init(make_params())}),
+    ],
+)
+def test_errors(error, message, arguments):
+    given = {"transformation": fo.sgd(0.1), "params": make_params(), **arguments}
+    with pytest.raises(error, match=message):
+        fo.meta.unroll(loss, batches=BATCHES, **given)
