@@ -22,6 +22,7 @@ REFUSED = {
 }
 ACCEPTED = [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) not in REFUSED]
 accepted = pytest.mark.parametrize(("row", "name"), ACCEPTED, ids=[f"{row.name}-{name}" for row, name in ACCEPTED])
+INDEPENDENT = [(row, name) for row, name in ACCEPTED if not any(link.rule.sees_tree for link in row()._links)]
 refused = pytest.mark.parametrize(
     ("row", "name"), [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) in REFUSED]
 )
@@ -45,13 +46,11 @@ def test_a_tree_of_equal_values_is_one_value(row, name):
         assert_close(train(row(**{name: prefix}), make_params(), X), expected, rtol=1e-12, atol=1e-13)
 
 
-@accepted
+@pytest.mark.parametrize(("row", "name"), INDEPENDENT, ids=[f"{row.name}-{name}" for row, name in INDEPENDENT])
 def test_a_tree_of_values_is_a_transformation_for_each_parameter(row, name, device):
     """But for a norm of the whole tree, which is the same for all."""
     values = tree_of(row.hyperparameters[name])
     tx, params = row(**{name: values}), make_params(device=device)
-    if any(getattr(link.rule, "sees_tree", False) for link in tx._links):
-        pytest.skip("parameters depend on each other")
     labels = fo.tree.map(lambda path: path, {"layer": {name: name for name in SHAPES}, "rest": ["rest"]})
     parts = fo.partition(
         {
@@ -90,20 +89,22 @@ def test_derivatives_equal_finite_differences(row, name):
     torch.testing.assert_close(forward, (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
+def is_independent(row):
+    """Tell whether every element has an update of its own."""
+    return all(link.rule.elementwise and not link.rule.sees_tree for link in row()._links)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.complex128)
 ELEMENTWISE = [
-    (row, name)
+    pytest.param(row, name, dtype, id=f"{row.name}-{name}-{dtype}")
     for row, name in ACCEPTED
-    if row.elementwise and row.name not in ("muon", "adafactor_epsilon") and "norm" not in row.name
+    for dtype in DTYPES
+    if is_independent(row) and (row.complex or not dtype.is_complex)
 ]
 
 
-@pytest.mark.parametrize(("row", "name"), ELEMENTWISE, ids=[f"{row.name}-{name}" for row, name in ELEMENTWISE])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+@pytest.mark.parametrize(("row", "name", "dtype"), ELEMENTWISE)
 def test_a_tree_of_tensors_has_a_value_for_each_element(row, name, dtype, device):
-    if dtype.is_complex and not row.complex:
-        pytest.skip("complex parameters are refused")
-    if any(getattr(link.rule, "sees_tree", False) or not link.rule.elementwise for link in row()._links):
-        pytest.skip("elements depend on each other")
     params = make_params(dtype, device)
     one, two = row.hyperparameters[name], row.hyperparameters[name] * 0.9
     first = fo.tree.map(lambda p: torch.rand(p.shape, device=device) < 0.5, params)

@@ -26,6 +26,12 @@ class Unrolled(NamedTuple):
         params: the trained parameters.
         state: the transformation's state after the last step.
         losses: the loss of each batch, before its step: shape (steps,).
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> trained = fo.meta.unroll(lambda w, x: (w - x) ** 2, fo.sgd(0.5), torch.tensor(0.0), torch.ones(2))
+        >>> trained.params, trained.losses
+        (tensor(1.), tensor([1., 0.]))
     """
 
     params: Tree
