@@ -26,6 +26,9 @@ from functorch_optim.checks import HALF
 from functorch_optim.rule import Rule
 from functorch_optim.tensor_list import TensorList
 
+_CreationMeta: Any = torch._C._autograd.CreationMeta
+_creation_meta: Any = torch._C._autograd._get_creation_meta
+
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that foreach ops take; others, such as DTensor, go tensor by tensor."""
 
@@ -157,6 +160,11 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
             raise RuntimeError(
                 f"The parameter {path(i)!r} is a leaf that requires grad: with differentiable=True it cannot be "
                 "updated in place. Give a copy that autograd knows: p.clone()"
+            )
+        if torch.is_grad_enabled() and p._is_view() and _creation_meta(p) != _CreationMeta.DEFAULT:
+            raise RuntimeError(
+                f"The parameter {path(i)!r} is a view that autograd forbids to write to, as those from split, chunk and "
+                "unbind are: give p.clone()"
             )
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
             raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")

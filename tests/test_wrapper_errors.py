@@ -324,6 +324,13 @@ def test_parameters_that_cannot_be_written_to_are_found_before_others_are():
 
     moving = torch.ones(3, requires_grad=True) * 1
     moving.grad = torch.ones(3)
+    piece = (torch.ones(6, requires_grad=True) * 1).split(3)[0]
+    piece.grad = torch.ones(3)
+    opt = fo.Optimizer([moving, piece], fo.sgd, lr=0.1, differentiable=True)
+    with pytest.raises(RuntimeError, match="parameter '1' is a view that autograd forbids to write to.*give p.clone"):
+        opt.step()
+    assert torch.equal(moving, torch.ones(3))
+
     opt = fo.Optimizer([moving, first], fo.sgd, lr=0.1, differentiable=True)
     with pytest.raises(RuntimeError, match="parameter '1' is a leaf that requires grad: with differentiable=True"):
         opt.step()

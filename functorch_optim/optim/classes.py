@@ -6,7 +6,8 @@ both ways.
 
 They differ where float16 and bfloat16 are computed in float32 and rounded once, and in that an error while updates are
 computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable`
-are accepted as torch.optim accepts them, and change no number.
+are accepted as torch.optim accepts them, and change no number. All take `differentiable=True`, see `fo.Optimizer`, and
+their derivatives are right, by tensors as hyperparameters too.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from functorch_optim.base import GradientTransformation
 from functorch_optim.hyperparameters import is_zero
 from functorch_optim.optim.plan import Plan
-from functorch_optim.optim.torch_like import TorchLike
+from functorch_optim.optim.torch_like import TorchLike, also_differentiable
 from functorch_optim.optimizers.adadelta import adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad
@@ -234,7 +235,7 @@ class ASGD(TorchLike, torch.optim.ASGD):
 
 
 class Adafactor(TorchLike, torch.optim.Adafactor):
-    """Train with `fo.adafactor`; all arguments are those of torch.optim.Adafactor.
+    """Train with `fo.adafactor`; all arguments are those of torch.optim.Adafactor, and `differentiable`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -246,6 +247,7 @@ class Adafactor(TorchLike, torch.optim.Adafactor):
         (['col_var', 'row_var', 'step'], ['step', 'variance'])
     """
 
+    __init__ = also_differentiable(torch.optim.Adafactor.__init__)
     _transformation = staticmethod(adafactor)
 
     def _check_gradient(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
@@ -255,7 +257,7 @@ class Adafactor(TorchLike, torch.optim.Adafactor):
 
 
 class SparseAdam(TorchLike, torch.optim.SparseAdam):
-    """Train with `fo.sparse_adam`; all arguments are those of torch.optim.SparseAdam.
+    """Train with `fo.sparse_adam`; all arguments are those of torch.optim.SparseAdam, and `differentiable`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -267,6 +269,7 @@ class SparseAdam(TorchLike, torch.optim.SparseAdam):
         1
     """
 
+    __init__ = also_differentiable(torch.optim.SparseAdam.__init__)
     _transformation = staticmethod(sparse_adam)
     _count = int
 
@@ -278,7 +281,7 @@ class SparseAdam(TorchLike, torch.optim.SparseAdam):
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
 
     class Muon(TorchLike, torch.optim.Muon):
-        """Train with `fo.muon`; all arguments are those of torch.optim.Muon. For matrices only.
+        """Train with `fo.muon`; all arguments are those of torch.optim.Muon, and `differentiable`. For matrices.
 
         Example:
             >>> import functorch_optim as fo, torch
@@ -290,6 +293,7 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
             ['momentum_buffer']
         """
 
+        __init__ = also_differentiable(torch.optim.Muon.__init__)
         _transformation = staticmethod(muon)
         _count = None
 

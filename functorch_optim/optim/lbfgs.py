@@ -38,6 +38,10 @@ class LBFGS(torch.optim.LBFGS):
     - A state dict of another model or of another kind of optimizer is an error, and changes nothing; options that one
       lacks stay as they are.
 
+    Its steps cannot be differentiated, nor those of torch.optim.LBFGS: the closure writes gradients of points that the
+    algorithm chooses. `fo.Optimizer(params, fo.lbfgs, differentiable=True)` can, whose step is given the loss as a
+    function: `step(closure, value_fn=loss)`.
+
     Example:
         >>> import functorch_optim as fo, torch
         >>> p = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
@@ -52,6 +56,16 @@ class LBFGS(torch.optim.LBFGS):
         >>> bool(p.abs().max() < 1e-5)
         True
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if "differentiable" in options:
+            raise TypeError(
+                "LBFGS takes no differentiable: its closure writes gradients of points that the algorithm chooses. Use "
+                "Optimizer(params, lbfgs, differentiable=True) of functorch_optim, and step(closure, value_fn=loss)"
+            )
+        super().__init__(*args, **options)
+
+    vars(__init__)["__wrapped__"] = torch.optim.LBFGS.__init__  # for the signature
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]

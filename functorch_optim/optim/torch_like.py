@@ -1,5 +1,7 @@
 """What the classes of torch.optim have here in place of their steps."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,13 @@ class TorchLike(OptimizerBase):
 
     _live = True
     _sparse_error: str | None = "{} does not support sparse gradients"
+    _differentiable = False  # whether that was asked of a class that torch.optim has without, see `also_differentiable`
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch.optim does."""
+        if self._differentiable:
+            self.defaults["differentiable"] = True
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update all parameters that have a gradient.
@@ -52,3 +61,17 @@ class TorchLike(OptimizerBase):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         pass
+
+
+def also_differentiable(init: Callable[..., None]) -> Callable[..., None]:
+    """Give one of torch.optim's constructors the keyword `differentiable`, which it lacks."""
+
+    @functools.wraps(init)
+    def __init__(self: TorchLike, *args: Any, differentiable: bool = False, **options: Any) -> None:  # noqa: N807
+        self._differentiable = differentiable
+        init(self, *args, **options)
+
+    keyword = inspect.Parameter("differentiable", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    signature = inspect.signature(init)
+    vars(__init__)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), keyword])
+    return __init__

@@ -30,8 +30,10 @@ class Optimizer(OptimizerBase):
         params: tensors, (name, tensor) pairs, or dicts of a group each, as torch.optim takes them. Masks and labels in
             the transformation see a dict by name where there are names, and else a list.
         transformation: transformation, or factory.
-        differentiable: whether `step` is recorded by autograd, and parameters may be non-leaf tensors. It adds to
-            them in place: compute losses from `p.clone()`, as with torch.optim. The functional form needs no such care.
+        differentiable: whether `step` is recorded by autograd, for derivatives through training. Parameters are then
+            no leaves but, say, `p.clone()`, hyperparameters may be tensors, and `p.grad` has a graph. As in torch.optim
+            parameters are written to in place: compute losses from `p.clone()`, or do all, the last `backward` too,
+            within `torch.autograd.graph.allow_mutation_on_saved_tensors()`. The functional form needs no such care.
         **hyperparameters: arguments of the factory, the defaults of all groups. A schedule is called with the number of
             steps that a parameter has had; it belongs to the program, not to the state, and is not saved.
 

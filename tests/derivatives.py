@@ -1,0 +1,191 @@
+"""Training as one function of everything it depends on, and its derivatives by finite differences.
+
+All arguments, the parameters, the data, the hyperparameters, and the state it begins with, are one vector: so there is
+a derivative by each element of each of them, and none can hide behind another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from catalogue import step
+
+import functorch_optim as fo
+from functorch_optim.vector import common_dtype, flattened, unflattened
+
+UNITS = 3
+STEPS = 4
+
+
+def network(activation):
+    """Return the loss of a small network; `shift` is added to what its hidden units are given, and so can kill them."""
+
+    def loss(params, data):
+        hidden, output = params["hidden"], params["output"]
+        units = activation(data["x"] @ hidden["weight"] + hidden["bias"] + data.get("shift", 0.0))
+        return (units @ output["weight"] + output["bias"] - data["y"]).square().mean()
+
+    return loss
+
+
+SMOOTH, RELU = network(torch.tanh), network(torch.relu)
+
+
+def make_network(dtype=torch.float64):
+    """Make parameters: a matrix, two vectors, a number."""
+    hidden = {"weight": 0.7 * torch.randn(2, UNITS, dtype=dtype), "bias": 0.7 * torch.randn(UNITS, dtype=dtype)}
+    output = {"weight": 0.7 * torch.randn(UNITS, dtype=dtype), "bias": 0.7 * torch.randn(1, dtype=dtype)}
+    return {"hidden": hidden, "output": output}
+
+
+def make_data(dtype=torch.float64):
+    return {"x": torch.randn(4, 2, dtype=dtype), "y": torch.randn(4, dtype=dtype)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Some steps, as a function of a dict of "params", "data", "hyperparameters" and "state".
+
+    Attributes:
+        make: takes hyperparameters by name, returns a transformation.
+        held: parts of its state that derivatives do not flow through.
+        loss: see `network`.
+        start: the state to begin with, of which the arguments hold the float tensors; None: what `init` makes.
+        shifts: for each step, what is added to the inputs of the hidden units.
+        cut: what is detached: "updates", those of the last step; "hyperparameters", in the second half of the steps.
+    """
+
+    make: Callable[..., fo.GradientTransformation]
+    held: tuple[str, ...] = ()
+    loss: Callable[[Any, Any], torch.Tensor] = SMOOTH
+    start: Any = None
+    shifts: tuple[Any, ...] = (0.0,) * STEPS
+    cut: str | None = None
+
+    def __call__(self, arguments):
+        """Train, and return one number that depends on all that comes out."""
+        return self.outcome(*self.trained(arguments), arguments["data"])
+
+    def outcome(self, params, state, data):
+        kept = [leaf for path, leaf in floats(state).items() if not path.endswith(self.held or ("no path",))]
+        return self.loss(params, data) + sum(leaf.sin().sum() for leaf in [*fo.tree.flatten(params)[0], *kept])
+
+    def trained(self, arguments):
+        """Train, and return the parameters and the state."""
+        params, numbers = arguments["params"], arguments["hyperparameters"]
+        tx = self.make(**numbers)
+        state = tx.init(params) if self.start is None else replaced(self.start, arguments["state"])
+        for i, shift in enumerate(self.shifts):
+            if self.cut == "hyperparameters" and i == len(self.shifts) // 2:
+                tx = self.make(**fo.tree.map(torch.Tensor.detach, numbers))
+            data = {**arguments["data"], "shift": shift}
+            grads = torch.func.grad(self.loss)(params, data)
+            updates, state = step(tx, grads, state, params, data, self.loss)
+            if self.cut == "updates" and i == len(self.shifts) - 1:
+                updates = fo.tree.map(torch.Tensor.detach, updates)
+            params = fo.apply_updates(params, updates)
+        return params, state
+
+
+def begun(row, dtype=torch.float64, **options):
+    """Return the training of a row from its first step on, and arguments."""
+    numbers = {name: torch.tensor(value, dtype=dtype) for name, value in row.hyperparameters.items()}
+    training = Training(row if "lr" in numbers else small_steps(row), row.held, **options)
+    return training, {"params": make_network(dtype), "data": make_data(dtype), "hyperparameters": numbers}
+
+
+def continued(row, dtype=torch.float64, fill=0.1, before=(0.0,) * 2, **options):
+    """Return the same from a state on that some steps have made, and arguments with that state.
+
+    Zeros in it are filled: there Rprop and L-BFGS know that there has been nothing yet, and have no derivative.
+    """
+    training, arguments = begun(row, dtype, **options)
+    params, state = replace(training, shifts=before).trained(arguments)
+    state = replaced(state, {path: torch.where(leaf == 0, fill, leaf) for path, leaf in floats(state).items()})
+    return replace(training, start=state), {**arguments, "params": params, "state": floats(state)}
+
+
+def with_numbers(row, **changed):
+    """Return a row with other values of all hyperparameters whose names begin so."""
+    numbers = row.hyperparameters
+    found = {name: value for prefix, value in changed.items() for name in numbers if name.startswith(prefix)}
+    return row._replace(hyperparameters={**numbers, **found})
+
+
+def small_steps(row):
+    return lambda **numbers: fo.chain(row(**numbers), fo.scale(-0.1))
+
+
+def floats(state):
+    """Return what there are derivatives by in a state: its float tensors, by path."""
+    leaves = zip(fo.tree.paths(state), fo.tree.flatten(state)[0], strict=True)
+    return {path: leaf for path, leaf in leaves if leaf.is_floating_point()}
+
+
+def replaced(state, given):
+    """Return a state with other float tensors."""
+    leaves, structure = fo.tree.flatten(state)
+    paths = fo.tree.paths(state)
+    return fo.tree.unflatten(structure, [given.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+# Functions of one vector. ---------------------------------------------------------------------------------------------
+
+
+class OfVector:
+    """A function of a tree of tensors as a function of one vector.
+
+    Attributes:
+        z: the arguments.
+        places: path of an argument -> where it is in z.
+    """
+
+    def __init__(self, function, arguments):
+        self.function = function
+        self.leaves, self.structure = fo.tree.flatten(arguments)
+        self.z = flattened(self.leaves, common_dtype(self.leaves))
+        self.places, end = {}, 0
+        for path, leaf in zip(fo.tree.paths(arguments), self.leaves, strict=True):
+            self.places[path] = slice(end, end := end + leaf.numel())
+
+    def of(self, *kinds):
+        """Return the places of all arguments of these kinds, as indices."""
+        places = [place for path, place in self.places.items() if path.split(".")[0] in kinds]
+        return torch.cat([torch.arange(place.start, place.stop) for place in places])
+
+    def arguments(self, z):
+        """Return the tree that a vector stands for."""
+        return fo.tree.unflatten(self.structure, unflattened(z, self.leaves))
+
+    def __call__(self, z):
+        return self.function(self.arguments(z))
+
+
+def differences(function, z, h=1e-4, batched=True):
+    """Return the derivative of a function of a vector by central differences of fourth order, a row for each element.
+
+    Args:
+        function: vector -> tensor.
+        z: the vector.
+        h: how far to go, relative to the element.
+        batched: whether vmap can evaluate it at all points at once.
+    """
+    h = h * torch.where(z == 0, 1, z.abs())
+    points = torch.cat([z + k * torch.diag(h) for k in (2, 1, -1, -2)])
+    values = torch.vmap(function)(points) if batched else torch.stack([function(point) for point in points])
+    up2, up1, down1, down2 = values.unflatten(0, (4, -1))
+    return (8 * (up1 - down1) - (up2 - down2)) / (12 * h.reshape(-1, *[1] * (up1.ndim - 1)))
+
+
+def error(actual, expected):
+    """Return the largest error, relative to the largest number expected; inf where that is zero, or something NaN."""
+    if torch.equal(actual, expected):  # zeros, and nothing
+        return 0.0
+    relative = (actual - expected).abs().max() / expected.abs().max()
+    return torch.nan_to_num(relative, torch.inf, torch.inf).item()
+
+
+def errors(actual, expected, places):
+    """Return the errors of the derivatives by each argument, by its path."""
+    return {path: error(actual[place], expected[place]) for path, place in places.items()}
