@@ -163,8 +163,8 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
             )
         if torch.is_grad_enabled() and p._is_view() and _creation_meta(p) != _CreationMeta.DEFAULT:
             raise RuntimeError(
-                f"The parameter {path(i)!r} is a view that autograd forbids to write to, as those from split, chunk and "
-                "unbind are: give p.clone()"
+                f"The parameter {path(i)!r} is a view that autograd forbids to write to, as those from split, chunk "
+                "and unbind are: give p.clone()"
             )
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
             raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")
@@ -293,7 +293,9 @@ def _cast(like: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) 
         if callable(scalar):
             scalar = scalar(original)
         if not isinstance(scalar, Tensor):
-            return scalar
+            # A 0-dim float32 tensor times a python float has a float64 tangent under torch.func.jvp (torch 2.13).
+            moving = forward_ad._current_level >= 0 and isinstance(scalar, float)
+            return torch.full((), scalar, dtype=dtype, device=like.device) if moving else scalar
         if as_pairs and like.is_complex() and scalar.ndim > 0:  # one for each element, which is two reals here
             scalar = scalar.unsqueeze(-1)
         on_cpu = scalar.device.type == "cpu"

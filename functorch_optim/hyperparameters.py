@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.per_parameter import PerParameter, Place, check_fits
+from functorch_optim.per_parameter import PerParameter, entry_of, fitting
 
 Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float] | Mapping[Any, Any] | Sequence[Any]
 """A number; a 0-dim tensor, which may require grad or be batched by vmap; a schedule: a function of the number of
@@ -29,39 +29,25 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         A float, or a 0-dim float64 tensor. For a tree, something that answers like one, and is the value for each
         parameter when the rule is run.
 
-    Raises:
-        ValueError: a tensor has more than one element.
-
     Example:
         >>> import torch
         >>> step = torch.tensor(1.0, dtype=torch.float64)
         >>> at(0.1, step), at(lambda count: 0.5**count, step)
         (0.1, tensor(1., dtype=torch.float64))
     """
-    if is_tree(hyperparameter):
-
-        def at_place(place: Place) -> Any:
-            value = _evaluated(place.of(hyperparameter), step)
-            if isinstance(value, Tensor):
-                check_fits(value, place)
-            return value
-
-        return PerParameter(at_place)
-    value = _evaluated(hyperparameter, step)
+    value: Any = hyperparameter if is_tree(hyperparameter) else _evaluated(hyperparameter, step)
+    if is_tree(value):
+        return PerParameter(lambda place: fitting(_evaluated(entry_of(value, place), step), place))
     if isinstance(value, Tensor) and value.ndim != 0:
-        if value.numel() != 1:
-            raise ValueError(
-                f"A hyperparameter is one number, got a tensor of shape {tuple(value.shape)}. To train with several "
-                "values at once, batch them: torch.vmap(lambda lr: ...)(lrs). For a value for each parameter, or for "
-                "each of its elements, give a tree like the parameters"
-            )
-        value = value.reshape(())
+        if value.numel() == 1:
+            return value.reshape(())
+        return PerParameter(lambda place: fitting(entry_of(value, place), place))
     return value
 
 
 def _evaluated(hyperparameter: Any, step: Tensor) -> Any:
     value: Any = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
-    if isinstance(value, PerParameter):  # a function of the step may be computed from trees
+    if isinstance(value, PerParameter) or is_tree(value):  # a function of the step may return trees, too
         return value
     return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
 
@@ -82,12 +68,12 @@ def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
         >>> filled_like(torch.zeros(2), 0.5)
         tensor([0.5000, 0.5000])
     """
-    if is_tree(hyperparameter):
+    value = at(hyperparameter, torch.ones((), dtype=torch.float64))
+    if isinstance(value, PerParameter):
         raise TypeError(
             f"A state begins with the value of this hyperparameter, so it cannot be a tree: {hyperparameter!r}. Give "
             "each part of the parameters a transformation of its own, with partition"
         )
-    value = at(hyperparameter, torch.ones((), dtype=torch.float64))
     return torch.zeros_like(p) + (value.to(p.device, p.dtype) if isinstance(value, Tensor) else value)
 
 
@@ -116,10 +102,15 @@ def check(name: str, value: Any, allowed: str = "value >= 0", *, trees: bool = T
         ...
         ValueError: Invalid learning rate: -0.1; it needs value >= 0
     """
-    if trees and is_tree(value):
+    if is_tree(value):
+        if not trees:
+            raise TypeError(f"Invalid {name}: {value!r} is a tree, and here one number is needed for all parameters")
         for path, entry in zip(tree.paths(value), tree.flatten(value)[0], strict=True):
-            check(f"{name} at {path!r}", entry, allowed)
+            if entry is not None:  # where there is no parameter
+                check(f"{name} at {path!r}", entry, allowed)
     elif isinstance(value, Tensor):
+        if not trees and value.numel() != 1:
+            raise ValueError(f"Invalid {name}: a tensor of shape {tuple(value.shape)}; it needs one number")
         if not value.is_floating_point() and value.dtype not in _INTEGERS:
             raise TypeError(f"Invalid {name}: a tensor of dtype {value.dtype}; it needs real numbers")
     elif not callable(value):  # neither is inspected: a value would have to be waited for, and is not there in a trace
@@ -190,7 +181,8 @@ def check_each(name: str, values: Any, allowed: tuple[str, ...], example: str, e
         ValueError: Invalid etas: (0.5,); give 2 numbers, as in etas=(0.5, 1.2)
     """
     if not isinstance(values, tuple | list) or len(values) != len(allowed):
-        raise ValueError(f"Invalid {name}: {values!r}; give {len(allowed)} numbers, as in {name}={example}")
+        inside = ", and trees in their places" if isinstance(values, Mapping) else ""
+        raise ValueError(f"Invalid {name}: {values!r}; give {len(allowed)} numbers{inside}, as in {name}={example}")
     for index, (value, range_) in enumerate(zip(values, allowed, strict=True)):
         check(f"{each or name} at index {index}", value, range_)
 

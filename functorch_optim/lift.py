@@ -40,10 +40,17 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             tree.unflatten(structure, [MaskedNode() if state is None else state[field] for state in leaf_states])
             for field in range(len(getattr(state_type, "_fields", ())))
         ]
-        carried = [torch.as_tensor(value, dtype=torch.float64, device=step.device) for value in link.rule.carried()]
+        carried = [_own(value, step.device) for value in link.rule.carried()]
         counters = [step, *carried] if link.rule.counters else []
         states.append(tree_state_type(state_type, link.rule.counters)(*counters, *trees))
     return states
+
+
+def _own(number: Tensor | float, device: torch.device) -> Tensor:
+    """Make a number of the state, which is no hyperparameter that the user may change in place."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float64).clone()
+    return torch.tensor(number, dtype=torch.float64, device=device)
 
 
 def _path(params: Tree, i: int) -> str:

@@ -97,7 +97,9 @@ def run(
                 if k in used or bucket.carried[k]:
                     scalars[k], carried[number][k] = _evaluated_scalars(links[k], bucket, k, extras, seen)
             for (applying, *_), indices in groups.items():
-                for some, numbers in _parted(indices, [scalars[k] for k in applying], leaves, updates):
+                for some, numbers in _parted(
+                    indices, [links[k] for k in applying], [scalars[k] for k in applying], leaves, updates
+                ):
                     _run_rules(links, leaves, applying, some, updates, states, numbers)
     return updates, states, carried
 
@@ -134,17 +136,22 @@ def _as_rules_take_it(update: Tensor, rules: Sequence[Any], path: Path, i: int) 
 
 
 def _parted(
-    indices: list[int], scalars: list[Any], leaves: Leaves, updates: Sequence[Any]
+    indices: list[int], links: Sequence[Link], scalars: list[Any], leaves: Leaves, updates: Sequence[Any]
 ) -> list[tuple[list[int], list[Any]]]:
-    """Part leaves, with their scalars, where numbers differ between them: then each is alone."""
-    if not scalars or not differs(scalars):
-        return [(indices, scalars)] if scalars else []
-    prefixes = tree.Prefixes(tree.unflatten(leaves.structure, range(len(updates))), "the values of a hyperparameter")
+    """Part leaves, with the scalars of links, where numbers differ between them: then each is alone."""
+    if not links or not differs(scalars):
+        return [(indices, scalars)] if links else []
+    numbered = tree.unflatten(leaves.structure, range(len(updates)))
+    prefixes = tree.Prefixes(numbered, "the values of a hyperparameter")
 
-    def place(i: int) -> Place:
-        return Place(lambda values: prefixes.of(values)[i], lambda: leaves.path(i), updates[i].shape)
+    def here(i: int, link: Link, s: Any) -> Any:
+        def of(values: Tree) -> Any:
+            return prefixes.of(values)[i]
 
-    return [([i], resolved(scalars, place(i))) for i in indices]
+        shape, alone = updates[i].shape, tree.is_leaf(numbered)
+        return resolved(s, Place(of, lambda: leaves.path(i), shape, alone, link.rule.elementwise))
+
+    return [([i], [here(i, link, s) for link, s in zip(links, scalars, strict=True)]) for i in indices]
 
 
 def _run_rules(

@@ -18,11 +18,15 @@ class Place(NamedTuple):
         of: finds in a tree of values, a prefix of the parameters, the one for this parameter.
         path: names the parameter.
         shape: its shape.
+        alone: whether it is the whole tree.
+        elementwise: whether there may be a value for each element.
     """
 
     of: Callable[[Tree], Any]
     path: Callable[[], str]
     shape: torch.Size
+    alone: bool
+    elementwise: bool
 
 
 class PerParameter(StandIn):
@@ -56,13 +60,31 @@ def resolved(scalars: Any, place: Place) -> Any:
     return tree.map(lambda scalar: scalar.at_place(place) if isinstance(scalar, PerParameter) else scalar, scalars)
 
 
-def check_fits(value: Tensor, place: Place) -> None:
-    """Raise unless a tensor of numbers, one for each element, is shaped like the parameter or broadcasts to it.
+def entry_of(values: Tree, place: Place) -> Any:
+    """Find the value of a hyperparameter for one parameter.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is none, or the values are those of one tensor and there are several.
     """
-    shape, wanted = tuple(value.shape), tuple(place.shape)
+    if isinstance(values, Tensor) and not place.alone:
+        raise ValueError(
+            f"A hyperparameter is one number, got a tensor of shape {tuple(values.shape)}. To train with several "
+            "values at once, batch them: torch.vmap(lambda lr: ...)(lrs). For a value for each parameter, or for "
+            "each of its elements, give a tree like the parameters"
+        )
+    value = place.of(values)
+    if value is None:
+        raise ValueError(f"The tree of a hyperparameter has no value for the parameter {place.path()!r}")
+    return value
+
+
+def fitting(value: Any, place: Place) -> Any:
+    """Return the value of a hyperparameter for one parameter.
+
+    Raises:
+        ValueError: it is a tensor, one value for each element, and not shaped like the parameter, nor broadcasts to it.
+    """
+    shape, wanted = tuple(getattr(value, "shape", ())), tuple(place.shape)
     fits = len(shape) <= len(wanted) and all(
         n in (1, m) for n, m in zip(reversed(shape), reversed(wanted), strict=False)
     )
@@ -71,6 +93,12 @@ def check_fits(value: Tensor, place: Place) -> None:
             f"The value of a hyperparameter for {place.path() or 'the root'!r} has shape {shape}, but the parameter "
             f"has {wanted}; give one number, or a tensor that broadcasts to the parameter"
         )
+    if shape and not place.elementwise:
+        raise ValueError(
+            f"The value of a hyperparameter for {place.path() or 'the root'!r} has shape {shape}, but this one cannot "
+            "differ between elements of a parameter; give one number"
+        )
+    return value
 
 
 def check_shared(name: str, fields: Sequence[str], numbers: Sequence[Any]) -> None:

@@ -182,10 +182,10 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
             return [prefix] * len(flatten(tree)[0])
         given, wanted = _children(prefix), _children(tree)
         if is_leaf(tree) or set(given) != set(wanted):
+            here, have = repr(path) if path else "the root", "a leaf" if is_leaf(tree) else list(wanted)
             raise ValueError(
-                f"{name} do not fit the parameters: at {path or 'the root'!r} they have {list(given)} where the "
-                f"parameters have {'a leaf' if is_leaf(tree) else list(wanted)}. "
-                "Give one value for each parameter, or one for a whole subtree"
+                f"{name} do not fit the parameters: at {here} they have {list(given)} where the parameters have "
+                f"{have}. Give one value for each parameter, or one for a whole subtree"
             )
         return [leaf for key, child in wanted.items() for leaf in walk(given[key], child, _dotted(path, key))]
 

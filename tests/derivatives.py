@@ -130,6 +130,37 @@ def replaced(state, given):
     return fo.tree.unflatten(structure, [given.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
+def training_of_tasks(row):
+    """Return what torch.compile is given: two steps of a task, the loss of a batch of them, and what they share.
+
+    Returns:
+        train: (params, hyperparameters, state, x) -> (params, state).
+        total: (params, hyperparameters, state, xs) -> number.
+        params, hyperparameters, state: of all tasks.
+    """
+    make = row if "lr" in row.hyperparameters else small_steps(row)
+
+    def loss(params, x):
+        return (torch.tanh(x @ params["hidden"]["weight"]) @ params["rest"][0] - 1).square().mean()
+
+    def train(params, numbers, state, x):
+        tx = make(**numbers)
+        for _ in range(2):
+            grads = torch.func.grad(loss)(params, x)
+            updates, state = step(tx, grads, state, params, x, loss)
+            params = fo.apply_updates(params, updates)
+        return params, state
+
+    def total(params, numbers, state, xs):
+        return torch.vmap(lambda x: loss(train(params, numbers, state, x)[0], x))(xs).sum()
+
+    double = {"dtype": torch.float64}
+    params = {"hidden": {"weight": torch.randn(2, 2, **double)}, "rest": [torch.randn(2, **double)]}
+    numbers = {name: torch.tensor(value, **double) for name, value in row.hyperparameters.items()}
+    # Of clones: ASGD's first eta is the learning rate itself, and that they are one tensor is no part of a program.
+    return train, total, params, numbers, make(**fo.tree.map(torch.clone, numbers)).init(params)
+
+
 # Functions of one vector. ---------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def test_missing_parameters():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({"a": True}, "labels do not fit the parameters: at 'the root'"),
+        ({"a": True}, "labels do not fit the parameters: at the root"),
         ({"a": {"w": True}, "c": True}, r"at 'a' they have \['w'\] where the parameters have \['b', 'w'\]"),
         ({"a": True, "c": [True, True]}, "at 'c' they have"),
         ({"a": True, "c": "yes"}, "label 'yes' at 'c.0' is unknown; known are True, False"),

@@ -73,11 +73,17 @@ def test_gradients_flow():
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2), torch.ones(2, 1), torch.ones(0)], ids=repr)
-def test_a_tensor_of_several_elements_is_refused(tensor):
+def test_a_tensor_of_several_elements_is_for_one_parameter_alone(tensor):
+    params = {"w": torch.ones(2), "b": torch.ones(2)}
     message = r"A hyperparameter is one number, got a tensor of shape \(.*\)\..*torch.vmap"
     for hyperparameter in (tensor, lambda count: tensor):
+        tx = fo.scale(hyperparameter)
         with pytest.raises(ValueError, match=message):
-            at(hyperparameter, STEP)
+            tx.update(params, tx.init(params))
+        alone = torch.ones(2, *tensor.shape)
+        assert torch.equal(tx.update(alone, tx.init(alone))[0], alone)
+    with pytest.raises(ValueError, match=r"Invalid learning rate: a tensor of shape \(.*\); it needs one number"):
+        fo.lbfgs(tensor)
 
 
 def test_at_compiles():

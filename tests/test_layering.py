@@ -123,6 +123,7 @@ def test_at_run_time_only_torch_and_optree():
         "operator",
         "sys",
         "typing",
+        "weakref",
     }
     for path in FILES:
         if not module_of(path).startswith("demo"):

@@ -1,9 +1,11 @@
-"""Properties that hold of every transformation, tested of every row of the catalogue."""
+"""Properties that hold of every transformation, tested of every row of the catalogue.
+
+Those of derivatives and compilation are in test_derivatives.py, test_finite_derivatives.py and test_meta_transforms.py.
+"""
 
 import pytest
 import torch
-import torch._dynamo.testing
-from catalogue import CATALOGUE, assert_close, hyperparameters, loss, make_params, rows, step, train
+from catalogue import assert_close, hyperparameters, make_params, rows, step, train
 from copies import through_a_file, through_pickle
 
 import functorch_optim as fo
@@ -194,106 +196,3 @@ def test_vmap_over_hyperparameters_equals_a_loop(row, name):
         return train(row(**{name: value}), params, x)[0]
 
     assert_close(torch.vmap(run)(values), tree_by_tree(run, 3, values), rtol=row.tolerance, atol=row.tolerance)
-
-
-def derivatives_of(row, *, stop=False):
-    """Return a scalar function of all numbers that training depends on, and its arguments."""
-
-    def outer(params, x, numbers):
-        # Small steps, so that rows without a learning rate do not run off to where differences are inexact.
-        trained, state = train(fo.chain(row(**numbers), fo.scale(0.1)), params, x, steps=3)
-        total = loss(fo.tree.map(torch.Tensor.detach, trained) if stop else trained, x)
-        leaves = fo.tree.flatten(state)[0] if row.smooth else []
-        return total + sum(leaf.sin().sum() for leaf in leaves if leaf.is_floating_point())
-
-    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyperparameters.items()}
-    return outer, (make_params(), torch.randn(3, dtype=torch.float64), numbers)
-
-
-def direction_like(arguments):
-    return fo.tree.map(torch.randn_like, arguments)
-
-
-def moved(arguments, direction, by):
-    return fo.tree.map(lambda a, d: a + by * d, arguments, direction)
-
-
-@rows
-def test_derivatives_equal_finite_differences_forward_and_reverse(row):
-    outer, arguments = derivatives_of(row)
-    gradient = torch.func.grad(lambda arguments: outer(*arguments))(arguments)
-    for _ in range(3):
-        direction = direction_like(arguments)
-        # One hyperparameter may be much smaller than the others: keep its steps in proportion.
-        direction[2].update({name: number * direction[2][name] for name, number in arguments[2].items()})
-        by = 1e-6
-        difference = (outer(*moved(arguments, direction, by)) - outer(*moved(arguments, direction, -by))) / (2 * by)
-        pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
-        reverse = sum((g * d).sum() for g, d in pairs)
-        _, forward = torch.func.jvp(outer, arguments, direction)
-        torch.testing.assert_close(reverse, difference, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-10)
-
-
-def test_finite_differences_find_a_cut_graph():
-    row = next(row for row in CATALOGUE if row.name == "adam")
-    outer, arguments = derivatives_of(row, stop=True)
-    gradient = torch.func.grad(lambda params: outer(params, *arguments[1:]))(arguments[0])
-    direction = direction_like(arguments[0])
-    up, down = [outer(moved(arguments[0], direction, by), *arguments[1:]) for by in (1e-6, -1e-6)]
-    pairs = zip(fo.tree.flatten(gradient)[0], fo.tree.flatten(direction)[0], strict=True)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(sum((g * d).sum() for g, d in pairs), (up - down) / 2e-6, rtol=1e-6, atol=1e-7)
-
-
-@rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_derivatives_are_finite_where_everything_is_zero(row, dtype):
-    def outer(params, x, numbers):
-        trained, _ = train(row(**numbers), params, x, steps=3)
-        return sum(leaf.sum() for leaf in fo.tree.flatten(trained)[0])
-
-    numbers = {name: torch.tensor(value, dtype=dtype) for name, value in row.hyperparameters.items()}
-    arguments = (fo.tree.map(torch.zeros_like, make_params(dtype)), torch.zeros(3, dtype=dtype), numbers)
-    gradient = torch.func.grad(lambda arguments: outer(*arguments))(arguments)
-    assert all(torch.isfinite(leaf).all() for leaf in fo.tree.flatten(gradient)[0])
-
-
-@rows
-def test_autograd_outside_of_torch_func(row):
-    """Parameters that require grad, as in a loop with `torch.autograd.grad(create_graph=True)`."""
-    x = torch.ones(3, dtype=torch.float64)
-    params = fo.tree.map(lambda p: p.requires_grad_(), make_params())
-    leaves, structure = fo.tree.flatten(params)
-    tx = row()
-    state, trained = tx.init(params), params
-    for _ in range(3):
-        grads = torch.autograd.grad(
-            loss(trained, x), fo.tree.flatten(trained)[0], create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        updates, state = step(tx, fo.tree.unflatten(structure, list(grads)), state, trained, x)
-        trained = fo.apply_updates(trained, updates)
-    gradient = torch.autograd.grad(loss(trained, x), leaves, allow_unused=True, materialize_grads=True)
-    expected = torch.func.grad(lambda params: loss(train(row(), params, x, steps=3)[0], x))(
-        fo.tree.map(torch.Tensor.detach, params)
-    )
-    assert_close(fo.tree.unflatten(structure, list(gradient)), expected)
-
-
-@rows
-def test_compiles_whole_and_once(row):
-    counter = torch._dynamo.testing.CompileCounter()
-    tx, x = row(), torch.ones(3, dtype=torch.float64)
-
-    def one(params, state):
-        return train(tx, params, x, steps=1, state=state)
-
-    compiled = torch.compile(one, backend=counter, fullgraph=True)
-    params = make_params()
-    del params["layer"]["none"]  # torch gives empty tensors other strides when it computes with them
-    expected = result = (params, tx.init(params))
-    for _ in range(4):
-        expected, result = one(*expected), compiled(*result)
-        assert_close(result, expected)
-    # The states from init share one counter and those from update another; neither may cost more than one compilation.
-    assert counter.frame_count == 1

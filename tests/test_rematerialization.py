@@ -1,5 +1,6 @@
 """Derivatives by computing again: the same in every mode and order, with less memory."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -176,12 +177,12 @@ def by_property(w):
 
 
 def by_result(w):
-    return lambda x: {"known": w, "sum": (x + w).sum()}
+    return lambda x: (x.sum(), w)
 
 
 @pytest.mark.parametrize(
     "make",
-    [by_operator, by_default, by_list, by_keyword, by_index, by_partial, by_attribute, by_property],
+    [by_operator, by_default, by_list, by_keyword, by_index, by_partial, by_attribute, by_property, by_result],
     ids=lambda make: make.__name__,
 )
 def test_captured_tensors_have_derivatives(make):
@@ -189,7 +190,8 @@ def test_captured_tensors_have_derivatives(make):
     ws = torch.rand(2, 3, dtype=torch.float64)
 
     def outer(w, x, wrap):
-        return wrap(make(w))(x).sin()
+        result = wrap(make(w))(x)
+        return sum(part.sin().sum() for part in result) if isinstance(result, tuple) else result.sin()
 
     def same(function):
         return function
@@ -273,6 +275,46 @@ def test_nothing_is_computed_again_when_no_derivative_is_wanted():
         assert not function(x).requires_grad
     assert not function(x.detach()).requires_grad
     assert len(calls) == 2
+
+
+def test_the_function_does_not_see_that_it_is_given_constants():
+    model = torch.nn.Linear(3, 1).double()
+    model.bias.requires_grad_(False)
+    frozen = torch.ones(3, dtype=torch.float64)
+
+    def penalized(x, y):
+        assert x.requires_grad
+        assert x.is_leaf
+        assert not y.requires_grad
+        penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+        return model(x * y).square().sum() + penalty
+
+    x = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    values = [wrap(penalized)(x, frozen) for wrap in (lambda function: function, fo.meta.checkpoint)]
+    assert_close(*values)
+    assert_close(*[torch.autograd.grad(value, [x, model.weight]) for value in values])
+
+
+def test_recurrent_layers():
+    layer = torch.nn.LSTM(3, 4)
+    x = torch.rand(5, 2, 3)
+    grads = []
+    for wrap in (lambda function: function, fo.meta.checkpoint):
+        layer.zero_grad()
+        wrap(lambda x: layer(x)[0].square().sum())(x).backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+    assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_results_may_be_modified():
+    x = torch.rand(2, 3, requires_grad=True)
+    value = torch.nn.ReLU(inplace=True)(fo.meta.checkpoint(lambda x: x - 0.5)(x)).sum()
+    assert_close(torch.autograd.grad(value, x)[0], (x > 0.5).float())
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        assert fo.meta.checkpoint(torch.neg)(torch.ones(())).item() == -1
 
 
 # Memory. --------------------------------------------------------------------------------------------------------------
@@ -360,6 +402,35 @@ def test_functions_that_are_not_pure():
         value.backward()
 
 
+def test_arguments_that_are_modified():
+    with pytest.raises(RuntimeError, match="modifies its arguments in place, and cannot run again"):
+        fo.meta.checkpoint(lambda x: x.mul_(2))(torch.ones(2, requires_grad=True) * 1)
+
+
+def test_constants_that_are_modified_before_the_derivative_is_taken():
+    weight, x = torch.tensor(2.0), torch.ones(2, requires_grad=True)
+    value = fo.meta.checkpoint(lambda x: (x * weight).sum())(x)
+    weight.mul_(3)
+    with pytest.raises(RuntimeError, match=r"of shape \(\) that the function closes over was changed in place before"):
+        value.backward()
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+
+
+def test_results_that_are_no_trees():
+    with pytest.raises(TypeError, match="returned a Output, which is neither tensor nor tree"):
+        fo.meta.checkpoint(lambda x: Output(x.sum()))(torch.ones(2, requires_grad=True))
+
+
 def test_compile():
-    with pytest.raises(RuntimeError, match="torch.compile cannot trace fo.meta.checkpoint; leave it out"):
-        torch.compile(lambda x: fo.meta.checkpoint(torch.sin)(x), backend="eager", fullgraph=True)(torch.ones(1))
+    def function(x):
+        return fo.meta.checkpoint(torch.sin)(2 * x)
+
+    x = torch.ones(1, requires_grad=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compile cannot trace fo.meta.checkpoint"):
+        torch.compile(function, backend="eager", fullgraph=True)(x)
+    value = torch.compile(function, backend="eager")(x)
+    assert_close(torch.autograd.grad(value, x), torch.autograd.grad(function(x), x))

@@ -197,7 +197,33 @@ def test_no_batches():
     for checkpoint in (False, True):
         trained = fo.meta.unroll(loss, fo.adam(), params, [], checkpoint=checkpoint)
         assert trained.params is params
-        assert trained.losses.shape == (0,)
+        assert (trained.losses.shape, trained.losses.dtype) == ((0,), torch.float64)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_else_the_loss_function_returns(checkpoint):
+    """Here, running statistics that do not come into the loss, and something that is no tensor."""
+
+    def with_aux(params, batch):
+        return loss(params, batch), {"mean": params["rest"][0] * batch, "name": "mean"}
+
+    def outer(params, run):
+        trained, aux = run(params)
+        return loss(trained.params, 1.0) + sum(entry["mean"].sin().sum() for entry in aux)
+
+    def unrolled(params):
+        return fo.meta.unroll(with_aux, fo.adam(0.1), params, BATCHES, has_aux=True, checkpoint=checkpoint)
+
+    def looped(params):
+        state, aux = fo.adam(0.1).init(params), []
+        for batch in BATCHES:
+            aux.append(with_aux(params, batch)[1])
+            params, state = train(fo.adam(0.1), params, batch, steps=1, state=state)
+        return fo.meta.Unrolled(params, state, None), aux
+
+    params = make_params()
+    assert [entry["name"] for entry in unrolled(params)[1]] == ["mean"] * 4
+    assert_close(*[torch.func.grad(outer)(params, run) for run in (unrolled, looped)])
 
 
 def test_missing_parameters_stay_missing():
@@ -231,6 +257,8 @@ def test_extras_that_the_transformation_declares():
             r"is not a GradientTransformation; call it: unroll\(loss_fn, sgd\(0.1\)",
             {"transformation": fo.sgd},
         ),
+        (TypeError, r"needs batches, one for each step, got a dict; give a list", {"batches": {"x": BATCHES}}),
+        (TypeError, r"got a int; give a list .* or range\(steps\)", {"batches": 5}),
         (TypeError, "Invalid truncate: 2.0 is a float; give an integer >= 1", {"truncate": 2.0}),
         (ValueError, "Invalid truncate: 0; it needs an integer >= 1", {"truncate": 0}),
         (ValueError, "Invalid checkpoint: 0; it needs an integer >= 1", {"checkpoint": 0}),
@@ -240,6 +268,6 @@ def test_extras_that_the_transformation_declares():
     ],
 )
 def test_errors(error, message, arguments):
-    given = {"transformation": fo.sgd(0.1), "params": make_params(), **arguments}
+    given = {"transformation": fo.sgd(0.1), "params": make_params(), "batches": BATCHES, **arguments}
     with pytest.raises(error, match=message):
-        fo.meta.unroll(loss, batches=BATCHES, **given)
+        fo.meta.unroll(loss, **given)

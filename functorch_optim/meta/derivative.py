@@ -9,6 +9,9 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
+from functorch_optim import tree
+from functorch_optim.tree import Tree
+
 Tensors: TypeAlias = Sequence[Tensor]
 
 _functorch = torch._C._functorch
@@ -36,6 +39,14 @@ def replaced(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) ->
     for i, item in zip(places, new, strict=True):
         result[i] = item
     return result
+
+
+def split(mixed: Tree) -> tuple[list[Tensor], Callable[[Tensors], Tree]]:
+    """Take the tensors out of a tree; return them, and the function that puts others in their places."""
+    leaves, structure = tree.flatten(mixed)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    rest = replaced(leaves, places, [None] * len(places))
+    return [leaves[i] for i in places], lambda others: tree.unflatten(structure, replaced(rest, places, others))
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.meta.derivative import is_differentiable, pullback, replaced
+from functorch_optim.meta.derivative import is_differentiable, pullback, replaced, split
 from functorch_optim.meta.root import rooted
 from functorch_optim.meta.solvers import solve_normal_cg
 from functorch_optim.tree import Tree
@@ -235,21 +235,19 @@ def _tensors(tree_of_tensors: Tree) -> list[Tensor]:
 
 def _run(solver: Solver, init: Tree, args: tuple[Tree, ...], sequential: bool) -> Any:
     """Run a solver on constants, and outside of all levels of torch.func but vmap: numpy knows none."""
-    leaves, structure = tree.flatten((init, args))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs, rebuilt = split((init, args))
     found: list[Any] = []
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        init, args = tree.unflatten(structure, replaced(leaves, places, tensors))
+        init, args = rebuilt(tensors)
         with torch.enable_grad():  # a solver may train with backward
-            results, results_structure = tree.flatten(solver(init, *args))
-        tensors_at = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor)]
-        found[:] = replaced(results, tensors_at, [None] * len(tensors_at)), results_structure, tensors_at
-        return tuple([results[i].detach() for i in tensors_at])
+            results, rebuild = split(solver(init, *args))
+        found[:] = [rebuild]
+        return tuple([result.detach() for result in results])
 
     apply: Any = _Constants.apply
     try:
-        tensors = apply(run, sequential, *[leaves[i].detach() for i in places])
+        tensors = apply(run, sequential, *[tensor.detach() for tensor in inputs])
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" not in str(error):
             raise
@@ -257,8 +255,7 @@ def _run(solver: Solver, init: Tree, args: tuple[Tree, ...], sequential: bool) -
             "The solver closes over a tensor that torch.vmap batches, and cannot see the batch. Give it as one of "
             "args, solver(init, *args) and optimality_fn(x, *args)"
         ) from error
-    others, results_structure, tensors_at = found
-    return tree.unflatten(results_structure, replaced(others, tensors_at, tensors))
+    return found[0](tensors)
 
 
 class _Constants(torch.autograd.Function):

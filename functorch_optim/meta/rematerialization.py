@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functorch_optim import tree
-from functorch_optim.meta.capture import Capture, Substitute
+from functorch_optim.meta.capture import Capture, Substitute, check_unchanged
 from functorch_optim.meta.derivative import (
     alive,
     forward_mode,
@@ -21,6 +21,7 @@ from functorch_optim.meta.derivative import (
     pushforward,
     replaced,
     requires_grad,
+    split,
 )
 from functorch_optim.tree import Tree
 
@@ -31,16 +32,23 @@ def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
     The values and all derivatives are those of `function`, in reverse and in forward mode, of any order. Until then
     only its arguments and results are kept. It is what `torch.utils.checkpoint` is, which torch.func does not allow.
 
+    The function may close over tensors, learned hyperparameters say, and their derivatives are right. Inside of it the
+    rules of torch.func hold: gradients are taken by `torch.func.grad` and not by `backward`, graphs are cut by `detach`
+    and not by `torch.no_grad`, arguments are not modified. Random numbers of torch's default generators are drawn again
+    alike, those of generators of your own are not. It pays where tensors are large: every operation is looked at.
+
     Args:
-        function: pure function of trees, which returns a tree. Random numbers are drawn again alike. Tensors that it
-            closes over, learned hyperparameters say, have their derivatives too.
+        function: pure function of trees, which returns a tree of tensors and plain python values.
 
     Returns:
-        Function of the same arguments.
+        Function of the same arguments. `torch.compile` breaks its graph there: leave `checkpoint` out of what is
+        compiled, for the compiler decides itself what to compute again.
 
     Raises:
-        RuntimeError: `torch.compile` traces the call; or the function gives a tensor that it closes over, and that a
-            derivative is wanted of, to a transform or an autograd.Function: make that an argument.
+        TypeError: the function returns something that is no tree, which could hide a tensor.
+        RuntimeError: it modifies an argument; or it gives a tensor that it closes over, and that a derivative is wanted
+            of, to a transform or an autograd.Function, out of sight: make that an argument. When the derivative is
+            taken: it does not do the same again, or what it closes over was modified.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
 
@@ -53,44 +61,54 @@ def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
 
     @functools.wraps(function)
     def checkpointed(*args: Any, **kwargs: Any) -> Tree:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "torch.compile cannot trace fo.meta.checkpoint; leave it out of what is compiled: the compiler decides "
-                "itself what to compute again"
-            )
-        leaves, structure = tree.flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = [leaves[i] for i in places]
+        if torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        inputs, rebuilt = split((args, kwargs))
         count = len(inputs)
-        rest = replaced(leaves, places, [None] * count)
-        rebuilt: list[Any] = []
+        results: list[Any] = []
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            args, kwargs = tree.unflatten(structure, replaced(rest, places, tensors))
-            results, results_structure = tree.flatten(function(*args, **kwargs))
-            at = [i for i, result in enumerate(results) if isinstance(result, Tensor)]
-            rebuilt[:] = replaced(results, at, [None] * len(at)), results_structure, at
-            return [results[i] for i in at]
+            args, kwargs = rebuilt(tensors)
+            outputs, results[:] = _split_results(function(*args, **kwargs))
+            return outputs
 
         def again(tensors: Sequence[Tensor]) -> list[Tensor]:
-            with surroundings.restored(), Substitute(found, tensors[count:]) as substitute:
+            check_unchanged(others)
+            substitute = Substitute(found, tensors[count:])
+            with surroundings.restored(), substitute:
                 outputs = run(tensors[:count])
-            substitute.check()
-            return outputs
+            return substitute.others(outputs)
 
         surroundings = _Surroundings.now(_devices(inputs))
         constants = [tensor.detach() for tensor in inputs]
-        with Capture(constants) as capture:
+        versions = [constant._version for constant in constants if not constant.is_inference()]
+        with Capture(inputs, constants) as capture:
             outputs = run(constants)
-        capture.check(outputs)
-        found = capture.found
+        outputs = capture.constants(outputs)
+        if versions != [constant._version for constant in constants if not constant.is_inference()]:
+            raise RuntimeError("The function modifies its arguments in place, and cannot run again: let it copy them")
+        found, others = capture.found, capture.others
         outputs = _attached(again, outputs, [*inputs, *[tensor for tensor, _ in found]])
-        others, results_structure, at = rebuilt
-        return tree.unflatten(results_structure, replaced(others, at, outputs))
+        [rebuild] = results
+        return rebuild(outputs)
 
-    return checkpointed
+    disable: Any = torch.compiler.disable
+    made: Callable[..., Tree] = disable(checkpointed, reason="torch.compile cannot trace fo.meta.checkpoint")
+    return made
 
 
+def _split_results(results: Tree) -> tuple[list[Tensor], list[Callable[[Sequence[Tensor]], Tree]]]:
+    for leaf in tree.flatten(results)[0]:
+        if not isinstance(leaf, _PLAIN):
+            raise TypeError(
+                f"The function returned a {type(leaf).__name__}, which is neither tensor nor tree, and whose "
+                "derivatives checkpoint cannot know: return tensors in dicts, lists or tuples"
+            )
+    tensors, rebuild = split(results)
+    return tensors, [rebuild]
+
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 Function: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
@@ -115,7 +133,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def forward(_function: Function, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple([tensor.view_as(tensor) for tensor in tensors[:n]])
+        return tuple([tensor.clone() for tensor in tensors[:n]])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -136,7 +154,8 @@ class _Checkpointed(torch.autograd.Function):
         def transposed(given: Sequence[Tensor]) -> list[Tensor]:
             tensors, cotangents = given[: -len(differentiable)], given[-len(differentiable) :]
             moving = _moving(function, tensors, needed, differentiable)
-            return pullback(moving, [tensors[i] for i in needed])(cotangents)
+            with torch.enable_grad():  # without it, recurrent layers compute nothing that can be differentiated
+                return pullback(moving, [tensors[i] for i in needed])(cotangents)
 
         given = [*tensors, *[cotangents[i] for i in differentiable]]
         grads = transposed([tensor.detach() for tensor in given])
@@ -203,7 +222,10 @@ class _Surroundings(NamedTuple):
 
 
 def _devices(tensors: Sequence[Tensor]) -> set[torch.device]:
-    return {torch.device("cpu"), *[tensor.device for tensor in tensors if tensor.device.type != "meta"]}
+    """Return the devices of tensors, and those where what a function closes over is likely to be."""
+    cuda: Any = torch.cuda
+    current = [torch.device("cuda", cuda.current_device())] if cuda.is_initialized() else []
+    return {torch.device("cpu"), *current, *[tensor.device for tensor in tensors if tensor.device.type != "meta"]}
 
 
 def _random(device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from functorch_optim.base import GradientTransformation, apply_updates
 from functorch_optim.combine import check_transformation
 from functorch_optim.hyperparameters import check_integer
 from functorch_optim.meta.capture import computed
-from functorch_optim.meta.derivative import replaced
+from functorch_optim.meta.derivative import replaced, split
 from functorch_optim.meta.rematerialization import checkpoint as checkpointed
 from functorch_optim.rule import with_loss
 from functorch_optim.tree import Tree
+from functorch_optim.vector import common_dtype
 
 
 class Unrolled(NamedTuple):
@@ -40,7 +41,7 @@ class Unrolled(NamedTuple):
 
 
 def unroll(
-    loss_fn: Callable[[Tree, Any], Tensor],
+    loss_fn: Callable[[Tree, Any], Any],
     transformation: GradientTransformation,
     params: Tree,
     batches: Iterable[Any],
@@ -49,7 +50,8 @@ def unroll(
     first_order: bool = False,
     truncate: int | None = None,
     checkpoint: bool | int = False,
-) -> Unrolled:
+    has_aux: bool = False,
+) -> Any:
     """Train on one batch after the other, and keep what derivatives need.
 
         g = grad loss_fn(params, batch);    u, state = update(g, state, params);    params <- params + u
@@ -74,12 +76,15 @@ def unroll(
         checkpoint: whether to compute again, when a derivative is wanted, what the steps have computed, and keep
             parameters and state alone, of every `checkpoint` steps. True: of every square root of the number of steps,
             for memory that grows like it. The derivatives are the same. See `fo.meta.checkpoint`.
+        has_aux: whether `loss_fn` returns a pair, the loss and a tree of something else.
 
     Returns:
-        The trained parameters, the state, and the losses.
+        The trained parameters, the state, and the losses. With `has_aux` a pair: these, and a list of what else
+        `loss_fn` returned, an entry for each batch.
 
     Raises:
-        TypeError: `transformation` is none; `truncate` or `checkpoint` is no integer.
+        TypeError: `transformation` is none; `batches` cannot be iterated, or is a dict; `truncate` or `checkpoint` is
+            no integer.
         ValueError: `truncate` or `checkpoint` is less than 1.
         RuntimeError: see `fo.meta.checkpoint`.
 
@@ -106,43 +111,66 @@ def unroll(
     searching = any("value_fn" in rule.extras.names for rule in rules)
     state = transformation.init(params) if state is None else state
 
-    def segment(params: Tree, state: Any, batches: Sequence[Any], first: int) -> tuple[Tree, Any, list[Tensor]]:
-        losses = []
+    def segment(params: Tree, state: Any, batches: Sequence[Any], first: int) -> tuple[Tree, Any, list[Any]]:
+        results = []
         for i, batch in enumerate(batches, start=first):
             if truncate is not None and i > 0 and i % truncate == 0:
                 params, state = tree.stop_gradient((params, state))
-            grads, loss = _grad_and_value(loss_fn, params, batch)
+            grads, result = _grad_and_value(loss_fn, params, batch, has_aux)
             grads = tree.stop_gradient(grads) if first_order else grads
-            extra = {"value_fn": functools.partial(_swapped, loss_fn, batch)} if searching else {}
-            updates, state = transformation.update(grads, state, params, **with_loss(rules, loss, extra))
+            extra = {"value_fn": functools.partial(_loss, loss_fn, batch, has_aux)} if searching else {}
+            updates, state = transformation.update(grads, state, params, **with_loss(rules, result[0], extra))
             params = apply_updates(params, updates)
-            losses.append(loss)
-        return params, state, losses
+            results.append(result)
+        return params, state, results
 
-    steps = list(batches)
+    steps = _listed(batches)
     length = len(steps)
     if checkpoint:
         segment = checkpointed(segment)
         length = max(math.isqrt(len(steps)), 1) if checkpoint is True else checkpoint
-    losses: list[Tensor] = []
+    results: list[Any] = []
     for first in range(0, len(steps), max(length, 1)):
         params, state, some = segment(params, state, steps[first : first + length], first)
-        losses += some
-    return Unrolled(params, state, torch.stack(losses) if losses else torch.zeros(0))
+        results += some
+    losses = [loss for loss, _ in results]
+    stacked = torch.stack(losses) if losses else torch.zeros(0, dtype=common_dtype(tree.flatten(params)[0]))
+    unrolled = Unrolled(params, state, stacked)
+    return (unrolled, [aux for _, aux in results]) if has_aux else unrolled
 
 
-def _swapped(loss_fn: Callable[[Tree, Any], Tensor], batch: Any, params: Tree) -> Tensor:
-    return loss_fn(params, batch)
+def _listed(batches: Any) -> list[Any]:
+    if isinstance(batches, Mapping) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            f"unroll needs batches, one for each step, got a {type(batches).__name__}; give a list of them, a tensor "
+            "with a batch in each slice, zip(xs, ys), or range(steps)"
+        )
+    return list(batches)
 
 
-def _grad_and_value(loss_fn: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> tuple[Tree, Tensor]:
-    """Differentiate a loss with respect to the tensors of a tree."""
+def _loss(loss_fn: Callable[[Tree, Any], Any], batch: Any, has_aux: bool, params: Tree) -> Tensor:
+    result: Any = loss_fn(params, batch)
+    loss: Tensor = result[0] if has_aux else result
+    return loss
+
+
+def _grad_and_value(
+    loss_fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, has_aux: bool
+) -> tuple[Tree, tuple[Tensor, Any]]:
+    """Differentiate a loss with respect to the tensors of a tree; return what else there is too."""
     leaves, structure = tree.flatten(params)
     present = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
-    def loss(tensors: list[Tensor]) -> Tensor:
-        return loss_fn(tree.unflatten(structure, replaced(leaves, present, tensors)), batch)
+    rest: list[Any] = []
 
-    grads, value = torch.func.grad_and_value(loss)([leaves[i] for i in present])
-    *grads, value = computed([*grads, value])
-    return tree.unflatten(structure, replaced([None] * len(leaves), present, grads)), value
+    def loss(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        result = loss_fn(tree.unflatten(structure, replaced(leaves, present, tensors)), batch)
+        value, aux = result if has_aux else (result, None)
+        aux_tensors, rebuild = split(aux)
+        rest[:] = [rebuild]
+        return value, aux_tensors
+
+    grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in present])
+    *known, value = computed([*grads, *aux, value])
+    grads, aux = known[: len(present)], known[len(present) :]
+    return tree.unflatten(structure, replaced([None] * len(leaves), present, grads)), (value, rest[0](aux))

@@ -1,6 +1,5 @@
 """Adafactor: Adagrad's memory, factored."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from functorch_optim.base import GradientTransformation, factory, leafwise
 from functorch_optim.combine import partition
 from functorch_optim.hyperparameters import Hyperparameter, at, check
-from functorch_optim.numerics import safe_norm
+from functorch_optim.numerics import safe_sqrt
 from functorch_optim.optimizers.descent import uphill_or_down
 from functorch_optim.rule import leaf_state
 from functorch_optim.tree import Tree
@@ -93,6 +92,9 @@ def adafactor(
         ValueError: a number is out of range; `update` is called without parameters.
         TypeError: a parameter is complex.
 
+    The derivative of a maximum is that of its larger argument; at ties that of V, of RMS(w) / d and of RMS(p), and half
+    of lr and of 1 / sqrt(t). So with the default, d = 1, a vector's first step, of which RMS(w) is 1, counts as clipped.
+
     Same numbers as torch.optim.Adafactor, but where torch takes the eps1 None of the first parameter's dtype for all
     others too. Differs from the paper as torch does: see its note on eps1 and lr.
 
@@ -126,14 +128,14 @@ def adafactor(
         )
 
     def step(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Any:
-        w = g * torch.rsqrt(torch.clamp(v, min=s.eps1 * s.eps1))
-        w = w / torch.clamp(_rms(w) / s.d, min=1)
-        return -s.rho * torch.clamp(_rms(p), min=s.eps2) * w - s.decay * p
+        w = g * torch.rsqrt(torch.clamp_min(v, s.eps1 * s.eps1))
+        w = w / torch.clamp_min(_rms(w) / s.d, 1)
+        return -s.rho * torch.clamp_min(_rms(p), s.eps2) * w - s.decay * p
 
     def factored(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
         r = torch.lerp(state.row_var, _mean(g * g, -1), s.weight)
         c = torch.lerp(state.col_var, _mean(g * g, -2), s.weight)
-        v = r @ c / torch.clamp(_mean(r, -2), min=s.eps1)
+        v = (r / torch.clamp_min(_mean(r, -2), s.eps1)) @ c  # in this order nothing overflows
         return step(g, v, p, s), FactoredState(r, c)
 
     def unfactored(g: Tensor, state: UnfactoredState, p: Any, s: AdafactorScalars) -> Any:
@@ -175,4 +177,4 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return safe_norm(x) / math.sqrt(max(x.numel(), 1))
+    return safe_sqrt(x.square().mean()) if x.numel() else x.sum()

@@ -87,7 +87,8 @@ def scale_by_adam(
         ValueError: a number is out of range.
         RuntimeError: a gradient is sparse and the rule is not lazy.
 
-    Where v is zero, for a unit that never fired say, the derivative is finite and exact; torch.optim's is NaN there.
+    Where v is zero, for a unit that never fired say, the derivative is finite and exact; torch.optim's is NaN there. At
+    a tie of two v, amsgrad's derivative is half of each.
 
     Source: Kingma & Ba, arXiv:1412.6980, algorithm 1; AMSGrad: Reddi et al., arXiv:1904.09237, algorithm 2.
 

@@ -69,6 +69,8 @@ def asgd(
     Raises:
         ValueError: a number is out of range; `update` is called without parameters.
 
+    Derivatives flow through t0 from the step t0 + 1 on, where the average begins.
+
     The averaged parameters are in the state: `fo.tree.get(state, "ax")`. As in torch.optim.ASGD, eta lags behind by a
     step: a learning rate that changes acts on the step after the next. The numbers eta and mu are states of the whole
     tree, in float64. (The stateful forms keep them for each parameter, in float32, as torch.optim.ASGD does.)

@@ -75,6 +75,8 @@ def scale_by_muon(
         ValueError: a number is out of range; a parameter is no matrix.
         TypeError: a parameter is complex.
 
+    Derivatives flow through the norm, and through eps where the norm is less.
+
     Differs from Jordan's as torch.optim.Muon does: b is a mean of gradients where he has a sum, and a norm less than
     eps is replaced by it where he adds eps.
 
@@ -126,7 +128,7 @@ def _orthogonalized(x: Tensor, coefficients: tuple[Any, Any, Any], ns_steps: int
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
-    x = x / torch.clamp(x.norm(), min=eps)
+    x = x / torch.clamp_min(x.norm(), eps)
     for _ in range(ns_steps):
         gram = x @ x.mT
         x = _addmm(a, x, 1.0, _addmm(b, gram, c, gram, gram), x)

@@ -14,8 +14,8 @@ from functorch_optim.numerics import safe_norm
 def clip(clip_value: Hyperparameter) -> GradientTransformation:
     """Clip every element: `g <- min(max(g, -c), c)`.
 
-    The derivative with respect to g is one inside and at the corners, and zero outside. Real and imaginary parts of
-    complex tensors are clipped separately.
+    The derivative with respect to g is one inside and at the corners, and zero outside; that with respect to c is the
+    sign of g outside, and zero elsewhere. Real and imaginary parts of complex tensors are clipped separately.
 
     Args:
         clip_value: c >= 0: number, 0-dim tensor, or schedule.
@@ -40,6 +40,10 @@ def clip(clip_value: Hyperparameter) -> GradientTransformation:
 @factory
 def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTransformation:
     """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`; a NaN in it makes all of it NaN.
+
+    Derivatives flow through the norm. Where nothing is clipped, at the corner |g| = c and at the norm zero too, they
+    are those of the identity. The infinity norm shares its derivative between elements that tie, and in the norm of
+    order 1 an element that is zero has none.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
@@ -75,8 +79,8 @@ def clip_by_global_norm(
 ) -> GradientTransformation:
     """Scale all updates down together to a largest norm: `g <- g min(1, c / (|g| + eps))`, |g| over the whole tree.
 
-    The gradient flows through the norm; where the norm is zero its derivative is zero. Each tensor's norm is taken in
-    its own precision (float32 for halves), and that of the norms in float64.
+    Derivatives flow through the norm; where nothing is clipped they are those of the identity. Each tensor's norm is
+    taken in its own precision (float32 for halves), and that of the norms in float64.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.

@@ -1,0 +1,97 @@
+"""Derivatives through training are exact, of first and second order: by parameters, data, state, each hyperparameter.
+
+Where a rule has branches, they are those of the branch taken; test_kinks.py has what they are in between.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from catalogue import rows
+from derivatives import OfVector, begun, continued, differences, error, errors
+
+starts = pytest.mark.parametrize("start", [begun, continued], ids=lambda start: start.__name__)
+
+# What has derivative zero, besides hyperparameters of which only the first value is used. All else must not.
+INACTIVE = {
+    begun: {
+        "scale_by_radam": {"eps"},  # is rectified from the sixth step on
+        "radam": {"eps"},
+        "radam_decoupled": {"eps"},
+        "rprop": {"smallest"},
+        "adafactor": {"eps1", "eps2"},  # see adafactor_large_eps
+        "muon": {"eps"},  # see muon_large_eps
+    },
+    continued: {
+        "scale_by_rprop": {"prev"},  # of which only the sign matters
+        "rprop": {"prev"},
+        "adafactor": {"eps1", "eps2"},
+        "muon": {"eps"},
+        "lbfgs": {"H_diag", "prev_loss"},  # computed anew in every iteration
+        "lbfgs_search": {"H_diag", "prev_loss"},
+        "reduce_on_plateau": {"best"},  # is only compared
+    },
+}
+INDEPENDENT = ("set_to_zero", "scale_by_rprop", "rprop")  # updates do not depend on where they are made
+
+
+def inactive(row, start):
+    """Name what has derivative zero."""
+    return INACTIVE[start].get(row.name, set()) | (set(row.initial) if start is continued else set())
+
+
+def wrong(actual, expected, places, tolerance=1e-6):
+    """List the arguments whose derivatives differ."""
+    return [f"{path}: {e:.1e}" for path, e in errors(actual, expected, places).items() if not e <= tolerance]
+
+
+@rows
+@starts
+def test_first_derivatives_equal_finite_differences(row, start):
+    function = OfVector(*start(row))
+    expected = differences(function, function.z)
+    reverse = torch.func.grad(function)(function.z)
+    assert wrong(reverse, expected, function.places) == []
+    assert wrong(torch.func.jacfwd(function)(function.z), reverse, function.places, 1e-10) == []
+    for _ in range(2):
+        direction = torch.randn_like(function.z)
+        _, forward = torch.func.jvp(function, (function.z,), (direction,))
+        torch.testing.assert_close(forward, reverse @ direction, rtol=1e-10, atol=0)
+
+    names = {name for path in function.places for name in path.split(".")[1:]}
+    active = {name for path, place in function.places.items() if expected[place].any() for name in path.split(".")[1:]}
+    assert names - active == inactive(row, start)
+
+
+@rows
+@starts
+def test_second_derivatives_equal_finite_differences(row, start):
+    function = OfVector(*start(row))
+    gradient, places = torch.func.grad(function), function.places
+    forward_over_reverse = torch.func.jacfwd(gradient)(function.z)
+    expected = differences(gradient, function.z)
+    for place in places.values():  # all pairs of arguments: none is hidden by others
+        assert wrong(forward_over_reverse[:, place], expected[:, place], places, 2e-5) == []
+    reverse_over_reverse = torch.func.jacrev(gradient)(function.z)
+    assert error(reverse_over_reverse, forward_over_reverse) < 1e-10
+
+
+@rows
+@starts
+def test_a_detached_step_is_noticed(row, start):
+    torch.manual_seed(0)
+    training, arguments = start(row)
+    function = OfVector(training, arguments)
+    expected = differences(function, function.z)
+    of_kind = {}
+    for path, place in function.places.items():
+        kind, name = path.split(".")[:2]
+        of_kind.setdefault(name if kind == "hyperparameters" else kind, []).append(place)
+
+    def noticed(cut):
+        gradient = torch.func.grad(OfVector(replace(training, cut=cut), arguments))(function.z)
+        return {kind for kind, places in of_kind.items() if wrong(gradient, expected, dict(enumerate(places)))}
+
+    depends = {"params", "data"} if row.name not in INDEPENDENT else set()
+    assert noticed("updates") >= depends | ({"state"} & set(of_kind))
+    assert noticed("hyperparameters") == set(row.hyperparameters) - inactive(row, start) - set(row.initial)
