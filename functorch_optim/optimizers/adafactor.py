@@ -93,7 +93,7 @@ def adafactor(
         TypeError: a parameter is complex.
 
     The derivative of a maximum is that of its larger argument; at ties that of V, of RMS(w) / d and of RMS(p), and half
-    of lr and of 1 / sqrt(t). So with the default, d = 1, a vector's first step, of which RMS(w) is 1, counts as clipped.
+    of lr and of 1 / sqrt(t). So with the default, d = 1, a vector's first step, where RMS(w) is 1, counts as clipped.
 
     Same numbers as torch.optim.Adafactor, but where torch takes the eps1 None of the first parameter's dtype for all
     others too. Differs from the paper as torch does: see its note on eps1 and lr.

@@ -57,7 +57,8 @@ def scale_by_rprop(
         ValueError: a number is out of range.
 
     The derivative of sign is zero everywhere, and that of the branches is that of the branch taken: derivatives flow
-    through the step sizes only, and at a bound not through the bound. torch clamps also where the gradient is zero, and so do we.
+    through the step sizes only, and at a bound not through the bound. torch clamps also where the gradient is zero, and
+    so do we.
 
     Source: Riedmiller & Braun, A direct adaptive method for faster backpropagation learning: the RPROP algorithm, 1993,
     without its step back, as in Igel & Hüsken, 2000, algorithm iRprop-, and torch.optim.Rprop.
