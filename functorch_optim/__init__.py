@@ -9,7 +9,6 @@ from functorch_optim.base import (
     leafwise,
     stateless,
 )
-from functorch_optim.checkpoint import load_state_dict, state_dict
 from functorch_optim.combine import chain, masked, named_chain, partition
 from functorch_optim.convert import from_torch, to_torch
 from functorch_optim.hyperparameters import Hyperparameter, at
@@ -29,6 +28,7 @@ from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.rule import EmptyState, StepState, leaf_state
+from functorch_optim.saving import load_state_dict, state_dict
 from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.momentum import trace

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import checkpoint, execution, lift, optim, tree
+from functorch_optim import execution, lift, optim, saving, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_updates
 from functorch_optim.combine import partition
@@ -116,7 +116,7 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
     if isinstance(optimizer, torch.optim.LBFGS):
         new_states = _lbfgs_to_torch(optimizer, state)
     else:
-        saved = checkpoint.state_dict(state, params)["state"]
+        saved = saving.state_dict(state, params)["state"]
         by_param = {p: saved.get(path, {}) for p, path in zip(leaves, tree.paths(params), strict=True)}
         new_states = {}
         for plan, transformation, _ in _plans(optimizer):

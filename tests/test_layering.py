@@ -26,7 +26,7 @@ LAYERS = [
     "lift",
     "layout",
     "base",
-    "checkpoint",
+    "saving",
     "combine",
     "schedules.schedule",
     "schedules.pieces",

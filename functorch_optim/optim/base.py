@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from functorch_optim import checkpoint, execution, tree
+from functorch_optim import execution, saving, tree
 from functorch_optim.base import GradientTransformation
-from functorch_optim.checkpoint import REST
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
 from functorch_optim.rule import TreeRule, check_extras, with_loss
+from functorch_optim.saving import REST
 
 
 class OptimizerBase(torch.optim.Optimizer):
@@ -229,7 +229,7 @@ class OptimizerBase(torch.optim.Optimizer):
             for k, key in _tree_keys(index, plan).items():
                 initial = plan.initial_tree_state(k) if self.state else ()
                 if tree.flatten(initial)[0]:
-                    tree_states[key] = checkpoint.load_state_dict(initial, saved.pop(key, {}))
+                    tree_states[key] = saving.load_state_dict(initial, saved.pop(key, {}))
         if saved:
             raise ValueError(
                 f"The saved state has one for the function of the whole tree {next(iter(saved))}, which is not here; "
@@ -264,4 +264,4 @@ def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
         for name in [name for name, value in group.items() if factories.has_function(value)]:
             del group[name]
     if REST in saved["state"]:
-        saved["state"][REST] = {key: checkpoint.state_dict(state) for key, state in saved["state"][REST].items()}
+        saved["state"][REST] = {key: saving.state_dict(state) for key, state in saved["state"][REST].items()}

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation
-from functorch_optim.checkpoint import REST
 from functorch_optim.checks import check_params
 from functorch_optim.optim import factories
 from functorch_optim.optim.base import OptimizerBase
+from functorch_optim.saving import REST
 
 
 class Optimizer(OptimizerBase):
