@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 from memory import peak_bytes
 
 SIZE = 100_000
-STEPS = (16, 64, 256)
+STEPS = (16, 64, 256, 1024)
 TARGET = torch.randn(SIZE)
 
 
