@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import execution, lift, optim, saving, tree
+from functorch_optim import lift, optim, saving, tree
 from functorch_optim.base import GradientTransformation
+from functorch_optim.execution import writing
 from functorch_optim.checks import check_updates
 from functorch_optim.combine import partition
 from functorch_optim.layout import nest, unnest
@@ -126,7 +127,7 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
             if isinstance(optimizer, OptimizerBase) and not optimizer._has_factory:
                 new_states.update(optimizer._exported_tree_states(plan, unnest(transformation._layout, state)))
     with torch.no_grad():
-        execution.check_writable(leaves, lambda i: tree.paths(originals)[i])
+        writing.check_writable(leaves, lambda i: tree.paths(originals)[i])
         for p, value in zip(leaves, values, strict=True):
             p.copy_(value)
     for key, new in new_states.items():

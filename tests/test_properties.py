@@ -62,11 +62,11 @@ def test_ways_of_running_agree(row, device, monkeypatch):
         calls = []
 
         def run(by_tensor, params=params, history=history, calls=calls):
-            foreach = execution._foreach
+            in_blocks = execution.in_blocks
             with monkeypatch.context() as patch:
-                patch.setattr(execution, "_foreach", lambda *args: calls.append(1) or foreach(*args))
+                patch.setattr(execution, "in_blocks", lambda *args: calls.append(1) or in_blocks(*args))
                 if by_tensor:
-                    patch.setattr(execution, "_can_batch", lambda *args: False)
+                    patch.setattr(execution, "can_batch", lambda *args: False)
                 tx = row()
                 state = tx.init(params)
                 for grads in history:

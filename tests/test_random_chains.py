@@ -46,7 +46,7 @@ CHAINS = st.recursive(LINKS, lambda links: st.lists(links, max_size=4).map(lambd
 def one_by_one(tx, updates, states, params):
     """Run the links of a chain each by itself, and each tensor by tensor."""
     states = list(states)
-    with mock.patch.object(execution, "_can_batch", return_value=False):
+    with mock.patch.object(execution, "can_batch", return_value=False):
         for k, link in enumerate(tx._links):
             alone = fo.GradientTransformation._of([link], 0)
             updates, states[k] = alone.update(updates, states[k], params)

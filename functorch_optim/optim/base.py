@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from functorch_optim import execution, saving, tree
+from functorch_optim import saving, tree
 from functorch_optim.base import GradientTransformation
+from functorch_optim.execution import writing
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
@@ -73,7 +74,7 @@ class OptimizerBase(torch.optim.Optimizer):
             results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
             for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
                 moved = [i for i, update in enumerate(updates) if update is not None]
-                execution.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
+                writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
                 self._write_states(plan.params, states)
                 if tree_states:
                     self.state[REST] = {**self.state.get(REST, {}), **tree_states}
@@ -85,12 +86,12 @@ class OptimizerBase(torch.optim.Optimizer):
         for p, state in zip(params, states, strict=True):
             for key, value in state.items():
                 present = self.state[p].get(key)
-                if not recorded and execution.is_room_for(present, value):
+                if not recorded and writing.is_room_for(present, value):
                     old.append(present)
                     new.append(value)
                 else:
                     self.state[p][key] = value
-        execution.copy_(old, new)
+        writing.copy_(old, new)
 
     def _check_gradients(self) -> None:
         """Raise when a gradient is of a kind that this optimizer does not take."""
@@ -103,10 +104,10 @@ class OptimizerBase(torch.optim.Optimizer):
         olds = [self.state.get(p, {}) for p in plan.params]
         updates, states, tree_states = plan.update(olds, known, extra)
         moved = [i for i, update in enumerate(updates) if update is not None]
-        execution.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
+        writing.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
         # What is about to be written, or belongs to the user, must not be part of what is to be written later.
         old_tensors = [value for old in olds for value in old.values()]
-        kept = execution.unshared([*plan.params, *[p.grad for p in plan.params], *old_tensors])
+        kept = writing.unshared([*plan.params, *[p.grad for p in plan.params], *old_tensors])
         return (
             [kept(update) for update in updates],
             [

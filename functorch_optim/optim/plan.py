@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import execution, lift, passes, tree
+from functorch_optim import lift, passes, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import HALF, check_updates
+from functorch_optim.execution import writing
 from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Leaves
@@ -114,7 +115,7 @@ class Plan:
         grads: list[Any] = [p.grad for p in self.params]
         check_updates(grads, self.params, self.path)
         states = list(states)
-        params = execution.unmodified(self.params)
+        params = writing.unmodified(self.params)
         groups: dict[Any, list[int]] = {}
         for i, g in enumerate(grads):
             if g is not None:

@@ -1,0 +1,29 @@
+"""Foreach: each torch function of an elementwise rule is one kernel over a list of tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from functorch_optim.execution.reference import applied
+from functorch_optim.execution.representation import Columns, make
+from functorch_optim.execution.tensor_list import TensorList
+from functorch_optim.rule import Rule
+
+
+def foreach(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run elementwise rules, one after the other, on lists of tensors that answer like one."""
+    g = TensorList(updates)
+    p = TensorList(params) if params is not None else None
+    new_states: list[Columns] = []
+    for rule, columns, s in zip(rules, states, scalars, strict=True):
+        state = make(type(columns), [TensorList(column) for column in columns])
+        g, state = applied(rule, g, state, p, s)
+        new_states.append(make(type(columns), [tensor_list.tensors for tensor_list in state]))
+    return g.tensors, new_states
