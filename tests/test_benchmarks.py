@@ -1,5 +1,6 @@
 """The benchmarks: what is measured is what is said, and all that takes no compilation works."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -9,8 +10,7 @@ import time
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks.__main__ import SECTIONS
 from benchmarks.measure import Comparison, Summary, Unit, compare, seconds, value
@@ -18,6 +18,7 @@ from benchmarks.shapes import ALL, SHAPES, Setting, resnet50
 from benchmarks.startup import printed
 from benchmarks.storage import peak, saved_by
 
+ROOT = pathlib.Path(__file__).parents[1]
 UNCOMPILED = ("eager", "functional", "memory", "unroll", "maml", "saved", "curves")
 
 
@@ -82,7 +83,7 @@ def test_without_peers_the_bar_is_for_the_value():
 
 def test_what_does_not_work_is_said():
     def missing():
-        import no_such_package
+        importlib.import_module("no_such_package")
 
     def broken():
         return lambda: [].pop()
@@ -126,8 +127,8 @@ def test_peak():
 def test_saved():
     def train(params, grads, lr):
         for gs in grads:
-            # Two of each four are saved, the parameters, which are given, and one tensor twice.
-            params = [torch.exp(g) * p.detach().requires_grad_() for p, g in zip(params, gs)]
+            # Saved are the exponential, by both operations, and the parameter, which the step before has made.
+            params = [torch.exp(g) * p.detach().requires_grad_() for p, g in zip(params, gs, strict=True)]
         return params
 
     assert saved_by(train, size=10, learned=True)() == 2 * 2 * 400

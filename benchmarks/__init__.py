@@ -1,0 +1,1 @@
+"""What steps and derivatives cost, against torch.optim and others: `python -m benchmarks`."""
