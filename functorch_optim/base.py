@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functorch_optim import lift, passes, tree
 from functorch_optim.checks import check_updates
+from functorch_optim.execution.in_place import ADD
 from functorch_optim.layout import nest, unnest
 from functorch_optim.links import Link
 from functorch_optim.passes import Bucket, Leaves
@@ -285,4 +286,4 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return tree.unflatten(structure, [p if new is None else new for p, new in zip(leaves, added, strict=True)])
 
 
-_ADD = Link(Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense"))
+_ADD = Link(ADD)

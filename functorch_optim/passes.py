@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import execution, tree
+from functorch_optim.execution.in_place import InPlace, Way
 from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
 from functorch_optim.links import Link
 from functorch_optim.per_parameter import Place, check_shared, differs, resolved
@@ -48,6 +49,38 @@ class Bucket(NamedTuple):
     carried: Sequence[tuple[Tensor, ...]]
 
 
+class Donated(NamedTuple):
+    """Rules that are ready to overwrite parameters and states.
+
+    Attributes:
+        bucket: index of the bucket whose leaves they are for.
+        links: indices of the links that apply.
+        members: indices of the leaves.
+        work: what overwrites them.
+        updates: what it is to be run with.
+        scalars: for each link, the numbers of the step.
+    """
+
+    bucket: int
+    links: Sequence[int]
+    members: list[int]
+    work: InPlace
+    updates: list[Tensor]
+    scalars: Sequence[Any]
+
+    def run(self) -> None:
+        """Overwrite them."""
+        self.work.run(self.updates, self.scalars)
+
+
+class Donations(list[Donated]):
+    """Where `run` puts what is ready to overwrite parameters and states, instead of computing new ones."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__()
+        self.way = way
+
+
 def run(
     links: Sequence[Link],
     leaves: Leaves,
@@ -55,6 +88,7 @@ def run(
     updates: Sequence[Any],
     states: Sequence[Any],
     extras: dict[str, Any],
+    donations: Donations | None = None,
 ) -> tuple[list[Any], list[Any], list[list[tuple[Tensor, ...]]]]:
     """Run links one after the other; no argument is modified.
 
@@ -66,6 +100,8 @@ def run(
         states: for each link, its state: the NamedTuple of its rule with a list, an entry a leaf, in each field; or
             what the `init` of a function of the whole tree made.
         extras: what was given to `update` by keyword.
+        donations: where to put what the last pass would do, for those leaves whose parameters and states it can
+            overwrite: nothing that can fail for the rules' sake comes after it. Their updates are then None.
 
     Returns:
         New updates; new states; and for each bucket and link the numbers to carry on.
@@ -76,8 +112,10 @@ def run(
         state if isinstance(link.rule, TreeRule) else _mapped(list, state)
         for link, state in zip(links, states, strict=True)
     ]
-    for members in _passes(links):
+    passes = _passes(links)
+    for members in passes:
         first = members[0]
+        offered = donations if members is passes[-1] else None
         if isinstance(links[first].rule, TreeRule):
             updates, states[first] = _run_tree_rule(links[first], leaves, first, updates, states[first], extras)
             continue
@@ -100,7 +138,9 @@ def run(
                 for some, numbers in _parted(
                     indices, [links[k] for k in applying], [scalars[k] for k in applying], leaves, updates
                 ):
-                    _run_rules(links, leaves, applying, some, updates, states, numbers)
+                    ready = _run_rules(links, leaves, applying, some, updates, states, numbers, offered)
+                    if ready is not None:
+                        donations.append(Donated(number, applying, some, *ready))
     return updates, states, carried
 
 
@@ -162,8 +202,13 @@ def _run_rules(
     updates: list[Any],
     states: list[Any],
     scalars: Sequence[Any],
-) -> None:
-    """Run rules, whose links and scalars these are, on some of the leaves; write into `updates` and `states`."""
+    donations: Donations | None,
+) -> tuple[InPlace, list[Tensor], Sequence[Any]] | None:
+    """Run rules, whose links and scalars these are, on some of the leaves; write into `updates` and `states`.
+
+    Returns:
+        Where they can overwrite states and parameters, and are to: what will do that, and what it is to be given.
+    """
     some_updates = [updates[i] for i in indices]
     some_states = [_picked(states[k], indices) for k in applying]
 
@@ -183,6 +228,12 @@ def _run_rules(
                 check_state(rule.name, field, column, some_updates, path)
     rules: list[Any] = [links[k].rule for k in applying]
     params = [leaves.params[i] for i in indices] if leaves.params is not None else None
+    if donations is not None and params is not None:
+        work = execution.donated(rules, some_updates, some_states, params, scalars, donations.way)
+        if work is not None:
+            for i in indices:
+                updates[i] = None
+            return work, some_updates, scalars
     new_updates, new_states = execution.run(rules, some_updates, some_states, params, scalars)
     check_kept("The update after " + ", ".join([links[k].rule.name for k in applying]), new_updates, some_updates, path)
     for k, old, new in zip(applying, some_states, new_states, strict=True):
@@ -192,6 +243,7 @@ def _run_rules(
                 column[i] = tensor
     for i, update in zip(indices, new_updates, strict=True):
         updates[i] = update
+    return None
 
 
 def _run_tree_rule(

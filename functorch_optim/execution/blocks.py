@@ -4,7 +4,7 @@ A large tensor is run over piece by piece, and small ones are copied together in
 buffers of the size of a block besides what it reads and writes, whatever the size of the largest tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,10 @@ def in_blocks(
     inputs = [updates, *([params] if params is not None else []), *kept]
     outputs = [new_updates, *[column for state in new_states for column in state]]
     in_place = ("g", *program.inputs[len(inputs) - len(kept) :])
-    run(Blocks(program, [*inputs, *outputs]), inputs, outputs, in_place, tree.flatten(list(scalars))[0])
+    blocks = Blocks(program.dtype, [*inputs, *outputs])
+    with torch.no_grad():
+        cuts = [blocks.cut(column) for column in inputs], [blocks.cut(column) for column in outputs]
+        run(program, blocks, *cuts, in_place, tree.flatten(list(scalars))[0])
     return new_updates, new_states
 
 
@@ -56,110 +59,118 @@ class Piece(NamedTuple):
     stop: int
     whole: bool
 
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return self.stop - self.start
+
     def of(self, tensor: Tensor) -> Tensor:
-        """Return this piece of a tensor."""
+        """Return this piece of a tensor, as a view."""
         return tensor if self.whole else flat(tensor)[self.start : self.stop]
 
 
-class Blocks:
-    """How tensors are cut and put together.
+class Cut(NamedTuple):
+    """A list of tensors, cut.
 
-    Args:
-        program: what will run over them.
-        columns: lists of tensors, an entry for each; those of one entry have the same shape. By them it is decided how.
-        cut: whether to cut large tensors of the program's dtype.
+    Attributes:
+        alone: pieces of large tensors, to be run over where they are.
+        packs: small pieces, in lists that are to be copied together.
     """
 
-    def __init__(self, program: Program, columns: Sequence[Sequence[Tensor]], *, cut: bool = True) -> None:
-        self.program = program
-        self.cut = cut
-        self.alone: list[int] = []  # tensors that are run over where they are
-        self.packs: list[list[Piece]] = [[]]  # pieces that are copied together
-        filled = 0
+    alone: list[Tensor]
+    packs: list[list[Tensor]]
+
+
+class Blocks:
+    """How lists of tensors are cut and put together.
+
+    Args:
+        dtype: what is computed in.
+        columns: lists of tensors, an entry for each; those of one entry have the same shape. By them it is decided how.
+        length: elements of the longest piece that is run over where it is; None for tensors of any length.
+    """
+
+    def __init__(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], length: int | None = BLOCK) -> None:
+        self.dtype = dtype
+        self.length = length
+        self.alone: list[int] = []
+        self.packs: list[list[Piece]] = []
+        self.layouts = columns[0]
+        filled = BLOCK
         for i, row in enumerate(zip(*columns, strict=True)):
             size = row[0].numel()
             dense = is_dense(row[0]) and all(tensor.stride() == row[0].stride() for tensor in row)
-            if dense and size >= SMALL and all(tensor.dtype == program.dtype for tensor in row):
+            if dense and size >= SMALL and all(tensor.dtype == dtype for tensor in row):
                 self.alone.append(i)
                 continue
-            length = BLOCK if dense else max(size, 1)
-            for start in range(0, size, length):
-                piece = Piece(i, start, min(start + length, size), size <= length)
-                if filled + piece.stop - start > BLOCK and self.packs[-1]:
+            longest = BLOCK if dense else max(size, 1)
+            for start in range(0, size, longest):
+                piece = Piece(i, start, min(start + longest, size), size <= longest)
+                if filled + piece.size > BLOCK:
                     self.packs.append([])
                     filled = 0
                 self.packs[-1].append(piece)
-                filled += piece.stop - start
-        self.packs = [pack for pack in self.packs if pack]
+                filled += piece.size
 
-    def ranges(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
-        """Yield the pieces, of all columns, of tensors that are run over where they are."""
+    def cut(self, column: Sequence[Tensor]) -> Cut:
+        """Cut a list of tensors, into views of them."""
+        alone: list[Tensor] = []
         for i in self.alone:
-            row = [flat(column[i]) for column in columns]
-            if not self.cut or row[0].numel() <= BLOCK:
-                yield row
-            else:
-                yield from map(list, zip(*[tensor.split(BLOCK) for tensor in row], strict=True))
+            tensor, layout = column[i], self.layouts[i]
+            if tensor.stride() != layout.stride():
+                tensor = torch.empty_like(layout).copy_(tensor)
+            tensor = flat(tensor)
+            alone += [tensor] if self.length is None else tensor.split(self.length)
+        return Cut(alone, [[piece.of(column[piece.index]) for piece in pack] for pack in self.packs])
 
-    def packed(
-        self, inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]], overwritten: Sequence[int]
-    ) -> Iterator[list[Tensor]]:
-        """Yield copies of small pieces in one tensor for each input; then copy back what was made of them.
+    def joined(self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]]) -> Iterator[list[Tensor]]:
+        """Yield copies of packs, each in one tensor for each input; then copy back what was made of them.
 
         Args:
             inputs: for each input, its tensors.
-            outputs: for each output, its tensors.
-            overwritten: for each output, the input in whose copy it will be found.
+            outputs: tensors to write, and the index of the input in whose copy is what belongs into them.
         """
-        for pack in self.packs:
-            size = sum([piece.stop - piece.start for piece in pack])
-            room = [torch.empty(size, dtype=self.program.dtype, device=inputs[0][0].device) for _ in inputs]
-            views = [_views(tensor, pack, inputs[0]) for tensor in room]
-            for column, some in zip(inputs, views, strict=True):
-                torch._foreach_copy_(some, [piece.of(column[piece.index]) for piece in pack])
+        for k, pack in enumerate(self.packs):
+            sizes = [piece.size for piece in pack]
+            # Two at least: compilers take one element for a special case.
+            room = [torch.empty(max(2, sum(sizes)), dtype=self.dtype, device=cut.packs[k][0].device) for cut in inputs]
+            views = []
+            for tensor, cut in zip(room, inputs, strict=True):
+                parts = tensor[: sum(sizes)].split(sizes)
+                views.append([part.view(piece.shape) for part, piece in zip(parts, cut.packs[k], strict=True)])
+                torch._foreach_copy_(views[-1], cut.packs[k])
             yield room
-            for column, k in zip(outputs, overwritten, strict=True):
-                torch._foreach_copy_([piece.of(column[piece.index]) for piece in pack], views[k])
+            for cut, index in outputs:
+                torch._foreach_copy_(cut.packs[k], views[index])
 
 
 def run(
+    program: Program,
     blocks: Blocks,
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
+    inputs: Sequence[Cut],
+    outputs: Sequence[Cut],
     in_place: tuple[str, ...],
     numbers: Sequence[Any],
-    compiled: Callable[..., None] | None = None,
 ) -> None:
     """Run a program over tensors, block by block.
 
     Args:
-        blocks: how they are cut.
-        inputs: for each of the program's inputs, a list of tensors.
-        outputs: for each output, a list of tensors to write; it may be that of an input.
+        program: the program.
+        blocks: how tensors are cut.
+        inputs: for each of the program's inputs, its tensors.
+        outputs: for each output, tensors to write; they may be those of an input.
         in_place: for each output, the input that it overwrites, or would if that were given up.
         numbers: the program's scalars.
-        compiled: the program as a function that overwrites its inputs; None to run it by torch's own functions.
     """
-    program = blocks.program
     overwritten = [program.inputs.index(name) for name in in_place]
-    donated = all(outputs[j] is inputs[k] for j, k in enumerate(overwritten))
-    if compiled is not None:
-        for row in _all(blocks.ranges(inputs), blocks.packed(inputs, outputs, overwritten)):
-            compiled(*row, *numbers)
-        return
-    here = kernel(program, in_place)
-    there = here if donated else kernel(program, None)
+    donated = all(cut is inputs[k] for cut, k in zip(outputs, overwritten, strict=True))
+    over_inputs = kernel(program, in_place)
+    apart = over_inputs if donated else kernel(program, None)
     room = _Room()
-    with torch.no_grad():
-        for row in blocks.ranges(inputs if donated else [*inputs, *outputs]):
-            there.function(*row, *numbers, *room.of(there.buffers, row[0]))
-        for row in blocks.packed(inputs, outputs, overwritten):
-            here.function(*row, *numbers, *room.of(here.buffers, row[0]))
-
-
-def _all(*several: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
-    for some in several:
-        yield from some
+    for row in zip(*[cut.alone for cut in (inputs if donated else (*inputs, *outputs))], strict=True):
+        apart.function(*row, *numbers, *room.of(apart.buffers, row[0]))
+    for row in blocks.joined(inputs, list(zip(outputs, overwritten, strict=True))):
+        over_inputs.function(*row, *numbers, *room.of(over_inputs.buffers, row[0]))
 
 
 class _Room:
@@ -173,11 +184,6 @@ class _Room:
         if [b.dtype for b in self.made] != list(dtypes) or any(b.numel() < size for b in self.made):
             self.made = [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
         return [b if b.numel() == size else b[:size] for b in self.made]
-
-
-def _views(tensor: Tensor, pack: Sequence[Piece], like: Sequence[Tensor]) -> list[Tensor]:
-    parts = tensor.split([piece.stop - piece.start for piece in pack])
-    return [part.view(like[piece.index].shape) if piece.whole else part for piece, part in zip(pack, parts, strict=True)]
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -30,8 +30,13 @@ def is_room_for(old: Any, new: Any) -> bool:
         and old is not new
         and (old.shape, old.dtype, old.device, old.layout) == (new.shape, new.dtype, new.device, new.layout)
         and not (old.requires_grad or new.requires_grad or old.is_inference())
-        and not any(stride == 0 and size > 1 for stride, size in zip(old.stride(), old.shape, strict=True))
+        and not is_expanded(old)
     )
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Tell whether elements of a tensor share memory, as after expand."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def copy_(old: list[Tensor], new: list[Tensor]) -> None:
@@ -57,7 +62,7 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
                 f"The parameter {path(i)!r} is a view that autograd forbids to write to, as those from split, chunk "
                 "and unbind are: give p.clone()"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        if is_expanded(p):
             raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")
 
 
@@ -79,3 +84,22 @@ def unshared(given: list[Any]) -> Callable[[Any], Any]:
 def unmodified(params: list[Tensor]) -> list[Tensor]:
     """Return parameters that may be modified in place while autograd remembers what was computed from these."""
     return [p.clone() for p in params] if torch.is_grad_enabled() else params
+
+
+def share_memory(read: list[Tensor], written: list[Tensor]) -> bool:
+    """Tell whether tensors that are to be written, or one of them and one that is to be read, have memory in common."""
+
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        start = tensor.data_ptr()
+        span = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+        return start, start + (span + 1) * tensor.element_size()
+
+    extents = [(*extent(tensor), True) for tensor in written if tensor.numel()]
+    extents += [(*extent(tensor), False) for tensor in read if tensor.numel()]
+    end, end_of_written = -1, -1
+    for start, stop, is_written in sorted(extents):
+        if start < end_of_written or (is_written and start < end):
+            return True
+        end = max(end, stop)
+        end_of_written = max(end_of_written, stop if is_written else -1)
+    return False

@@ -14,6 +14,7 @@ from functorch_optim.execution import writing
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
+from functorch_optim.passes import Donations
 from functorch_optim.rule import TreeRule, check_extras, with_loss
 from functorch_optim.saving import REST
 
@@ -71,7 +72,14 @@ class OptimizerBase(torch.optim.Optimizer):
             extra = self._with_loss(extra, loss)
             # Everything is computed before anything is changed.
             plans = [self._plan(index) for index in range(self._number_of_trees)]
-            results = [self._compute(index, plan, extra) for index, plan in enumerate(plans)]
+            donations = [Donations(None) for _ in plans]
+            results = [
+                self._compute(index, plan, extra, given)
+                for index, (plan, given) in enumerate(zip(plans, donations, strict=True))
+            ]
+            for given in donations:
+                for donated in given:
+                    donated.run()
             for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
                 moved = [i for i, update in enumerate(updates) if update is not None]
                 writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
@@ -97,13 +105,13 @@ class OptimizerBase(torch.optim.Optimizer):
         """Raise when a gradient is of a kind that this optimizer does not take."""
 
     def _compute(
-        self, index: int, plan: Plan, extra: dict[str, Any]
+        self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations
     ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
         """Compute the updates of a tree and its next states; change nothing."""
         keys, known = _tree_keys(index, plan), self._tree_states(index, plan)
         olds = [self.state.get(p, {}) for p in plan.params]
-        updates, states, tree_states = plan.update(olds, known, extra)
-        moved = [i for i, update in enumerate(updates) if update is not None]
+        updates, states, tree_states = plan.update(olds, known, extra, None if torch.is_grad_enabled() else donations)
+        moved = [i for i, p in enumerate(plan.params) if p.grad is not None]
         writing.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
         # What is about to be written, or belongs to the user, must not be part of what is to be written later.
         old_tensors = [value for old in olds for value in old.values()]

@@ -31,6 +31,7 @@ from functorch_optim.optimizers.radam import radam
 from functorch_optim.optimizers.rmsprop import rmsprop
 from functorch_optim.optimizers.rprop import rprop
 from functorch_optim.optimizers.sgd import sgd
+from functorch_optim.passes import Donations
 from functorch_optim.rule import step_dtype
 
 
@@ -226,8 +227,8 @@ class ASGD(TorchLike, torch.optim.ASGD):
 
     _transformation = staticmethod(asgd)
 
-    def _compute(self, index: int, plan: Plan, extra: dict[str, Any]) -> tuple[Any, Any, Any]:
-        updates, states, tree_states = super()._compute(index, plan, extra)
+    def _compute(self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations) -> tuple[Any, Any, Any]:
+        updates, states, tree_states = super()._compute(index, plan, extra, donations)
         for state in states:
             # torch.optim computes them in the default dtype, even when a loaded state has them in another.
             state.update({key: state[key].to(step_dtype()).to(state[key]) for key in ("eta", "mu") if key in state})

@@ -13,7 +13,7 @@ from functorch_optim.checks import HALF, check_updates
 from functorch_optim.execution import writing
 from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
-from functorch_optim.passes import Bucket, Leaves
+from functorch_optim.passes import Bucket, Donations, Leaves
 from functorch_optim.rule import Rule, TreeRule, step_dtype
 
 State = dict[str, Any]
@@ -100,7 +100,11 @@ class Plan:
             self.parts.append(parts[applying])
 
     def update(
-        self, states: list[State], tree_states: dict[int, Any], extra: dict[str, Any]
+        self,
+        states: list[State],
+        tree_states: dict[int, Any],
+        extra: dict[str, Any],
+        donations: Donations | None = None,
     ) -> tuple[list[Any], list[State], dict[int, Any]]:
         """Compute updates and next states; change nothing.
 
@@ -108,6 +112,7 @@ class Plan:
             states: what is known of `state[p]`, for each parameter; what is missing is filled in, in copies.
             tree_states: the states of functions of the whole tree, by link.
             extra: by name, what some transformation declares.
+            donations: see `passes.run`.
 
         Returns:
             An update for each parameter, or None; the next states of those that have one; and of the tree.
@@ -132,7 +137,7 @@ class Plan:
             Bucket(members, self._steps(step, fresh), self._carried(states[members[0]], self.parts[members[0]]))
             for (step, fresh, _), members in groups.items()
         ]
-        updates, columns, carried = passes.run(self.links, leaves, buckets, grads, columns, extra)
+        updates, columns, carried = passes.run(self.links, leaves, buckets, grads, columns, extra, donations)
         for members, numbers in zip(groups.values(), carried, strict=True):
             for i in members:
                 part, state = self.parts[i], states[i]

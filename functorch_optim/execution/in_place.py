@@ -1,0 +1,166 @@
+"""In place: rules that overwrite the parameters and states which are given up to them."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim.execution import blocks
+from functorch_optim.execution.blocks import Blocks, Cut
+from functorch_optim.execution.foreach import foreach
+from functorch_optim.execution.kernel import pure
+from functorch_optim.execution.program import record
+from functorch_optim.execution.representation import Columns, as_reals, cast, map_columns, widened
+from functorch_optim.execution.ways import can_batch
+from functorch_optim.execution.writing import is_expanded, share_memory
+from functorch_optim.rule import Rule
+
+Way: TypeAlias = Literal["fused", "foreach"] | None
+"""How a user wants a step to be run; None: as is best."""
+
+ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense")
+"""The last rule of a step: it makes of an update the new parameter."""
+
+
+class InPlace:
+    """Elementwise rules over parameters and states that are given up to them, for many steps.
+
+    It is made before anything is written: the rules are recorded, and compiled if they are to be.
+
+    Args:
+        rules: the links of a chain.
+        params: parameters.
+        states: for each rule, its states for these parameters.
+        scalars: for each rule, the numbers of a step.
+        way: how to run them.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any], way: Way
+    ) -> None:
+        self.rules = [*rules, ADD]
+        self.params = [as_reals(param.detach()) for param in params]
+        self.states = [*[map_columns(as_reals, state) for state in states], ()]
+        self.columns = [self.params, *[column for state in self.states for column in state]]
+        self.original = params[0].dtype
+        self.like = widened(self.params[0].new_empty(0))
+        if way is None and self.like.device.type != "cpu":
+            way = "foreach"
+        self.program = record(self.rules, self.states, True, self._numbers(scalars), self.like)
+        self.in_place = ("p", *self.program.inputs[2:])
+        self.compiled = self._compiled(scalars) if way == "fused" else None
+        self.foreach = way == "foreach"
+        if not self.foreach:
+            length = None if self.compiled else blocks.BLOCK
+            self.blocks = Blocks(self.program.dtype, self.columns, length)
+            self.cuts = [self.blocks.cut(column) for column in self.columns]
+
+    def run(self, updates: list[Tensor], scalars: Sequence[Any]) -> None:
+        """Make a step.
+
+        Args:
+            updates: one for each parameter.
+            scalars: for each rule, the numbers of this step.
+        """
+        numbers = self._numbers(scalars)
+        updates = [as_reals(update) for update in updates]
+        if self.foreach:
+            self._run_foreach(updates, numbers)
+            return
+        inputs = [self.blocks.cut(updates), *self.cuts]
+        if self.compiled is not None:
+            self._run_compiled(inputs, numbers)
+        else:
+            blocks.run(self.program, self.blocks, inputs, self.cuts, self.in_place, tree.flatten(numbers)[0])
+
+    def _numbers(self, scalars: Sequence[Any]) -> list[Any]:
+        converted = cast(self.like, self.original, to_number=True, as_pairs=True)
+        return [*[tree.map(converted, s) for s in scalars], ()]
+
+    def _run_foreach(self, updates: list[Tensor], numbers: list[Any]) -> None:
+        for some in _batches(self.params):
+            picked = [map_columns(None, state) for state in self.states]
+            for state, mine in zip(self.states, picked, strict=True):
+                for column, chosen in zip(state, mine, strict=True):
+                    chosen += [widened(column[i]) for i in some]
+            params = [widened(self.params[i]) for i in some]
+            new_params, new_states = foreach(self.rules, [widened(updates[i]) for i in some], picked, params, numbers)
+            new = [new_params, *[column for state in new_states for column in state]]
+            for column, news in zip(self.columns, new, strict=True):
+                torch._foreach_copy_([column[i] for i in some], news)
+
+    def _run_compiled(self, inputs: Sequence[Cut], numbers: list[Any]) -> None:
+        together = self._together(numbers)
+        overwritten = [self.program.inputs.index(name) for name in self.in_place]
+        for row in zip(*[cut.alone for cut in inputs], strict=True):
+            self.compiled(*row, together)
+        for row in self.blocks.joined(inputs, list(zip(self.cuts, overwritten, strict=True))):
+            self.compiled(*row, together)
+
+    def _together(self, numbers: list[Any]) -> Tensor:
+        flat = tree.flatten(numbers)[0]
+        if any(isinstance(number, Tensor) for number in flat):
+            options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
+            return torch.stack([torch.as_tensor(number, **options) for number in flat])
+        return torch.tensor(flat, dtype=self.like.dtype)
+
+    def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
+        """Compile the program, and try it; warn when that fails."""
+        function = _compiled(pure(self.program, self.in_place))
+        sizes = [self.like.new_zeros(2 * blocks.SMALL) for _ in self.program.inputs]
+        try:
+            function(*sizes, self._together(self._numbers(scalars)))
+        except Exception as error:
+            warnings.warn(
+                f"fused=True needs torch.compile and a compiler that works here, but there was a {type(error).__name__}"
+                f": {str(error).strip().splitlines()[0]}. The step is run without; to be rid of this warning, leave "
+                "fused=True out, or install a compiler (g++ on Linux)",
+                stacklevel=2,
+            )
+            return None
+        return function
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _batches(tensors: Sequence[Tensor], largest: int = 1 << 24) -> list[list[int]]:
+    """Part tensors into lists of at most so many elements, where several are in one, for temporaries are as large."""
+    batches: list[list[int]] = []
+    filled = largest
+    for i, tensor in enumerate(tensors):
+        if filled + tensor.numel() > largest:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += tensor.numel()
+    return batches
+
+
+def donated(
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor],
+    scalars: Sequence[Any],
+    way: Way,
+) -> InPlace | None:
+    """Prepare rules for a step in place; return None where that is not possible."""
+    tensors = [*updates, *params, *[tensor for state in states for column in state for tensor in column]]
+    numbers = [leaf for leaf in tree.flatten(list(scalars))[0] if isinstance(leaf, Tensor)]
+    possible = (
+        all(rule.elementwise for rule in rules)
+        and can_batch([*updates, *params], states, scalars)
+        and all(number.ndim == 0 for number in numbers)
+        and not any(tensor.layout != torch.strided or tensor.is_inference() for tensor in tensors)
+        and not any(tensor.is_conj() or tensor.is_neg() for tensor in tensors)
+        and not any(is_expanded(tensor) for tensor in tensors[len(updates) :])
+        and not share_memory(updates, tensors[len(updates) :])
+    )
+    return InPlace(rules, params, states, scalars, way) if possible else None
