@@ -74,11 +74,19 @@ class Donated(NamedTuple):
 
 
 class Donations(list[Donated]):
-    """Where `run` puts what is ready to overwrite parameters and states, instead of computing new ones."""
+    """Where `run` puts what is ready to overwrite parameters and states, instead of computing new ones.
+
+    Attributes:
+        way: how to overwrite them.
+        buckets: members of each.
+        complete: whether this is all of the step, so that it may be done again with other gradients.
+    """
 
     def __init__(self, way: Way) -> None:
         super().__init__()
         self.way = way
+        self.buckets: list[list[int]] = []
+        self.complete = True
 
 
 def run(
@@ -130,17 +138,19 @@ def run(
                     alone = i if u.layout == torch.sparse_coo else None
                     groups.setdefault((applying, u.device, u.dtype, alone), []).append(i)
             used = {k for applying, *_ in groups for k in applying}
-            scalars = {}
-            for k in members:
-                if k in used or bucket.carried[k]:
-                    scalars[k], carried[number][k] = _evaluated_scalars(links[k], bucket, k, extras, seen)
+            evaluated = scalars_of(links, [k for k in members if k in used or bucket.carried[k]], bucket, extras, seen)
+            scalars = {k: s for k, (s, _) in evaluated.items()}
+            carried[number] = [evaluated[k][1] if k in evaluated else old for k, old in enumerate(carried[number])]
             for (applying, *_), indices in groups.items():
-                for some, numbers in _parted(
+                parts = _parted(
                     indices, [links[k] for k in applying], [scalars[k] for k in applying], leaves, updates
-                ):
+                )
+                for some, numbers in parts:
                     ready = _run_rules(links, leaves, applying, some, updates, states, numbers, offered)
-                    if ready is not None:
-                        donations.append(Donated(number, applying, some, *ready))
+                    if offered is not None and ready is not None:
+                        offered.append(Donated(number, applying, some, *ready))
+                if donations is not None:
+                    donations.complete &= len(passes) == len(parts) == 1 and updates[indices[0]] is None
     return updates, states, carried
 
 
@@ -270,18 +280,24 @@ def _run_tree_rule(
     ], new_state
 
 
-def _evaluated_scalars(
-    link: Link, bucket: Bucket, k: int, extras: dict[str, Any], updates: list[Tensor]
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """Compute the numbers that a rule needs at this step, and those that it carries on.
+def scalars_of(
+    links: Sequence[Link], indices: Sequence[int], bucket: Bucket, extras: dict[str, Any], updates: list[Tensor]
+) -> dict[int, tuple[Any, tuple[Tensor, ...]]]:
+    """Compute for links, by index, the numbers that the rule needs at this step, and those that it carries on.
 
     Args:
-        link: the link of a rule.
+        links: of the transformation.
+        indices: of those that are asked for.
         bucket: of leaves that are at the same step.
-        k: index of the link.
         extras: everything that was given to `update` by keyword.
-        updates: what the rule is about to transform, for a rule that sees the tree.
+        updates: what is about to be transformed, for a rule that sees the tree.
     """
+    return {k: _scalars_of(links[k], bucket, k, extras, updates) for k in indices}
+
+
+def _scalars_of(
+    link: Link, bucket: Bucket, k: int, extras: dict[str, Any], updates: list[Tensor]
+) -> tuple[Any, tuple[Tensor, ...]]:
     rule: Any = link.rule
     step, carried = bucket.steps[k], bucket.carried[k]
     if step is None:

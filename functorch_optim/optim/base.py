@@ -14,6 +14,7 @@ from functorch_optim.execution import writing
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
+from functorch_optim.optim.steady import Steady
 from functorch_optim.passes import Donations
 from functorch_optim.rule import TreeRule, check_extras, with_loss
 from functorch_optim.saving import REST
@@ -60,7 +61,10 @@ class OptimizerBase(torch.optim.Optimizer):
         Raises:
             TypeError: an extra is given that nothing declares, or not given that something needs.
         """
-        rules = [link.rule for index in range(self._number_of_trees) for link in self._plan(index).links]
+        plans = [self._plan(index) for index in range(self._number_of_trees)]
+        if not extra and not any(plan.asks for plan in plans):
+            return extra
+        rules = [link.rule for plan in plans for link in plan.links]
         extra = extra if loss is None else with_loss(rules, loss, extra)
         check_extras(rules, extra)
         return extra
@@ -70,22 +74,37 @@ class OptimizerBase(torch.optim.Optimizer):
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._check_gradients()
             extra = self._with_loss(extra, loss)
-            # Everything is computed before anything is changed.
-            plans = [self._plan(index) for index in range(self._number_of_trees)]
-            donations = [Donations(None) for _ in plans]
-            results = [
-                self._compute(index, plan, extra, given)
-                for index, (plan, given) in enumerate(zip(plans, donations, strict=True))
-            ]
-            for given in donations:
-                for donated in given:
-                    donated.run()
-            for plan, (updates, states, tree_states) in zip(plans, results, strict=True):
-                moved = [i for i, update in enumerate(updates) if update is not None]
-                writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
-                self._write_states(plan.params, states)
-                if tree_states:
-                    self.state[REST] = {**self.state.get(REST, {}), **tree_states}
+            # Everything is computed, or at least ready, before anything is changed.
+            steps = [self._prepare(index, self._plan(index), extra) for index in range(self._number_of_trees)]
+            for step in steps:
+                step()
+
+    def _prepare(self, index: int, plan: Plan, extra: dict[str, Any]) -> Callable[[], None]:
+        """Make ready for the step of a tree; change nothing.
+
+        Returns:
+            What makes the step.
+        """
+        if plan.steady is not None and not torch.is_grad_enabled() and plan.steady.fits(self.state):
+            return plan.steady.prepare(extra)
+        donations = Donations(None)
+        updates, states, tree_states = self._compute(index, plan, extra, donations)
+
+        def commit() -> None:
+            for donated in donations:
+                donated.run()
+            moved = [i for i, update in enumerate(updates) if update is not None]
+            writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
+            self._write_states(plan.params, states)
+            if tree_states:
+                self.state[REST] = {**self.state.get(REST, {}), **tree_states}
+            # It takes time to see whether the next step will be like this one; two of a kind are a sign of that.
+            again, plan.steady = plan.stepped, None
+            plan.stepped = True
+            if again and not torch.is_grad_enabled():
+                plan.steady = Steady.after(plan, donations, self.state)
+
+        return commit
 
     def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""

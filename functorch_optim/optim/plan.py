@@ -62,7 +62,9 @@ class Plan:
     Attributes:
         links: of the transformation.
         params: the parameters in the order in which everything here is.
+        active: for each link, whether it is for each parameter.
         parts: for each parameter, which rules apply to it.
+        asks: whether some link declares an extra.
     """
 
     def __init__(
@@ -85,16 +87,19 @@ class Plan:
         self.params, self._structure = tree.flatten(self._tree)
         self._paths = tree.paths(self._tree)
         try:
-            self._active = select(self.links, self._tree)
+            self.active = select(self.links, self._tree)
         except ValueError as error:
             hint = "" if names else ". The parameters have no names here: give model.named_parameters() to see a dict"
             raise ValueError(f"{error}{hint}") from error
+        self.stepped = False
+        self.steady: Any = None
+        self.asks = any(link.rule.extras.any or link.rule.extras.names - {"updates"} for link in self.links)
         self._state_types: dict[int, Any] = {}
         rules = [k for k, link in enumerate(self.links) if isinstance(link.rule, Rule)]
         parts: dict[tuple[int, ...], Part] = {}
         self.parts: list[Part] = []
         for i, p in enumerate(self.params):
-            applying = tuple([k for k in rules if self._active[k][i]])
+            applying = tuple([k for k in rules if self.active[k][i]])
             if applying not in parts:
                 parts[applying] = self._part(applying, p)
             self.parts.append(parts[applying])
@@ -132,11 +137,13 @@ class Plan:
             if isinstance(link.rule, TreeRule) and k not in tree_states:
                 tree_states = {**tree_states, k: self._initial(link, params)}
         columns = [self._columns(k, grads, states, tree_states) for k in range(len(self.links))]
-        leaves = Leaves(self._structure, self.path, params, self._active)
+        leaves = Leaves(self._structure, self.path, params, self.active)
         buckets = [
-            Bucket(members, self._steps(step, fresh), self._carried(states[members[0]], self.parts[members[0]]))
+            Bucket(members, self.steps(step, fresh), self._carried(states[members[0]], self.parts[members[0]]))
             for (step, fresh, _), members in groups.items()
         ]
+        if donations is not None:
+            donations.buckets = list(groups.values())
         updates, columns, carried = passes.run(self.links, leaves, buckets, grads, columns, extra, donations)
         for members, numbers in zip(groups.values(), carried, strict=True):
             for i in members:
@@ -221,7 +228,13 @@ class Plan:
                 column[i] = states[i][key]
         return state_type(*columns) if columns else ()
 
-    def _steps(self, step: float, fresh: tuple[int, ...]) -> list[Tensor | None]:
+    def steps(self, step: float, fresh: tuple[int, ...]) -> list[Tensor | None]:
+        """Return for each link the number of the next update.
+
+        Args:
+            step: number of updates done.
+            fresh: links that are at their first, whatever that is.
+        """
         now = torch.tensor(step + 1, dtype=torch.float64, device="cpu")
         first = torch.ones_like(now)
         return [

@@ -1,0 +1,141 @@
+"""Steps like the one before: of the same tensors, with new gradients and numbers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim.execution.ways import PLAIN
+from functorch_optim.optim.plan import Plan, State
+from functorch_optim.passes import Bucket, Donations, scalars_of
+from functorch_optim.rule import step_dtype
+
+
+class Counted(NamedTuple):
+    """Parameters that are at the same step.
+
+    Attributes:
+        members: their indices.
+        step: number of updates that they have had.
+        counters: the tensors that say so, one for each of them.
+        carried: for each link, and each number that its scalars carry on, the tensors that have it.
+    """
+
+    members: list[int]
+    step: float
+    counters: list[Tensor]
+    carried: list[list[list[Tensor]]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """List all of them."""
+        return [*self.counters, *[t for numbers in self.carried for tensors in numbers for t in tensors]]
+
+
+class Steady:
+    """What a step has found out, for the next to use as long as nobody exchanges a tensor.
+
+    Args:
+        plan: of the step.
+        donations: all that it did.
+        buckets: the parameters that took part.
+        state: of the optimizer, after it.
+    """
+
+    def __init__(
+        self, plan: Plan, donations: Donations, buckets: list[Counted], state: Mapping[Any, State]
+    ) -> None:
+        self.plan, self.donations, self.buckets = plan, donations, buckets
+        self.moving = {i for bucket in buckets for i in bucket.members}
+        self.states = [(p, state[p]) for i, p in enumerate(plan.params) if i in self.moving and p in state]
+        self.tensors = [(s, key, value) for _, s in self.states for key, value in s.items()]
+        self.numbers = [tensor for bucket in buckets for tensor in bucket.tensors]
+        self.versions = [tensor._version for tensor in self.numbers]
+        self.done = [bucket.step for bucket in buckets]
+        self.used = [
+            sorted({k for donated in donations if donated.bucket == number for k in donated.links})
+            for number in range(len(buckets))
+        ]
+        written = [plan.params[i] for i in self.moving] + [value for *_, value in self.tensors]
+        self.written = [tensor for tensor in written if isinstance(tensor, Tensor)]
+        self.places = [tensor.data_ptr() for tensor in self.written]
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in self.written}
+
+    @classmethod
+    def after(cls, plan: Plan, donations: Donations, state: Mapping[Any, State]) -> "Steady | None":
+        """Return what is known after a step; None where the next cannot be like it."""
+        if not donations or not donations.complete or plan.count is int:
+            return None
+        buckets = []
+        for members in donations.buckets:
+            part = plan.parts[members[0]]
+            position = plan.completed(members[0], state.get(plan.params[members[0]], {}), plan.params[members[0]])[0]
+            alike = all(
+                plan.completed(i, state.get(plan.params[i], {}), plan.params[i])[0] == position for i in members
+            )
+            step, fresh, numbers = position
+            if not alike or fresh or (numbers and any(plan.parts[i] is not part for i in members)):
+                return None
+            counters = [state[plan.params[i]]["step"] for i in members if plan.parts[i].counted and plan.count]
+            keys = dict(zip(part.links, part.carried, strict=True))
+            carried = [
+                [[state[plan.params[i]][key] for i in members] for key in keys.get(k, ())]
+                for k in range(len(plan.links))
+            ]
+            buckets.append(Counted(members, step, counters, carried))
+        tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
+        if any(tensor.is_inference() or tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        if any(t.dtype != step_dtype() for bucket in buckets for ks in bucket.carried for ts in ks for t in ts):
+            return None
+        return cls(plan, donations, buckets, state)
+
+    def fits(self, state: Mapping[Any, State]) -> bool:
+        """Tell whether all tensors are where they were, and the gradients are of the same kind."""
+        for i, p in enumerate(self.plan.params):
+            g = p.grad
+            if g is None or i not in self.moving:
+                if (g is not None) or i in self.moving:
+                    return False
+                continue
+            if type(g) not in PLAIN or g.layout is not torch.strided or g.is_conj() or g.shape != p.shape:
+                return False
+            if g._is_view() and g.untyped_storage().data_ptr() in self.storages:
+                return False
+        return (
+            self.versions == [tensor._version for tensor in self.numbers]
+            and all(state.get(p) is s for p, s in self.states)
+            and all(s.get(key) is value for s, key, value in self.tensors)
+            and self.places == [tensor.data_ptr() for tensor in self.written]
+        )
+
+    def prepare(self, extra: dict[str, Any]) -> Callable[[], None]:
+        """Compute the numbers of the next step; change nothing.
+
+        Returns:
+            What makes the step.
+        """
+        plan = self.plan
+        grads = [p.grad for p in plan.params]
+        seen = [g for g, on in zip(grads, plan.active[0], strict=True) if on and g is not None]
+        evaluated = []
+        for bucket, done, used in zip(self.buckets, self.done, self.used, strict=True):
+            carried = [tuple([tensors[0] for tensors in numbers]) for numbers in bucket.carried]
+            at = Bucket(bucket.members, plan.steps(done, ()), carried)
+            evaluated.append(scalars_of(plan.links, used, at, extra, seen))
+
+        def commit() -> None:
+            for donated in self.donations:
+                scalars = [evaluated[donated.bucket][k][0] for k in donated.links]
+                donated.work.run([grads[i] for i in donated.members], scalars)
+            for number, bucket in enumerate(self.buckets):
+                for k, (_, new) in evaluated[number].items():
+                    for tensors, value in zip(bucket.carried[k], new, strict=True):
+                        torch._foreach_copy_(tensors, [value] * len(tensors))
+                if bucket.counters:
+                    torch._foreach_add_(bucket.counters, 1)
+                    self.done[number] += 1
+            self.versions = [tensor._version for tensor in self.numbers]
+
+        return commit
