@@ -2,6 +2,7 @@
 
 Prints a table in markdown for each section: medians and quartiles of all ways, in turns in one process; the ratio to
 the fastest peer, which is the median of the ratios in the same rounds; and the bar, the ratio that we allow ourselves.
+Rows that other programs have disturbed say so, and are to be repeated on an idle machine.
 `python -m benchmarks --only eager fused` runs some sections; `--quick` shows in a minute that all of them work.
 Peers are optional: `pip install -r benchmarks/peers.txt`, after torch itself.
 """
@@ -42,6 +43,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "curves": curves,
 }
 ON_GPU = ("eager", "fused", "chain", "rules", "functional", "curves")
+DISTURBED = 0.1  # cores; said beside the figures
 COLUMNS = ("", "on", "ours", "others", "ratio", "bar", "")
 
 
@@ -85,7 +87,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def cells(outcome: Outcome) -> list[str]:
     """Write a row of the table."""
     others = [f"{name}: {written(value, outcome.unit)}" for name, value in outcome.peers.items()]
+    if outcome.floor is not None:
+        others.append(f"all above {written(outcome.floor, outcome.unit)}")
     verdict = {True: "met", False: "missed", None: ""}[outcome.met]
+    if outcome.disturbed > DISTURBED:
+        verdict = f"{verdict} (disturbed: {outcome.disturbed:.1f} cores)".strip()
     bar = "" if outcome.bar is None else f"≤ {outcome.bar}"
     ratio = "" if outcome.ratio is None else written(outcome.ratio, "")
     return [outcome.work, outcome.case, written(outcome.ours, outcome.unit), "; ".join(others), ratio, bar, verdict]
@@ -110,9 +116,8 @@ def plain(outcome: Outcome) -> dict[str, object]:
     def summary(value: object) -> object:
         return value._asdict() if isinstance(value, Summary) else value
 
-    peers = {name: summary(value) for name, value in outcome.peers.items()}
-    changed = {"ours": summary(outcome.ours), "peers": peers, "ratio": summary(outcome.ratio), "met": outcome.met}
-    return {**outcome._asdict(), **changed}
+    found = {name: summary(value) for name, value in outcome._asdict().items()}
+    return {**found, "peers": {name: summary(value) for name, value in outcome.peers.items()}, "met": outcome.met}
 
 
 def print_line(*cells: str) -> None:

@@ -102,6 +102,9 @@ class Outcome(NamedTuple):
         ours: our samples, in this unit, or why there are none.
         peers: those of the others; the fastest comes first.
         ratio: of our samples to those of the fastest peer in the same rounds; None where there is no such.
+        floor: what was taken off the samples, if anything.
+        disturbed: how many cores other programs had in use meanwhile. With as many threads as cores one is enough to
+            make each parallel operation wait for milliseconds, so that such figures are worth nothing.
     """
 
     work: str
@@ -111,6 +114,8 @@ class Outcome(NamedTuple):
     ours: Summary | str
     peers: dict[str, Summary | str]
     ratio: Summary | None
+    floor: Summary | None
+    disturbed: float
 
     @property
     def met(self) -> bool | None:
@@ -124,20 +129,30 @@ def compare(comparison: Comparison, rounds: int) -> Outcome:
     ways = {"ours": comparison.ours, **comparison.peers}
     if comparison.floor is not None:
         ways["floor"] = comparison.floor
+    begin, others = time.perf_counter(), _seconds_of_others()
     samples, failed = _in_turns(ways, comparison.measure, min(rounds, comparison.rounds))
+    disturbed = (_seconds_of_others() - others) / (time.perf_counter() - begin)
+    samples = {name: [comparison.unit.scale * sample for sample in taken] for name, taken in samples.items()}
     floor = samples.pop("floor", None)
     if floor is not None:
         samples = {name: [a - b for a, b in zip(taken, floor, strict=True)] for name, taken in samples.items()}
-    scale = comparison.unit.scale
-    found = {name: Summary.of([scale * sample for sample in taken]) for name, taken in samples.items()}
-    said: dict[str, Summary | str] = {**found, **failed}
-    ours = said.pop("ours")
+    found = {name: Summary.of(taken) for name, taken in samples.items()}
     fastest = sorted(found.keys() - {"ours"}, key=lambda name: found[name].median)
     ratio = None
     if fastest and "ours" in found:
         ratio = Summary.of([a / b for a, b in zip(samples["ours"], samples[fastest[0]], strict=True)])
-    peers = {name: said[name] for name in [*fastest, *(name for name in comparison.peers if name in failed)]}
-    return Outcome(comparison.work, comparison.case, comparison.unit.name, comparison.bar, ours, peers, ratio)
+    said: dict[str, Summary | str] = {**found, **failed}
+    return Outcome(
+        comparison.work,
+        comparison.case,
+        comparison.unit.name,
+        comparison.bar,
+        said["ours"],
+        {name: said[name] for name in [*fastest, *(name for name in comparison.peers if name in failed)]},
+        ratio,
+        None if floor is None else Summary.of(floor),
+        disturbed,
+    )
 
 
 def _in_turns(
@@ -150,6 +165,8 @@ def _in_turns(
     for name, way in ways.items():
         with _noting(failed, name):
             functions[name], samples[name] = measure(way()), []
+    gc.collect()
+    gc.freeze()  # so that each collection looks only at what is new
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= FEW and time.perf_counter() - begin > ENOUGH:
@@ -160,7 +177,17 @@ def _in_turns(
             with _noting(failed, name):
                 samples[name].append(functions[name]())
         gc.enable()
+    gc.unfreeze()
     return {name: taken for name, taken in samples.items() if name not in failed}, failed
+
+
+def _seconds_of_others() -> float:
+    """Return how long other programs have had the cores; 0 where it is not known."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = [int(ticks) for ticks in stat.read_text().split()[1:4]]
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 @contextlib.contextmanager
@@ -182,7 +209,6 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # of other programs, at the beginning
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
     }
 

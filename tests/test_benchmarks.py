@@ -72,6 +72,7 @@ def test_ways_take_turns():
 def test_the_floor_is_taken_off():
     outcome = measured(constant(3.0), {"theirs": constant(5.0)}, floor=constant(1.0))
     assert outcome.ours.median == 2.0
+    assert outcome.floor.median == 1.0
     assert outcome.ratio.median == 0.5
 
 
