@@ -45,8 +45,23 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
     return value
 
 
+class Live:
+    """A number that is read again at every step, whichever that is."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self.read = read
+
+    def __call__(self, count: Any) -> Any:
+        return self.read()
+
+    def __repr__(self) -> str:
+        return repr(self.read())
+
+
 def _evaluated(hyperparameter: Any, step: Tensor) -> Any:
-    value: Any = hyperparameter(step - 1) if callable(hyperparameter) else hyperparameter
+    value: Any = hyperparameter
+    if callable(hyperparameter):
+        value = hyperparameter.read() if isinstance(hyperparameter, Live) else hyperparameter(step - 1)
     if isinstance(value, PerParameter) or is_tree(value):  # a function of the step may return trees, too
         return value
     return value.to(torch.float64) if isinstance(value, Tensor) else float(value)

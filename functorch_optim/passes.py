@@ -302,8 +302,9 @@ def _scalars_of(
     step, carried = bucket.steps[k], bucket.carried[k]
     if step is None:
         return (), carried
-    wanted = rule.extras.wanted(extras)
-    if rule.sees_tree:
+    asked = rule.extras
+    wanted = asked.wanted(extras)
+    if "updates" in asked.names:
         wanted["updates"] = updates
     step = step.to(torch.float64)
     if rule.carry is None:

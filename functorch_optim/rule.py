@@ -42,7 +42,7 @@ class Rule(NamedTuple):
     @property
     def extras(self) -> "Extras":
         """What `scalars` wants to be told besides the step."""
-        return Extras(frozenset(), False, frozenset()) if self.scalars is None else extras_of(self.scalars)
+        return _NO_EXTRAS if self.scalars is None else extras_of(self.scalars)
 
     @property
     def sees_tree(self) -> bool:
@@ -132,9 +132,14 @@ class Extras(NamedTuple):
         return self.required - frozenset(given) - {"updates"}  # the lift gives the updates
 
 
+_NO_EXTRAS = Extras(frozenset(), False, frozenset())
+
+
 def extras_of(function: Any) -> Extras:
     """Read a function's extras off its signature."""
     code = getattr(function, "__code__", None)
+    if code is not None and not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
+        return _NO_EXTRAS
     if code is not None:  # torch.compile cannot trace inspect.signature
         if code.co_flags & inspect.CO_VARKEYWORDS and hasattr(function, "__wrapped__"):
             return extras_of(function.__wrapped__)  # a decorator that passes everything on

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from functorch_optim import tree
-from functorch_optim.execution.kernel import kernel
+from functorch_optim.execution.kernel import Kernel, kernel
 from functorch_optim.execution.program import Program, record
-from functorch_optim.execution.representation import Columns, map_columns, widened
+from functorch_optim.execution.representation import Columns, make, widened
 from functorch_optim.rule import Rule
 
 BLOCK = 1 << 17
@@ -31,17 +32,17 @@ def in_blocks(
 ) -> tuple[list[Tensor], list[Columns]]:
     """Run elementwise rules, one after the other, block by block, into new tensors."""
     program = record(rules, states, params is not None, scalars, widened(updates[0].new_empty(0)))
-    new_updates = [torch.empty_like(update) for update in updates]
-    new_states = [map_columns(torch.empty_like, state) for state in states]
     kept = [column for state in states for column in state]
     inputs = [updates, *([params] if params is not None else []), *kept]
-    outputs = [new_updates, *[column for state in new_states for column in state]]
+    layouts = [layout_of(update) for update in updates]
+    outputs = [[empty_like(t, at) for t, at in zip(column, layouts, strict=True)] for column in (updates, *kept)]
     in_place = ("g", *program.inputs[len(inputs) - len(kept) :])
-    blocks = Blocks(program.dtype, [*inputs, *outputs])
+    blocks = Blocks(program.dtype, inputs, layouts)
     with torch.no_grad():
         cuts = [blocks.cut(column) for column in inputs], [blocks.cut(column) for column in outputs]
-        run(program, blocks, *cuts, in_place, tree.flatten(list(scalars))[0])
-    return new_updates, new_states
+        run(program, blocks, *cuts, in_place, tree.flatten(list(scalars))[0], Room(updates[0].device))
+    new_columns = iter(outputs[1:])
+    return outputs[0], [make(type(state), [next(new_columns) for _ in state]) for state in states]
 
 
 class Piece(NamedTuple):
@@ -64,13 +65,9 @@ class Piece(NamedTuple):
         """Return the number of elements."""
         return self.stop - self.start
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return this piece of a tensor, as a view."""
-        return tensor if self.whole else flat(tensor)[self.start : self.stop]
-
 
 class Cut(NamedTuple):
-    """A list of tensors, cut.
+    """A list of tensors, cut into pieces of one dimension.
 
     Attributes:
         alone: pieces of large tensors, to be run over where they are.
@@ -86,62 +83,107 @@ class Blocks:
 
     Args:
         dtype: what is computed in.
-        columns: lists of tensors, an entry for each; those of one entry have the same shape. By them it is decided how.
+        columns: lists of tensors, an entry for each; those of one entry have the same shape. What has another dtype is
+            copied, and so is run over in packs.
+        layouts: for each entry, a tensor in whose order of memory elements are taken. What lies otherwise is copied; so
+            tensors that are to be written must not.
         length: elements of the longest piece that is run over where it is; None for tensors of any length.
     """
 
-    def __init__(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], length: int | None = BLOCK) -> None:
-        self.dtype = dtype
-        self.length = length
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        columns: Sequence[Sequence[Tensor]],
+        layouts: Sequence[Tensor],
+        length: int | None = BLOCK,
+    ) -> None:
+        self.dtype, self.layouts, self.length = dtype, layouts, length
         self.alone: list[int] = []
         self.packs: list[list[Piece]] = []
-        self.layouts = columns[0]
         filled = BLOCK
         for i, row in enumerate(zip(*columns, strict=True)):
             size = row[0].numel()
-            dense = is_dense(row[0]) and all(tensor.stride() == row[0].stride() for tensor in row)
-            if dense and size >= SMALL and all(tensor.dtype == dtype for tensor in row):
+            if size >= SMALL and all(tensor.dtype == dtype for tensor in row):
                 self.alone.append(i)
                 continue
-            longest = BLOCK if dense else max(size, 1)
-            for start in range(0, size, longest):
-                piece = Piece(i, start, min(start + longest, size), size <= longest)
+            for start in range(0, size, BLOCK):
+                piece = Piece(i, start, min(start + BLOCK, size), size <= BLOCK)
                 if filled + piece.size > BLOCK:
                     self.packs.append([])
                     filled = 0
                 self.packs[-1].append(piece)
                 filled += piece.size
+        self.sizes = [tuple([piece.size for piece in pack]) for pack in self.packs]
+        self.in_order = [
+            all(piece.whole and layouts[piece.index].is_contiguous() for piece in pack) for pack in self.packs
+        ]
 
-    def cut(self, column: Sequence[Tensor]) -> Cut:
-        """Cut a list of tensors, into views of them."""
+    def cut(self, column: Sequence[Tensor], *, to_read: bool = False) -> Cut:
+        """Cut a list of tensors into views of them, or of copies where they lie otherwise in memory.
+
+        Args:
+            column: the tensors.
+            to_read: whether the packs may be put together at once, since they are not to be written.
+        """
         alone: list[Tensor] = []
         for i in self.alone:
-            tensor, layout = column[i], self.layouts[i]
-            if tensor.stride() != layout.stride():
-                tensor = torch.empty_like(layout).copy_(tensor)
-            tensor = flat(tensor)
-            alone += [tensor] if self.length is None else tensor.split(self.length)
-        return Cut(alone, [[piece.of(column[piece.index]) for piece in pack] for pack in self.packs])
+            elements = flat(column[i], self.layouts[i])
+            alone += [elements] if self.length is None else elements.split(self.length)
+        packs = [
+            self._pieces(column, pack) if not (to_read and in_order)
+            # One call, and no view of each.
+            else [_flatten_dense_tensors([column[piece.index] for piece in pack])]
+            for pack, in_order in zip(self.packs, self.in_order, strict=True)
+        ]
+        return Cut(alone, packs)
 
-    def joined(self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]]) -> Iterator[list[Tensor]]:
+    def _pieces(self, column: Sequence[Tensor], pack: Sequence[Piece]) -> list[Tensor]:
+        elements = [flat(column[piece.index], self.layouts[piece.index]) for piece in pack]
+        return [e if piece.whole else e[piece.start : piece.stop] for e, piece in zip(elements, pack, strict=True)]
+
+    def joined(self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]], room: "Room") -> Iterator[list[Tensor]]:
         """Yield copies of packs, each in one tensor for each input; then copy back what was made of them.
 
         Args:
             inputs: for each input, its tensors.
             outputs: tensors to write, and the index of the input in whose copy is what belongs into them.
+            room: where the copies are.
         """
-        for k, pack in enumerate(self.packs):
-            sizes = [piece.size for piece in pack]
-            # Two at least: compilers take one element for a special case.
-            room = [torch.empty(max(2, sum(sizes)), dtype=self.dtype, device=cut.packs[k][0].device) for cut in inputs]
-            views = []
-            for tensor, cut in zip(room, inputs, strict=True):
-                parts = tensor[: sum(sizes)].split(sizes)
-                views.append([part.view(piece.shape) for part, piece in zip(parts, cut.packs[k], strict=True)])
-                torch._foreach_copy_(views[-1], cut.packs[k])
-            yield room
+        for k, sizes in enumerate(self.sizes):
+            copies = [room.of(f"pack {j}", self.dtype, sum(sizes)) for j in range(len(inputs))]
+            for copy, cut in zip(copies, inputs, strict=True):
+                torch.cat(cut.packs[k], out=copy)
+            yield copies
             for cut, index in outputs:
-                torch._foreach_copy_(cut.packs[k], views[index])
+                torch._foreach_copy_(cut.packs[k], room.parts(f"pack {index}", self.dtype, sizes))
+
+
+class Room:
+    """Memory to work in, for one block after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, int], Tensor] = {}
+        self.splits: dict[tuple[str, tuple[int, ...]], Sequence[Tensor]] = {}
+
+    def of(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
+        """Return a tensor of a size; for one name it is always in the same memory."""
+        view = self.views.get((name, size))
+        if view is None:
+            if name not in self.memory or self.memory[name].numel() < size:
+                self.memory[name] = torch.empty(size, dtype=dtype, device=self.device)
+                self.views = {key: old for key, old in self.views.items() if key[0] != name}
+                self.splits = {key: old for key, old in self.splits.items() if key[0] != name}
+            view = self.views[name, size] = self.memory[name][:size]
+        return view
+
+    def parts(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Sequence[Tensor]:
+        """Return the same in parts."""
+        parts = self.splits.get((name, sizes))
+        if parts is None:
+            parts = self.splits[name, sizes] = self.of(name, dtype, sum(sizes)).split(sizes)
+        return parts
 
 
 def run(
@@ -151,6 +193,7 @@ def run(
     outputs: Sequence[Cut],
     in_place: tuple[str, ...],
     numbers: Sequence[Any],
+    room: Room,
 ) -> None:
     """Run a program over tensors, block by block.
 
@@ -161,45 +204,49 @@ def run(
         outputs: for each output, tensors to write; they may be those of an input.
         in_place: for each output, the input that it overwrites, or would if that were given up.
         numbers: the program's scalars.
+        room: memory to work in.
     """
     overwritten = [program.inputs.index(name) for name in in_place]
     donated = all(cut is inputs[k] for cut, k in zip(outputs, overwritten, strict=True))
     over_inputs = kernel(program, in_place)
     apart = over_inputs if donated else kernel(program, None)
-    room = _Room()
+
+    def call(of: Kernel, row: Sequence[Tensor]) -> None:
+        size = row[0].numel()
+        of.function(*row, *numbers, *[room.of(f"{i} {dtype}", dtype, size) for i, dtype in enumerate(of.buffers)])
+
     for row in zip(*[cut.alone for cut in (inputs if donated else (*inputs, *outputs))], strict=True):
-        apart.function(*row, *numbers, *room.of(apart.buffers, row[0]))
-    for row in blocks.joined(inputs, list(zip(outputs, overwritten, strict=True))):
-        over_inputs.function(*row, *numbers, *room.of(over_inputs.buffers, row[0]))
+        call(apart, row)
+    for copies in blocks.joined(inputs, list(zip(outputs, overwritten, strict=True)), room):
+        call(over_inputs, copies)
 
 
-class _Room:
-    """Buffers that are used again for the next block."""
-
-    def __init__(self) -> None:
-        self.made: list[Tensor] = []
-
-    def of(self, dtypes: Sequence[torch.dtype], like: Tensor) -> list[Tensor]:
-        size = like.numel()
-        if [b.dtype for b in self.made] != list(dtypes) or any(b.numel() < size for b in self.made):
-            self.made = [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
-        return [b if b.numel() == size else b[:size] for b in self.made]
+def flat(tensor: Tensor, layout: Tensor) -> Tensor:
+    """Return the elements of a tensor in the order of a layout: a view if the tensor lies so."""
+    if layout.is_contiguous():
+        return tensor.reshape(-1)
+    if not lies(tensor, layout):
+        tensor = empty_like(tensor, layout).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as they lie in memory, as a view."""
+def lies(tensor: Tensor, layout: Tensor) -> bool:
+    """Tell whether a tensor lies in memory as a layout does."""
+    return tensor.is_contiguous() if layout.is_contiguous() else tensor.stride() == layout.stride()
+
+
+def layout_of(tensor: Tensor) -> Tensor:
+    """Return a tensor that lies in memory as this one does, or without gaps if this has some."""
     if tensor.is_contiguous():
-        return tensor.detach().view(-1)
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Tell whether the elements of a tensor fill a range of memory, in whatever order."""
-    if tensor.is_contiguous():
-        return True
+        return tensor
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
-            return False
+            return torch.empty(tensor.shape, device="meta")
         expected *= size
-    return True
+    return tensor
+
+
+def empty_like(tensor: Tensor, layout: Tensor) -> Tensor:
+    """Make a tensor like this one that lies in memory as a layout does."""
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim.execution import blocks
-from functorch_optim.execution.blocks import Blocks, Cut
+from functorch_optim.execution.blocks import Blocks, Cut, Room, empty_like, layout_of, lies
 from functorch_optim.execution.foreach import foreach
 from functorch_optim.execution.kernel import pure
 from functorch_optim.execution.program import record
@@ -48,16 +48,21 @@ class InPlace:
         self.columns = [self.params, *[column for state in self.states for column in state]]
         self.original = params[0].dtype
         self.like = widened(self.params[0].new_empty(0))
+        self.converted = cast(self.like, self.original, to_number=True, as_pairs=True)
+        self.room = Room(self.like.device)
         if way is None and self.like.device.type != "cpu":
             way = "foreach"
-        self.program = record(self.rules, self.states, True, self._numbers(scalars), self.like)
+        numbers = iter(self._numbers(scalars))
+        self.program = record(self.rules, self.states, True, tree.map(lambda _: next(numbers), [*scalars, ()]), self.like)
         self.in_place = ("p", *self.program.inputs[2:])
         self.compiled = self._compiled(scalars) if way == "fused" else None
         self.foreach = way == "foreach"
         if not self.foreach:
-            length = None if self.compiled else blocks.BLOCK
-            self.blocks = Blocks(self.program.dtype, self.columns, length)
-            self.cuts = [self.blocks.cut(column) for column in self.columns]
+            layouts = [layout_of(param) for param in self.params]
+            self.mirrors: list[tuple[Tensor, Tensor]] = []  # tensors that lie otherwise, and copies that lie right
+            columns = [self._lying(column, layouts) for column in self.columns]
+            self.blocks = Blocks(self.program.dtype, columns, layouts, None if self.compiled else blocks.BLOCK)
+            self.cuts = [self.blocks.cut(column) for column in columns]
 
     def run(self, updates: list[Tensor], scalars: Sequence[Any]) -> None:
         """Make a step.
@@ -69,17 +74,31 @@ class InPlace:
         numbers = self._numbers(scalars)
         updates = [as_reals(update) for update in updates]
         if self.foreach:
-            self._run_foreach(updates, numbers)
+            self._run_foreach(updates, [*tree.map(self.converted, list(scalars)), ()])
             return
-        inputs = [self.blocks.cut(updates), *self.cuts]
+        for tensor, mirror in self.mirrors:
+            mirror.copy_(tensor)
+        inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
         if self.compiled is not None:
             self._run_compiled(inputs, numbers)
         else:
-            blocks.run(self.program, self.blocks, inputs, self.cuts, self.in_place, tree.flatten(numbers)[0])
+            blocks.run(self.program, self.blocks, inputs, self.cuts, self.in_place, numbers, self.room)
+        for tensor, mirror in self.mirrors:
+            tensor.copy_(mirror)
+
+    def _lying(self, column: list[Tensor], layouts: list[Tensor]) -> list[Tensor]:
+        """Replace tensors that do not lie in memory as their parameter does by copies."""
+        lying = []
+        for tensor, layout in zip(column, layouts, strict=True):
+            if lies(tensor, layout):
+                lying.append(tensor)
+            else:
+                lying.append(empty_like(tensor, layout))
+                self.mirrors.append((tensor, lying[-1]))
+        return lying
 
     def _numbers(self, scalars: Sequence[Any]) -> list[Any]:
-        converted = cast(self.like, self.original, to_number=True, as_pairs=True)
-        return [*[tree.map(converted, s) for s in scalars], ()]
+        return [self.converted(scalar) for scalar in tree.flatten(list(scalars))[0]]
 
     def _run_foreach(self, updates: list[Tensor], numbers: list[Any]) -> None:
         for some in _batches(self.params):
@@ -98,15 +117,14 @@ class InPlace:
         overwritten = [self.program.inputs.index(name) for name in self.in_place]
         for row in zip(*[cut.alone for cut in inputs], strict=True):
             self.compiled(*row, together)
-        for row in self.blocks.joined(inputs, list(zip(self.cuts, overwritten, strict=True))):
+        for row in self.blocks.joined(inputs, list(zip(self.cuts, overwritten, strict=True)), self.room):
             self.compiled(*row, together)
 
     def _together(self, numbers: list[Any]) -> Tensor:
-        flat = tree.flatten(numbers)[0]
-        if any(isinstance(number, Tensor) for number in flat):
+        if any(isinstance(number, Tensor) for number in numbers):
             options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
-            return torch.stack([torch.as_tensor(number, **options) for number in flat])
-        return torch.tensor(flat, dtype=self.like.dtype)
+            return torch.stack([torch.as_tensor(number, **options) for number in numbers])
+        return torch.tensor(numbers, dtype=self.like.dtype)
 
     def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
         """Compile the program, and try it; warn when that fails."""

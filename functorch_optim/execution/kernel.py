@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_optim.execution.program import Instruction, Name, Program
+from functorch_optim.execution.program import Instruction, Name, Program, needed
 from functorch_optim.numerics import safe_sqrt
 
 
@@ -40,7 +40,7 @@ def kernel(program: Program, in_place: tuple[str, ...] | None) -> Kernel:
         in_place: for each output, the input that it overwrites; None to write the outputs into tensors of their own.
     """
     outputs = tuple([f"y{j}" for j in range(len(program.outputs))]) if in_place is None else in_place
-    program = _with_copies(program, outputs)
+    program = _with_copies(_contracted(program) if program.device.type == "cpu" else program, outputs)
     last = _last_reads(program)
     free: dict[torch.dtype, list[str]] = defaultdict(list)
     place: dict[str, str] = {name: name for name in (*program.inputs, *program.numbers)}
@@ -148,7 +148,40 @@ def _with_copies(program: Program, outputs: tuple[str, ...]) -> Program:
             names.append(copy)
         else:
             names.append(name)
-    return Program(program.inputs, program.numbers, tuple(instructions), tuple(names), program.dtype)
+    return replace(program, instructions=tuple(instructions), outputs=tuple(names))
+
+
+def _contracted(program: Program) -> Program:
+    """Make one call of a product and a sum, `a + n b` and `a + n b c`, where torch has one that takes a number."""
+    made = {instruction.result: instruction for instruction in program.instructions}
+    reads = Counter([name for i in program.instructions for name in i.names] + list(program.outputs))
+
+    def factors(value: Any) -> tuple[Any, list[Any]] | None:
+        """Return the number and the tensors whose product a value is, if nothing else reads it."""
+        instruction = made.get(value) if isinstance(value, Name) else None
+        if instruction is None or _called(instruction) != "mul" or reads[value] > 1:
+            return None
+        for one, other in (instruction.args, instruction.args[::-1]):
+            if not _is_tensor(one):
+                return one, [other]
+            inner = factors(one)
+            if inner is not None and len(inner[1]) == 1:
+                return inner[0], [*inner[1], other]
+        return None
+
+    def contracted(instruction: Instruction) -> Instruction:
+        args = instruction.args
+        if _called(instruction) != "add" or instruction.kwargs or not all(map(_is_tensor, args)):
+            return instruction
+        for kept, product in (args, args[::-1]):
+            found = factors(product)
+            if found is not None:
+                function, keyword = (torch.add, "alpha") if len(found[1]) == 1 else (torch.addcmul, "value")
+                arguments, number = (kept, *found[1]), ((keyword, found[0]),)
+                return instruction._replace(function=function, args=arguments, kwargs=number)
+        return instruction
+
+    return replace(program, instructions=needed([contracted(i) for i in program.instructions], program.outputs))
 
 
 def _last_reads(program: Program) -> dict[str, int]:
@@ -176,19 +209,21 @@ _TENSORS = {"where", "maximum", "minimum", "logical_and", "logical_or", "logical
 
 def _storing(instruction: Instruction) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
     """Find the function with an argument `out` for an instruction, and its arguments; None when there is none."""
-    name = str(getattr(instruction.function, "__name__", "")).strip("_")
-    name = _ALIASES.get(name, name)
-    args = instruction.args
-
-    def is_tensor(value: Any) -> bool:
-        return isinstance(value, Name) and not value.startswith("n")
-
-    if name in _SYMMETRIC and len(args) == 2 and not is_tensor(args[0]):
+    name, args = _called(instruction), instruction.args
+    if name in _SYMMETRIC and len(args) == 2 and not _is_tensor(args[0]):
         args = args[::-1]
-    tensors = all(is_tensor(value) for value in args) if name in _TENSORS else is_tensor(args[0])
     if name == "clone" and len(args) == 1:
         return _copied, args
+    tensors = all(map(_is_tensor, args)) if name in _TENSORS else _is_tensor(args[0])
     known = getattr(torch, name, None) if name in _ANY | _TENSORS else None
     return (known if tensors else None), args
 
 
+def _called(instruction: Instruction) -> str:
+    """Name a function as torch does, whether it is an operator, a method, or has another name too."""
+    name = str(getattr(instruction.function, "__name__", "")).strip("_")
+    return _ALIASES.get(name, name)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Name) and not value.startswith("n")

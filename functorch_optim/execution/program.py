@@ -57,6 +57,7 @@ class Program:
         instructions: in order.
         outputs: the transformed update, and the new states in the order of the inputs.
         dtype: of inputs and outputs.
+        device: the same.
     """
 
     inputs: tuple[Name, ...]
@@ -64,6 +65,7 @@ class Program:
     instructions: tuple[Instruction, ...]
     outputs: tuple[Name, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def __str__(self) -> str:
         lines = [f"{i.result} = {_name(i.function)}({', '.join(map(str, i.args))})" for i in self.instructions]
@@ -184,12 +186,24 @@ class _Recording:
                     f"{output.sample.dtype}"
                 )
             names.append(output.name)
-        needed, kept = set(names), []
-        for instruction in reversed(self.instructions):
-            if instruction.result in needed:
-                needed.update(instruction.names)
-                kept.append(instruction)
-        return Program(tuple(self.inputs), tuple(self.numbers), tuple(reversed(kept)), tuple(names), self.like.dtype)
+        return Program(
+            tuple(self.inputs),
+            tuple(self.numbers),
+            needed(self.instructions, names),
+            tuple(names),
+            self.like.dtype,
+            self.like.device,
+        )
+
+
+def needed(instructions: Sequence[Instruction], outputs: Sequence[Name]) -> tuple[Instruction, ...]:
+    """Leave out what no output depends on."""
+    names, kept = set(outputs), []
+    for instruction in reversed(instructions):
+        if instruction.result in names:
+            names.update(instruction.names)
+            kept.append(instruction)
+    return tuple(reversed(kept))
 
 
 def _values(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:

@@ -46,15 +46,12 @@ class OptimizerBase(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
-            self._with_loss(extra, "the loss, to come")
+            _untraced(self._with_loss, extra, "the loss, to come")
             with torch.enable_grad():
                 loss = closure()
-        self._update(loss, extra)
+        _untraced(self._update, loss, extra)
         return loss
 
-    # In functions that torch.compile traces, all but the closure runs as it does eagerly: plans, and buckets by step,
-    # are found from numbers that change.
-    @_disable_dynamo
     def _with_loss(self, extra: dict[str, Any], loss: Any) -> dict[str, Any]:
         """Add the loss, unless it is None, to the extras where something declares `value`.
 
@@ -62,20 +59,19 @@ class OptimizerBase(torch.optim.Optimizer):
             TypeError: an extra is given that nothing declares, or not given that something needs.
         """
         plans = [self._plan(index) for index in range(self._number_of_trees)]
-        if not extra and not any(plan.asks for plan in plans):
-            return extra
         rules = [link.rule for plan in plans for link in plan.links]
         extra = extra if loss is None else with_loss(rules, loss, extra)
         check_extras(rules, extra)
         return extra
 
-    @_disable_dynamo
     def _update(self, loss: Any, extra: dict[str, Any]) -> None:
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._check_gradients()
-            extra = self._with_loss(extra, loss)
+            plans = [self._plan(index) for index in range(self._number_of_trees)]
+            if extra or any(plan.asks for plan in plans):
+                extra = self._with_loss(extra, loss)
             # Everything is computed, or at least ready, before anything is changed.
-            steps = [self._prepare(index, self._plan(index), extra) for index in range(self._number_of_trees)]
+            steps = [self._prepare(index, plan, extra) for index, plan in enumerate(plans)]
             for step in steps:
                 step()
 
@@ -265,6 +261,16 @@ class OptimizerBase(torch.optim.Optimizer):
             )
         if tree_states:
             self.state[REST] = tree_states
+
+
+def _untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as it is, also in what torch.compile traces: plans and buckets are found from numbers there."""
+    return _disabled(function, *args) if torch.compiler.is_compiling() else function(*args)
+
+
+@_disable_dynamo
+def _disabled(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _tree_keys(index: int, plan: Plan) -> dict[int, str]:

@@ -3,11 +3,13 @@
 import functools
 import inspect
 import numbers
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation
+from functorch_optim.hyperparameters import Live
 
 Factory = Callable[..., GradientTransformation]
 
@@ -111,22 +113,9 @@ def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
         )
 
 
-class _Live:
-    """A number that is read again at every step."""
-
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read = read
-
-    def __call__(self, count: Any) -> Any:
-        return self._read()
-
-    def __repr__(self) -> str:
-        return repr(self._read())
-
-
 def _live(value: Any, read: Callable[[], Any]) -> Any:
     if _is_number(value):
-        return _Live(read)
+        return Live(read)
     if isinstance(value, list | tuple):
         return tuple([_live(item, functools.partial(_item, read, i)) for i, item in enumerate(value)])
     return value
@@ -156,12 +145,14 @@ def snapshot(value: Any, live: bool) -> Any:
 
 def same(old: Any, new: Any, live: bool) -> bool:
     """Compare a snapshot with what may have been edited: numbers and text by value, all else by identity."""
+    if old is new and isinstance(old, bool | int | float | str | None):
+        return True
     if old is _LIVE:
         return _is_number(new)
     if isinstance(old, list):
         if not isinstance(new, list | tuple) or len(old) != len(new):
             return False
-        return all(same(a, b, live) for a, b in zip(old, new, strict=True))
+        return all(map(operator.is_, old, new)) or all(same(a, b, live) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict):
         keys = old.keys()
         return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)

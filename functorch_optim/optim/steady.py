@@ -134,8 +134,8 @@ class Steady:
                     for tensors, value in zip(bucket.carried[k], new, strict=True):
                         torch._foreach_copy_(tensors, [value] * len(tensors))
                 if bucket.counters:
-                    torch._foreach_add_(bucket.counters, 1)
                     self.done[number] += 1
+                    torch._foreach_copy_(bucket.counters, [torch.tensor(self.done[number])] * len(bucket.counters))
             self.versions = [tensor._version for tensor in self.numbers]
 
         return commit
