@@ -5,14 +5,14 @@ whole tree, begins a new one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from functorch_optim import execution, tree
-from functorch_optim.execution.in_place import InPlace, Way
 from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
+from functorch_optim.execution.in_place import can_donate
 from functorch_optim.links import Link
 from functorch_optim.per_parameter import Place, check_shared, differs, resolved
 from functorch_optim.rule import TreeRule
@@ -49,6 +49,19 @@ class Bucket(NamedTuple):
     carried: Sequence[tuple[Tensor, ...]]
 
 
+class Work(Protocol):
+    """What overwrites some parameters and their states.
+
+    Attributes:
+        needs_scalars: whether it needs the numbers of the rules.
+    """
+
+    needs_scalars: ClassVar[bool]
+
+    def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
+        """Make a step, given the updates, the numbers of the rules, and the number of the step."""
+
+
 class Donated(NamedTuple):
     """Rules that are ready to overwrite parameters and states.
 
@@ -64,29 +77,30 @@ class Donated(NamedTuple):
     bucket: int
     links: Sequence[int]
     members: list[int]
-    work: InPlace
+    work: Work
     updates: list[Tensor]
     scalars: Sequence[Any]
-
-    def run(self) -> None:
-        """Overwrite them."""
-        self.work.run(self.updates, self.scalars)
 
 
 class Donations(list[Donated]):
     """Where `run` puts what is ready to overwrite parameters and states, instead of computing new ones.
 
     Attributes:
-        way: how to overwrite them.
-        buckets: members of each.
+        make: makes the work of rules, for updates, states and parameters that can be overwritten, and scalars.
+        buckets: members of each, and the number of their step.
         complete: whether this is all of the step, so that it may be done again with other gradients.
     """
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, make: Callable[..., Work]) -> None:
         super().__init__()
-        self.way = way
-        self.buckets: list[list[int]] = []
+        self.make = make
+        self.buckets: list[tuple[list[int], float]] = []
         self.complete = True
+
+    def run(self) -> None:
+        """Overwrite them."""
+        for bucket, _, _, work, updates, scalars in self:
+            work.run(updates, scalars, self.buckets[bucket][1])
 
 
 def run(
@@ -213,7 +227,7 @@ def _run_rules(
     states: list[Any],
     scalars: Sequence[Any],
     donations: Donations | None,
-) -> tuple[InPlace, list[Tensor], Sequence[Any]] | None:
+) -> tuple[Work, list[Tensor], Sequence[Any]] | None:
     """Run rules, whose links and scalars these are, on some of the leaves; write into `updates` and `states`.
 
     Returns:
@@ -238,12 +252,10 @@ def _run_rules(
                 check_state(rule.name, field, column, some_updates, path)
     rules: list[Any] = [links[k].rule for k in applying]
     params = [leaves.params[i] for i in indices] if leaves.params is not None else None
-    if donations is not None and params is not None:
-        work = execution.donated(rules, some_updates, some_states, params, scalars, donations.way)
-        if work is not None:
-            for i in indices:
-                updates[i] = None
-            return work, some_updates, scalars
+    if donations is not None and params is not None and can_donate(rules, some_updates, some_states, params, scalars):
+        for i in indices:
+            updates[i] = None
+        return donations.make(rules, params, some_states, scalars), some_updates, scalars
     new_updates, new_states = execution.run(rules, some_updates, some_states, params, scalars)
     check_kept("The update after " + ", ".join([links[k].rule.name for k in applying]), new_updates, some_updates, path)
     for k, old, new in zip(applying, some_states, new_states, strict=True):

@@ -19,7 +19,6 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.execution.blocks import in_blocks
 from functorch_optim.execution.foreach import foreach
-from functorch_optim.execution.in_place import donated
 from functorch_optim.execution.reference import tensor_by_tensor
 from functorch_optim.execution.representation import (
     Columns,
@@ -34,8 +33,6 @@ from functorch_optim.execution.representation import (
 )
 from functorch_optim.execution.ways import can_batch, can_block
 from functorch_optim.rule import Rule
-
-__all__ = ["donated", "run"]
 
 
 def run(

@@ -17,8 +17,8 @@ from functorch_optim.execution.program import Program, record
 from functorch_optim.execution.representation import Columns, make, widened
 from functorch_optim.rule import Rule
 
-BLOCK = 1 << 17
-"""Elements of a block: some buffers of half a MiB each stay in the cache, and the calls for each do not weigh."""
+BLOCK = 1 << 18
+"""Elements of a block: some buffers of a MiB each stay in the cache, and the calls for each do not weigh."""
 SMALL = 1 << 12
 """Elements below which it is cheaper to copy a tensor than to make the calls for it alone."""
 

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,8 +19,18 @@ from functorch_optim.execution.ways import can_batch
 from functorch_optim.execution.writing import is_expanded, share_memory
 from functorch_optim.rule import Rule
 
-Way: TypeAlias = Literal["fused", "foreach"] | None
+Way: TypeAlias = Literal["fused", "foreach", "blocks"] | None
 """How a user wants a step to be run; None: as is best."""
+
+
+def way_of(options: Mapping[str, Any]) -> Way:
+    """Read from options named as torch.optim's how a step is to be run."""
+    if options.get("fused"):
+        return "fused"
+    if options.get("foreach") is not None:
+        return "foreach" if options["foreach"] else "blocks"
+    return None if options.get("fused") is None else "blocks"
+
 
 ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense")
 """The last rule of a step: it makes of an update the new parameter."""
@@ -38,6 +48,8 @@ class InPlace:
         scalars: for each rule, the numbers of a step.
         way: how to run them.
     """
+
+    needs_scalars = True
 
     def __init__(
         self, rules: Sequence[Rule], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any], way: Way
@@ -64,12 +76,13 @@ class InPlace:
             self.blocks = Blocks(self.program.dtype, columns, layouts, None if self.compiled else blocks.BLOCK)
             self.cuts = [self.blocks.cut(column) for column in columns]
 
-    def run(self, updates: list[Tensor], scalars: Sequence[Any]) -> None:
+    def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
         """Make a step.
 
         Args:
             updates: one for each parameter.
             scalars: for each rule, the numbers of this step.
+            step: its number, which these rules do not need besides.
         """
         numbers = self._numbers(scalars)
         updates = [as_reals(update) for update in updates]
@@ -161,24 +174,22 @@ def _batches(tensors: Sequence[Tensor], largest: int = 1 << 24) -> list[list[int
     return batches
 
 
-def donated(
+def can_donate(
     rules: Sequence[Rule],
     updates: list[Tensor],
     states: Sequence[Columns],
     params: list[Tensor],
     scalars: Sequence[Any],
-    way: Way,
-) -> InPlace | None:
-    """Prepare rules for a step in place; return None where that is not possible."""
-    tensors = [*updates, *params, *[tensor for state in states for column in state for tensor in column]]
+) -> bool:
+    """Tell whether rules can overwrite parameters and states."""
+    written = [*params, *[tensor for state in states for column in state for tensor in column]]
     numbers = [leaf for leaf in tree.flatten(list(scalars))[0] if isinstance(leaf, Tensor)]
-    possible = (
+    return (
         all(rule.elementwise for rule in rules)
         and can_batch([*updates, *params], states, scalars)
         and all(number.ndim == 0 for number in numbers)
-        and not any(tensor.layout != torch.strided or tensor.is_inference() for tensor in tensors)
-        and not any(tensor.is_conj() or tensor.is_neg() for tensor in tensors)
-        and not any(is_expanded(tensor) for tensor in tensors[len(updates) :])
-        and not share_memory(updates, tensors[len(updates) :])
+        and not any(tensor.layout != torch.strided or tensor.is_inference() for tensor in (*updates, *written))
+        and not any(tensor.is_conj() or tensor.is_neg() for tensor in (*updates, *written))
+        and not any(is_expanded(tensor) for tensor in written)
+        and not share_memory(updates, written)
     )
-    return InPlace(rules, params, states, scalars, way) if possible else None

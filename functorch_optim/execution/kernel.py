@@ -152,36 +152,47 @@ def _with_copies(program: Program, outputs: tuple[str, ...]) -> Program:
 
 
 def _contracted(program: Program) -> Program:
-    """Make one call of a product and a sum, `a + n b` and `a + n b c`, where torch has one that takes a number."""
+    """Make one call of `a + n b`, `a + n b c` and `a + n b / c`, with a number n: torch has functions for these."""
     made = {instruction.result: instruction for instruction in program.instructions}
     reads = Counter([name for i in program.instructions for name in i.names] + list(program.outputs))
 
-    def factors(value: Any) -> tuple[Any, list[Any]] | None:
-        """Return the number and the tensors whose product a value is, if nothing else reads it."""
+    def factors(value: Any, *called: str) -> tuple[Any, ...] | None:
+        """Return the two that a value is the product or quotient of, if nothing else reads it."""
         instruction = made.get(value) if isinstance(value, Name) else None
-        if instruction is None or _called(instruction) != "mul" or reads[value] > 1:
+        if instruction is None or _called(instruction) not in called or instruction.kwargs or reads[value] > 1:
             return None
-        for one, other in (instruction.args, instruction.args[::-1]):
-            if not _is_tensor(one):
-                return one, [other]
-            inner = factors(one)
-            if inner is not None and len(inner[1]) == 1:
-                return inner[0], [*inner[1], other]
+        return instruction.args
+
+    def scaled(value: Any) -> tuple[Callable[..., Any], str, Any, tuple[Any, ...]] | None:
+        """Return what adds n b, n b c or n b / c: the function, its keyword for n, n, and the tensors."""
+        for number, rest in _both(factors(value, "mul")):
+            if not _is_tensor(number):
+                over, times = factors(rest, "div"), factors(rest, "mul")
+                if over is not None and all(map(_is_tensor, over)):
+                    return torch.addcdiv, "value", number, over
+                if times is not None and all(map(_is_tensor, times)):
+                    return torch.addcmul, "value", number, times
+                return torch.add, "alpha", number, (rest,)
+            for inner, tensor in _both(factors(number, "mul")):  # (n b) c
+                if not _is_tensor(inner):
+                    return torch.addcmul, "value", inner, (tensor, rest)
         return None
 
     def contracted(instruction: Instruction) -> Instruction:
         args = instruction.args
-        if _called(instruction) != "add" or instruction.kwargs or not all(map(_is_tensor, args)):
-            return instruction
-        for kept, product in (args, args[::-1]):
-            found = factors(product)
-            if found is not None:
-                function, keyword = (torch.add, "alpha") if len(found[1]) == 1 else (torch.addcmul, "value")
-                arguments, number = (kept, *found[1]), ((keyword, found[0]),)
-                return instruction._replace(function=function, args=arguments, kwargs=number)
+        if _called(instruction) == "add" and not instruction.kwargs and all(map(_is_tensor, args)):
+            for kept, other in _both(args):
+                found = scaled(other)
+                if found is not None:
+                    function, keyword, number, tensors = found
+                    return instruction._replace(function=function, args=(kept, *tensors), kwargs=((keyword, number),))
         return instruction
 
     return replace(program, instructions=needed([contracted(i) for i in program.instructions], program.outputs))
+
+
+def _both(pair: tuple[Any, ...] | None) -> list[tuple[Any, ...]]:
+    return [] if pair is None else [pair, pair[::-1]]
 
 
 def _last_reads(program: Program) -> dict[str, int]:

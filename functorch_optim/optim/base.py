@@ -1,7 +1,8 @@
 """What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch._compile import _disable_dynamo
 from functorch_optim import saving, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.execution import writing
+from functorch_optim.execution.in_place import InPlace, way_of
 from functorch_optim.optim import factories
 from functorch_optim.optim.loading import checked_state
 from functorch_optim.optim.plan import Plan
 from functorch_optim.optim.steady import Steady
-from functorch_optim.passes import Donations
+from functorch_optim.passes import Donations, Work
 from functorch_optim.rule import TreeRule, check_extras, with_loss
 from functorch_optim.saving import REST
 
@@ -83,12 +85,11 @@ class OptimizerBase(torch.optim.Optimizer):
         """
         if plan.steady is not None and not torch.is_grad_enabled() and plan.steady.fits(self.state):
             return plan.steady.prepare(extra)
-        donations = Donations(None)
+        donations = Donations(functools.partial(self._work, index))
         updates, states, tree_states = self._compute(index, plan, extra, donations)
 
         def commit() -> None:
-            for donated in donations:
-                donated.run()
+            donations.run()
             moved = [i for i, update in enumerate(updates) if update is not None]
             writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
             self._write_states(plan.params, states)
@@ -101,6 +102,13 @@ class OptimizerBase(torch.optim.Optimizer):
                 plan.steady = Steady.after(plan, donations, self.state)
 
         return commit
+
+    def _work(
+        self, index: int, rules: Sequence[Any], params: list[Tensor], states: Sequence[Any], scalars: Sequence[Any]
+    ) -> Work:
+        """Make what overwrites parameters of a tree and their states."""
+        group = self.param_groups[index] if self._has_factory else self.defaults
+        return InPlace(rules, params, states, scalars, way_of(group))
 
     def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""
@@ -164,8 +172,8 @@ class OptimizerBase(torch.optim.Optimizer):
         groups = [self.param_groups[index]] if self._has_factory else self.param_groups
         for gone in [number for number in plans if number >= self._number_of_trees]:
             del plans[gone]
-        if index not in plans or not factories.same(plans[index][0], groups, self._live):
-            plans[index] = (factories.snapshot(groups, self._live), self._new_plan(self._transformation, groups))
+        if index not in plans or not plans[index][0].is_of(groups):
+            plans[index] = (factories.Snapshot(groups, self._live), self._new_plan(self._transformation, groups))
         plan: Plan = plans[index][1]
         return plan
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from functorch_optim.base import GradientTransformation
 from functorch_optim.hyperparameters import is_zero
+from functorch_optim.optim import native
 from functorch_optim.optim.plan import Plan
 from functorch_optim.optim.torch_like import TorchLike, also_differentiable
 from functorch_optim.optimizers.adadelta import adadelta
@@ -58,6 +59,7 @@ class SGD(TorchLike, torch.optim.SGD):
     """
 
     _transformation = staticmethod(_sgd)
+    _native = staticmethod(native.sgd)
     _count = None
     _sparse_error = None
 
@@ -76,6 +78,7 @@ class Adam(TorchLike, torch.optim.Adam):
     """
 
     _transformation = staticmethod(adam)
+    _native = staticmethod(native.adam)
     _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
@@ -157,6 +160,7 @@ class Adagrad(TorchLike, torch.optim.Adagrad):
     """
 
     _transformation = staticmethod(adagrad)
+    _native = staticmethod(native.adagrad)
     _sparse_error = None
 
 

@@ -134,28 +134,51 @@ def _is_number(value: object) -> bool:
 _LIVE = object()  # stands for a live number in a snapshot
 
 
-def snapshot(value: Any, live: bool) -> Any:
-    """Copy containers, so that edits within them can be noticed; live numbers are noticed without."""
+class Snapshot:
+    """What param groups hold, for edits to be noticed: numbers and text by value, all else by identity.
+
+    Args:
+        groups: the param groups.
+        live: whether numbers are read at every step, so that their edits need not be noticed.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], live: bool) -> None:
+        self.live = live
+        self.copies = _copied(groups, live)
+        self.values = [(group, name, value) for group in groups for name, value in group.items()]
+        self.lists = [(value, list(value)) for *_, value in self.values if isinstance(value, list)]
+        containers = [value for *_, value in self.values if isinstance(value, dict | tuple)]
+        self.fixed = not any(isinstance(part, list | dict) for value in containers for part in value)
+
+    def is_of(self, groups: list[dict[str, Any]]) -> bool:
+        """Tell whether nothing has been edited since."""
+        untouched = (  # most often not even exchanged
+            self.fixed
+            and len(self.values) == sum(map(len, groups))
+            and all(group.get(name, self) is value for group, name, value in self.values)
+            and all(len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in self.lists)
+        )
+        return untouched or _same(self.copies, groups, self.live)
+
+
+def _copied(value: Any, live: bool) -> Any:
     if isinstance(value, list | tuple):
-        return [snapshot(item, live) for item in value]
+        return [_copied(item, live) for item in value]
     if isinstance(value, dict):
-        return {key: snapshot(item, live) for key, item in value.items()}
+        return {key: _copied(item, live) for key, item in value.items()}
     return _LIVE if live and _is_number(value) else value
 
 
-def same(old: Any, new: Any, live: bool) -> bool:
-    """Compare a snapshot with what may have been edited: numbers and text by value, all else by identity."""
-    if old is new and isinstance(old, bool | int | float | str | None):
-        return True
+def _same(old: Any, new: Any, live: bool) -> bool:
     if old is _LIVE:
         return _is_number(new)
     if isinstance(old, list):
         if not isinstance(new, list | tuple) or len(old) != len(new):
             return False
-        return all(map(operator.is_, old, new)) or all(same(a, b, live) for a, b in zip(old, new, strict=True))
+        return all(map(operator.is_, old, new)) or all(_same(a, b, live) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict):
         keys = old.keys()
-        return isinstance(new, dict) and keys == new.keys() and all(same(old[key], new[key], live) for key in keys)
+        return isinstance(new, dict) and keys == new.keys() and all(_same(old[key], new[key], live) for key in keys)
     if isinstance(old, bool | int | float | str):
         return type(old) is type(new) and old == new
     return old is new

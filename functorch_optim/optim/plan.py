@@ -143,7 +143,7 @@ class Plan:
             for (step, fresh, _), members in groups.items()
         ]
         if donations is not None:
-            donations.buckets = list(groups.values())
+            donations.buckets = [(members, 1 + step * (not fresh)) for (step, fresh, _), members in groups.items()]
         updates, columns, carried = passes.run(self.links, leaves, buckets, grads, columns, extra, donations)
         for members, numbers in zip(groups.values(), carried, strict=True):
             for i in members:

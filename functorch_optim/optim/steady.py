@@ -54,8 +54,11 @@ class Steady:
         self.versions = [tensor._version for tensor in self.numbers]
         self.done = [bucket.step for bucket in buckets]
         self.used = [
-            sorted({k for donated in donations if donated.bucket == number for k in donated.links})
-            for number in range(len(buckets))
+            sorted(
+                {k for d in donations if d.bucket == number and d.work.needs_scalars for k in d.links}
+                | {k for k, numbers in enumerate(bucket.carried) if numbers}
+            )
+            for number, bucket in enumerate(buckets)
         ]
         written = [plan.params[i] for i in self.moving] + [value for *_, value in self.tensors]
         self.written = [tensor for tensor in written if isinstance(tensor, Tensor)]
@@ -68,7 +71,7 @@ class Steady:
         if not donations or not donations.complete or plan.count is int:
             return None
         buckets = []
-        for members in donations.buckets:
+        for members, _ in donations.buckets:
             part = plan.parts[members[0]]
             position = plan.completed(members[0], state.get(plan.params[members[0]], {}), plan.params[members[0]])[0]
             alike = all(
@@ -127,8 +130,9 @@ class Steady:
 
         def commit() -> None:
             for donated in self.donations:
-                scalars = [evaluated[donated.bucket][k][0] for k in donated.links]
-                donated.work.run([grads[i] for i in donated.members], scalars)
+                needed = donated.links if donated.work.needs_scalars else ()
+                scalars = [evaluated[donated.bucket][k][0] for k in needed]
+                donated.work.run([grads[i] for i in donated.members], scalars, self.done[donated.bucket] + 1)
             for number, bucket in enumerate(self.buckets):
                 for k, (_, new) in evaluated[number].items():
                     for tensors, value in zip(bucket.carried[k], new, strict=True):

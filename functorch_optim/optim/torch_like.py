@@ -2,13 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from functorch_optim.execution.in_place import way_of
 from functorch_optim.hyperparameters import is_zero
+from functorch_optim.optim import native
 from functorch_optim.optim.base import OptimizerBase
+from functorch_optim.passes import Work
 
 
 class TorchLike(OptimizerBase):
@@ -17,6 +20,17 @@ class TorchLike(OptimizerBase):
     _live = True
     _sparse_error: str | None = "{} does not support sparse gradients"
     _differentiable = False  # whether that was asked of a class that torch.optim has without, see `also_differentiable`
+
+    _native: native.Kernel | None = None  # torch's fused kernel, where there is one
+
+    def _work(
+        self, index: int, rules: Sequence[Any], params: list[Tensor], states: Sequence[Any], scalars: Sequence[Any]
+    ) -> Work:
+        group = self.param_groups[index]
+        kernel, way = type(self)._native, way_of(group)
+        if kernel is not None and way in ("fused", None) and native.takes(group, params, states):
+            return native.Native(kernel, group, params, states)
+        return super()._work(index, rules, params, states, scalars)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
