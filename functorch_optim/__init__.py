@@ -29,6 +29,7 @@ from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.rule import EmptyState, StepState, leaf_state
 from functorch_optim.saving import load_state_dict, state_dict
+from functorch_optim.stepping import step, step_
 from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.momentum import trace
@@ -103,6 +104,8 @@ __all__ = [
     "sparse_adam",
     "state_dict",
     "stateless",
+    "step",
+    "step_",
     "stop_gradient",
     "to_torch",
     "trace",

@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_optim import passes, tree
 from functorch_optim.checks import check_params, check_updates
 from functorch_optim.links import Link, select
-from functorch_optim.passes import Bucket, Leaves
+from functorch_optim.passes import Bucket, Donations, Leaves
 from functorch_optim.rule import Rule, TreeRule, tree_state_type
 from functorch_optim.tree import MaskedNode, Tree
 
@@ -66,9 +66,26 @@ def init_leaf(rule: Rule, p: Tensor, path: Callable[[], str]) -> Any:
 
 
 def update(
-    links: Sequence[Link], updates: Tree, states: Sequence[Any], params: Tree, extras: dict[str, Any]
+    links: Sequence[Link],
+    updates: Tree,
+    states: Sequence[Any],
+    params: Tree,
+    extras: dict[str, Any],
+    donations: Donations | None = None,
 ) -> tuple[Tree, list[Any]]:
-    """Run every link; no argument is modified."""
+    """Run every link; no argument is modified.
+
+    Args:
+        links: of the transformation.
+        updates: tree of tensors.
+        states: of each link.
+        params: tree of tensors, or None.
+        extras: what was given to `update` by keyword.
+        donations: see `passes.run`; a leaf that is found there has None for its update, and its old states.
+
+    Returns:
+        Updates, and states.
+    """
     like = updates if params is None else params
     like_leaves, structure = tree.flatten(like)
     update_leaves, param_leaves = like_leaves, None
@@ -92,7 +109,11 @@ def update(
         for link, state in zip(links, states, strict=True)
     ]
     buckets = [Bucket(range(len(update_leaves)), steps, carried)]
-    new_updates, new_columns, [new_carried] = passes.run(links, leaves, buckets, update_leaves, columns, extras)
+    if donations is not None:
+        donations.buckets = [(list(range(len(update_leaves))), 0.0)]
+    new_updates, new_columns, [new_carried] = passes.run(
+        links, leaves, buckets, update_leaves, columns, extras, donations
+    )
     new_states = [
         column
         if isinstance(link.rule, TreeRule)

@@ -32,6 +32,18 @@ def way_of(options: Mapping[str, Any]) -> Way:
     return None if options.get("fused") is None else "blocks"
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise when options named as torch.optim's contradict each other, with torch's messages.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    if options.get("fused") and options.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if options.get("fused") and options.get("differentiable"):
+        raise RuntimeError("`fused` does not support `differentiable`")
+
+
 ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="dense")
 """The last rule of a step: it makes of an update the new parameter."""
 

@@ -124,9 +124,12 @@ class Steady:
         seen = [g for g, on in zip(grads, plan.active[0], strict=True) if on and g is not None]
         evaluated = []
         for bucket, done, used in zip(self.buckets, self.done, self.used, strict=True):
-            carried = [tuple([tensors[0] for tensors in numbers]) for numbers in bucket.carried]
-            at = Bucket(bucket.members, plan.steps(done, ()), carried)
-            evaluated.append(scalars_of(plan.links, used, at, extra, seen))
+            numbers = {}
+            if used:
+                carried = [tuple([tensors[0] for tensors in numbers]) for numbers in bucket.carried]
+                at = Bucket(bucket.members, plan.steps(done, ()), carried)
+                numbers = scalars_of(plan.links, used, at, extra, seen)
+            evaluated.append(numbers)
 
         def commit() -> None:
             for donated in self.donations:

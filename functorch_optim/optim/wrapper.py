@@ -7,6 +7,7 @@ from torch import Tensor
 
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_params
+from functorch_optim.execution.in_place import check_options
 from functorch_optim.optim import factories
 from functorch_optim.optim.base import OptimizerBase
 from functorch_optim.saving import REST
@@ -34,6 +35,9 @@ class Optimizer(OptimizerBase):
             no leaves but, say, `p.clone()`, hyperparameters may be tensors, and `p.grad` has a graph. As in torch.optim
             parameters are written to in place: compute losses from `p.clone()`, or do all, the last `backward` too,
             within `torch.autograd.graph.allow_mutation_on_saved_tensors()`. The functional form needs no such care.
+        foreach: True to use foreach kernels, as is done where parameters are not on the CPU; False not to.
+        fused: True to compile a chain of elementwise transformations to one kernel, once, at the first step. Groups may
+            override both.
         **hyperparameters: arguments of the factory, the defaults of all groups. A schedule is called with the number of
             steps that a parameter has had; it belongs to the program, not to the state, and is not saved.
 
@@ -70,12 +74,16 @@ class Optimizer(OptimizerBase):
         transformation: GradientTransformation | factories.Factory,
         *,
         differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **hyperparameters: Any,
     ) -> None:
         self._transformation = transformation
         self._complete = False
         defaults = factories.defaults(transformation, hyperparameters)
-        super().__init__(params, {**defaults, "differentiable": differentiable})
+        options = {"differentiable": differentiable, "foreach": foreach, "fused": fused}
+        check_options(options)
+        super().__init__(params, {**defaults, **options})
         self._complete = True
         for index in range(self._number_of_trees):
             self._plan(index)
