@@ -70,7 +70,7 @@ def run(
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
         view = as_reals if elementwise else as_it_is
-        sample = widened(view(new_updates[0].new_empty(0)))
+        sample = widened(new_updates[0].new_empty(0))
         converted = cast(sample, updates[0].dtype, to_number=eagerly, as_pairs=elementwise)
         way = tensor_by_tensor
         if elementwise and blockwise:
