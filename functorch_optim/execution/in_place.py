@@ -154,14 +154,17 @@ class InPlace:
     def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
         """Compile the program, and try it; warn when that fails."""
         function = _compiled(pure(self.program, self.in_place))
-        sizes = [self.like.new_zeros(2 * blocks.SMALL) for _ in self.program.inputs]
+        samples = [self.like.new_zeros(2 * blocks.SMALL) for _ in self.program.inputs]
         try:
-            function(*sizes, self._together(self._numbers(scalars)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's own
+                function(*samples, self._together(self._numbers(scalars)))
         except Exception as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = (str(cause).strip().splitlines() or [""])[0]
             warnings.warn(
-                f"fused=True needs torch.compile and a compiler that works here, but there was a {type(error).__name__}"
-                f": {str(error).strip().splitlines()[0]}. The step is run without; to be rid of this warning, leave "
-                "fused=True out, or install a compiler (g++ on Linux)",
+                f"fused=True needs torch.compile and a compiler that works here, but there was a {type(cause).__name__}"
+                f": {reason}. Steps are made without; leave fused=True out, or install a compiler (g++ on Linux)",
                 stacklevel=2,
             )
             return None

@@ -4,6 +4,7 @@ A program is what is left of rules when their Python is gone. It is recorded bef
 rule which raises leaves everything as it was; and what runs it knows which of its numbers are needed no longer.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ class _Symbol(StandIn):
                 pass
         raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("An elementwise rule must not pick elements; declare it with elementwise=False")
+
     def __bool__(self) -> bool:
         raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
 
@@ -137,11 +141,14 @@ class _Symbol(StandIn):
         raise TypeError("A rule must not look at values: a number that it needs is computed in scalars(step)")
 
 
+_LENGTH = 5
+"""Of samples: more than one element, so that a sum over all does not look like them."""
+_OF_VALUES = {"lt", "le", "gt", "ge", "eq", "ne", "equal", "allclose", "is_nonzero"}
 _OF_SHAPES = {"shape", "ndim", "dim", "size", "numel", "nelement", "stride", "item", "tolist", "ndimension"}
 
 
 class _Recording:
-    """A program in the making. Each call is tried on samples of one element, which tell dtypes and shapes."""
+    """A program in the making. Each call is tried on samples of a few elements, which tell dtypes and shapes."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -151,24 +158,41 @@ class _Recording:
 
     def input(self, name: str) -> _Symbol:
         self.inputs.append(Name(name))
-        return _Symbol(self, self.inputs[-1], torch.ones(1, dtype=self.like.dtype, device=self.like.device))
+        return _Symbol(self, self.inputs[-1], torch.ones(_LENGTH, dtype=self.like.dtype, device=self.like.device))
 
     def number(self, value: Any) -> _Symbol:
-        flag = isinstance(value, Tensor) and value.dtype == torch.bool
-        self.numbers.append(Name(f"n{len(self.numbers)}{'_flag' if flag else ''}"))
+        self.numbers.append(Name(f"n{len(self.numbers)}{_mark(value)}"))
         return _Symbol(self, self.numbers[-1], value)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = str(getattr(function, "__name__", function))
         if (name.endswith("_") and not name.endswith("__")) and name.strip("_") not in ("and", "or"):
             raise TypeError(f"A rule must not modify its arguments: use {name.strip('_')}() in place of {name}()")
-        sample = function(*_samples(args), **dict(zip(kwargs, _samples(tuple(kwargs.values())), strict=True)))
+        if "out" in kwargs:
+            raise TypeError(f"A rule must not modify its arguments: call {name} without out")
+        values = list(_values(args, kwargs))
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise TypeError("A tensor that requires grad is a number of the rule: compute it in scalars(step)")
+        several = f"An elementwise rule cannot use {name}, of several tensors in one; declare elementwise=False"
+        lists = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple | list)]
+        if any(isinstance(item, _Symbol) for value in lists for item in value):
+            raise TypeError(several)
+        sample = function(*map(_sample, args), **{key: _sample(value) for key, value in kwargs.items()})
+        if isinstance(sample, bool) and name in _OF_VALUES:
+            raise TypeError(f"A rule must not look at values, as {name} does: compute what it needs in scalars(step)")
+        if isinstance(sample, tuple | list):
+            raise TypeError(several)
         if not isinstance(sample, Tensor | int | float) or isinstance(sample, bool):
             return sample  # what it says of the dtype or device is true of all
         differs = isinstance(sample, Tensor) and sample.ndim > 0
-        if differs and sample.shape != (1,) or not differs and _differing(args, kwargs):
+        if differs and sample.shape != (_LENGTH,) or not differs and any(map(_differs, values)):
             raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; declare elementwise=False")
-        result = Name(f"{'v' if differs else 'n_'}{len(self.instructions)}")
+        seen = [v for v in values if _differs(v) and differs and v.sample.data_ptr() == sample.data_ptr()]
+        if seen and seen[0].sample.dtype == sample.dtype:
+            return seen[0]  # such as detach: in a kernel, views would change when the value is overwritten
+        if seen:
+            function = _copying(function)
+        result = Name(f"{'v' if differs else 'n_'}{len(self.instructions)}{'' if differs else _mark(sample)}")
         written = tuple([_written(value) for value in args])
         written_kwargs = tuple([(key, _written(value)) for key, value in kwargs.items()])
         dtype = sample.dtype if differs else None
@@ -206,18 +230,30 @@ def needed(instructions: Sequence[Instruction], outputs: Sequence[Name]) -> tupl
     return tuple(reversed(kept))
 
 
-def _values(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     for value in (*args, *kwargs.values()):
         yield from value if isinstance(value, tuple | list) else (value,)
 
 
-def _samples(values: tuple[Any, ...]) -> list[Any]:
-    return [value.sample if isinstance(value, _Symbol) else value for value in values]
+def _sample(value: Any) -> Any:
+    return value.sample if isinstance(value, _Symbol) else value
 
 
-def _differing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    samples = [value.sample for value in _values(args, kwargs) if isinstance(value, _Symbol)]
-    return any(isinstance(sample, Tensor) and sample.ndim > 0 for sample in samples)
+def _differs(value: Any) -> bool:
+    return isinstance(value, _Symbol) and isinstance(value.sample, Tensor) and value.sample.ndim > 0
+
+
+def _mark(number: Any) -> str:
+    flag = isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool)
+    return "_flag" if flag else ""
+
+
+def _copying(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs).clone()
+
+    return copied
 
 
 def _written(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_optim.execution.in_place import way_of
+from functorch_optim.execution.in_place import InPlace, way_of
 from functorch_optim.hyperparameters import is_zero
 from functorch_optim.optim import native
 from functorch_optim.optim.base import OptimizerBase
@@ -28,9 +28,11 @@ class TorchLike(OptimizerBase):
     ) -> Work:
         group = self.param_groups[index]
         kernel, way = type(self)._native, way_of(group)
-        if kernel is not None and way in ("fused", None) and native.takes(group, params, states):
+        if kernel is None or way not in ("fused", None):
+            return super()._work(index, rules, params, states, scalars)
+        if native.takes(group, params, states):
             return native.Native(kernel, group, params, states)
-        return super()._work(index, rules, params, states, scalars)
+        return InPlace(rules, params, states, scalars, None)  # complex parameters, say: nobody waits for a compiler here
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
