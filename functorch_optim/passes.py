@@ -164,7 +164,8 @@ def run(
                     if offered is not None and ready is not None:
                         offered.append(Donated(number, applying, some, *ready))
                 if donations is not None:
-                    donations.complete &= len(passes) == len(parts) == 1 and updates[indices[0]] is None
+                    one = len(passes) == len(parts) == 1 and not differs([scalars[k] for k in applying])
+                    donations.complete &= one and updates[indices[0]] is None
     return updates, states, carried
 
 

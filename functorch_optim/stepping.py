@@ -127,10 +127,12 @@ def step_(
     donations.run()
     added = [i for i, u in enumerate(updates) if u is not None]
     writing.add_([leaves[i] for i in added], [updates[i] for i in added])
-    pairs = [(o, n) for o, n in zip(old_tensors, new_tensors, strict=True) if writing.is_room_for(o, n)]
-    writing.copy_([old for old, _ in pairs], [new for _, new in pairs])
-    final = [o if writing.is_room_for(o, n) else n for o, n in zip(old_tensors, new_tensors, strict=True)]
-    return params, tree.unflatten(state_structure, final)
+    pairs = list(zip(old_tensors, new_tensors, strict=True))
+    rooms = list({(id(o), id(n)): (o, n) for o, n in pairs if writing.is_room_for(o, n)}.values())
+    if writing.share_memory([], [old for old, _ in rooms]):  # as where init has given one tensor to two fields
+        return params, tree.unflatten(state_structure, new_tensors)
+    writing.copy_([old for old, _ in rooms], [new for _, new in rooms])
+    return params, tree.unflatten(state_structure, [o if writing.is_room_for(o, n) else n for o, n in pairs])
 
 
 def _links(

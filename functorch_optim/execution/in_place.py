@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -126,6 +127,7 @@ class InPlace:
         return [self.converted(scalar) for scalar in tree.flatten(list(scalars))[0]]
 
     def _run_foreach(self, updates: list[Tensor], numbers: list[Any]) -> None:
+        starts = {tensor.data_ptr() for column in self.columns for tensor in column}
         for some in _batches(self.params):
             picked = [map_columns(None, state) for state in self.states]
             for state, mine in zip(self.states, picked, strict=True):
@@ -134,6 +136,8 @@ class InPlace:
             params = [widened(self.params[i]) for i in some]
             new_params, new_states = foreach(self.rules, [widened(updates[i]) for i in some], picked, params, numbers)
             new = [new_params, *[column for state in new_states for column in state]]
+            # What moves from one to another must not have been overwritten when it is written.
+            new = [[n.clone() if n.data_ptr() in starts else n for n in news] for news in new]
             for column, news in zip(self.columns, new, strict=True):
                 torch._foreach_copy_([column[i] for i in some], news)
 
@@ -153,13 +157,17 @@ class InPlace:
 
     def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
         """Compile the program, and try it; warn when that fails."""
-        function = _compiled(pure(self.program, self.in_place))
+        source = pure(self.program, self.in_place)
+        if source in _not_compiled:
+            return None
         samples = [self.like.new_zeros(2 * blocks.SMALL) for _ in self.program.inputs]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own
+                function = _compiled(source)
                 function(*samples, self._together(self._numbers(scalars)))
         except Exception as error:
+            _not_compiled.add(source)
             cause = getattr(error, "inner_exception", error)
             reason = (str(cause).strip().splitlines() or [""])[0]
             warnings.warn(
@@ -169,6 +177,10 @@ class InPlace:
             )
             return None
         return function
+
+
+_not_compiled: "weakref.WeakSet[Callable[..., None]]" = weakref.WeakSet()
+"""Where that failed; nobody wants to be told so at every step."""
 
 
 @functools.lru_cache(maxsize=256)

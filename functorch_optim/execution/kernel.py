@@ -81,6 +81,7 @@ def pure(program: Program, in_place: tuple[str, ...]) -> Callable[..., None]:
     Returns:
         A function of the inputs, and of one tensor that has all numbers. It is the same for programs that are alike.
     """
+    program = _with_copies(program, in_place)
     names = _Names()
     place: dict[str, str] = {name: name for name in (*program.inputs, *program.numbers)}
     lines = [f"{', '.join(program.numbers)}, = numbers.unbind()"] if program.numbers else []
@@ -154,6 +155,7 @@ def _with_copies(program: Program, outputs: tuple[str, ...]) -> Program:
 def _contracted(program: Program) -> Program:
     """Make one call of `a + n b`, `a + n b c` and `a + n b / c`, with a number n: torch has functions for these."""
     made = {instruction.result: instruction for instruction in program.instructions}
+    dtypes = {**dict.fromkeys(program.inputs, program.dtype), **{name: i.dtype for name, i in made.items()}}
     reads = Counter([name for i in program.instructions for name in i.names] + list(program.outputs))
 
     def factors(value: Any, *called: str) -> tuple[Any, ...] | None:
@@ -166,7 +168,7 @@ def _contracted(program: Program) -> Program:
     def scaled(value: Any) -> tuple[Callable[..., Any], str, Any, tuple[Any, ...]] | None:
         """Return what adds n b, n b c or n b / c: the function, its keyword for n, n, and the tensors."""
         for number, rest in _both(factors(value, "mul")):
-            if not _is_tensor(number):
+            if _is_factor(number):
                 over, times = factors(rest, "div"), factors(rest, "mul")
                 if over is not None and all(map(_is_tensor, over)):
                     return torch.addcdiv, "value", number, over
@@ -174,7 +176,7 @@ def _contracted(program: Program) -> Program:
                     return torch.addcmul, "value", number, times
                 return torch.add, "alpha", number, (rest,)
             for inner, tensor in _both(factors(number, "mul")):  # (n b) c
-                if not _is_tensor(inner):
+                if _is_factor(inner):
                     return torch.addcmul, "value", inner, (tensor, rest)
         return None
 
@@ -183,7 +185,7 @@ def _contracted(program: Program) -> Program:
         if _called(instruction) == "add" and not instruction.kwargs and all(map(_is_tensor, args)):
             for kept, other in _both(args):
                 found = scaled(other)
-                if found is not None:
+                if found is not None and {dtypes[name] for name in (kept, *found[3])} == {instruction.dtype}:
                     function, keyword, number, tensors = found
                     return instruction._replace(function=function, args=(kept, *tensors), kwargs=((keyword, number),))
         return instruction
@@ -223,7 +225,7 @@ def _storing(instruction: Instruction) -> tuple[Callable[..., Any] | None, tuple
     name, args = _called(instruction), instruction.args
     if name in _SYMMETRIC and len(args) == 2 and not _is_tensor(args[0]):
         args = args[::-1]
-    if name == "clone" and len(args) == 1:
+    if name == "clone" and len(args) == 1 and not instruction.kwargs:
         return _copied, args
     tensors = all(map(_is_tensor, args)) if name in _TENSORS else _is_tensor(args[0])
     known = getattr(torch, name, None) if name in _ANY | _TENSORS else None
@@ -238,3 +240,9 @@ def _called(instruction: Instruction) -> str:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Name) and not value.startswith("n")
+
+
+def _is_factor(value: Any) -> bool:
+    if isinstance(value, Name):
+        return value.startswith("n") and not value.endswith("_flag")
+    return isinstance(value, int | float) and not isinstance(value, bool)

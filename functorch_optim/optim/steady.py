@@ -62,7 +62,8 @@ class Steady:
         ]
         written = [plan.params[i] for i in self.moving] + [value for *_, value in self.tensors]
         self.written = [tensor for tensor in written if isinstance(tensor, Tensor)]
-        self.places = [tensor.data_ptr() for tensor in self.written]
+        self.places = [(tensor.data_ptr(), tensor.stride()) for tensor in self.written]
+        self.starts = {tensor.data_ptr() for tensor in self.written if tensor.numel()}
         self.storages = {tensor.untyped_storage().data_ptr() for tensor in self.written}
 
     @classmethod
@@ -104,13 +105,13 @@ class Steady:
                 continue
             if type(g) not in PLAIN or g.layout is not torch.strided or g.is_conj() or g.shape != p.shape:
                 return False
-            if g._is_view() and g.untyped_storage().data_ptr() in self.storages:
+            if g.data_ptr() in self.starts or (g._is_view() and g.untyped_storage().data_ptr() in self.storages):
                 return False
         return (
             self.versions == [tensor._version for tensor in self.numbers]
             and all(state.get(p) is s for p, s in self.states)
             and all(s.get(key) is value for s, key, value in self.tensors)
-            and self.places == [tensor.data_ptr() for tensor in self.written]
+            and self.places == [(tensor.data_ptr(), tensor.stride()) for tensor in self.written]
         )
 
     def prepare(self, extra: dict[str, Any]) -> Callable[[], None]:
