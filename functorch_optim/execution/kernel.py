@@ -185,7 +185,7 @@ def _contracted(program: Program) -> Program:
         if _called(instruction) == "add" and not instruction.kwargs and all(map(_is_tensor, args)):
             for kept, other in _both(args):
                 found = scaled(other)
-                if found is not None and {dtypes[name] for name in (kept, *found[3])} == {instruction.dtype}:
+                if found is not None and {dtypes.get(name) for name in (kept, *found[3])} == {instruction.dtype}:
                     function, keyword, number, tensors = found
                     return instruction._replace(function=function, args=(kept, *tensors), kwargs=((keyword, number),))
         return instruction
@@ -223,7 +223,7 @@ _TENSORS = {"where", "maximum", "minimum", "logical_and", "logical_or", "logical
 def _storing(instruction: Instruction) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
     """Find the function with an argument `out` for an instruction, and its arguments; None when there is none."""
     name, args = _called(instruction), instruction.args
-    if name in _SYMMETRIC and len(args) == 2 and not _is_tensor(args[0]):
+    if name in _SYMMETRIC and not instruction.kwargs and not _is_tensor(args[0]):
         args = args[::-1]
     if name == "clone" and len(args) == 1 and not instruction.kwargs:
         return _copied, args

@@ -1,0 +1,429 @@
+"""Rules as programs: what is recorded of them, what is refused, and what kernels make of it."""
+
+import gc
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from catalogue import CATALOGUE
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import functorch_optim as fo
+from functorch_optim import tree
+from functorch_optim.execution.in_place import ADD
+from functorch_optim.execution.kernel import kernel, pure
+from functorch_optim.execution.program import _programs, record
+from functorch_optim.execution.representation import cast
+from functorch_optim.passes import Bucket, scalars_of
+from functorch_optim.rule import Rule
+
+
+class Two(NamedTuple):
+    """A state of two tensors."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+LIKE = torch.empty(0, dtype=torch.float64)
+STATE = Two(LIKE, LIKE)
+
+
+def recorded(update, numbers=(), state=STATE, like=LIKE):
+    return record([Rule(None, update, elementwise=True)], [state], True, [numbers], like)
+
+
+def assert_kernels_agree(program, expected, inputs, numbers, tolerance=1e-14):
+    """Run a program in place, apart, and as the compiler gets it; compare with what its rule returned."""
+    flat = tree.flatten(list(numbers))[0]
+    in_place = ("g", *program.inputs[2:])
+    overwritten = [program.inputs.index(name) for name in in_place]
+
+    def close(results):
+        torch.testing.assert_close(list(results), list(expected), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    mine = [tensor.clone() for tensor in inputs]
+    over = kernel(program, in_place)
+    over.function(*mine, *flat, *over.scratch(len(mine[0]), mine[0].device))
+    close([mine[k] for k in overwritten])
+
+    mine = [tensor.clone() for tensor in inputs]
+    results = [torch.full_like(tensor, torch.nan) for tensor in expected]
+    apart = kernel(program, None)
+    apart.function(*mine, *results, *flat, *apart.scratch(len(mine[0]), mine[0].device))
+    close(results)
+    assert all(map(torch.equal, mine, inputs))
+
+    pure(program, in_place)(*mine, torch.tensor([float(number) for number in flat], dtype=program.dtype))
+    close([mine[k] for k in overwritten])
+
+
+def check(update, numbers=(), tolerance=1e-14):
+    """Compare a rule as a program with the rule."""
+    g, p, a, b = inputs = [torch.randn(7, dtype=torch.float64) for _ in range(4)]
+    new, state = update(g, Two(a, b), p, numbers)
+    assert_kernels_agree(recorded(update, numbers), [new, *state], inputs, [numbers], tolerance)
+
+
+# What is recorded. ----------------------------------------------------------------------------------------------------
+
+
+def descent(g, state, p, s):
+    m = torch.lerp(state.a, g, s[0])
+    torch.tanh(m)  # nobody looks at it
+    return p - s[1] * m, Two(m, state.b)
+
+
+def test_a_program_is_what_the_outputs_depend_on():
+    program = recorded(descent, (0.1, 0.2))
+    assert str(program).splitlines() == [
+        "v0 = lerp(x0_0, g, n0)",
+        "v2 = mul(n1, v0)",
+        "v3 = sub(p, v2)",
+        "return v3, v0, x0_1",
+    ]
+    assert (program.inputs, program.numbers) == (("g", "p", "x0_0", "x0_1"), ("n0", "n1"))
+    assert (program.dtype, program.device) == (torch.float64, torch.device("cpu"))
+
+
+def test_rules_are_composed():
+    first = Rule(None, lambda g, state, p, s: (s * g, state), elementwise=True)
+    program = record([first, ADD], [(), ()], True, [0.5, ()], LIKE)
+    assert str(program) == "v0 = mul(n0, g)\nv1 = add(p, v0)\nreturn v1"
+
+
+def test_numbers_are_computed_once():
+    program = recorded(lambda g, state, p, s: (g * (1 - s) ** 2, state), 0.3)
+    assert [(i.result, i.dtype) for i in program.instructions] == [
+        ("n_0", None),
+        ("n_1", None),
+        ("v2", torch.float64),
+    ]
+    assert kernel(program, ("g", "x0_0", "x0_1")).buffers == ()
+
+
+def test_what_a_dtype_says_is_no_instruction():
+    def update(g, state, p, s):
+        assert g.is_floating_point()
+        assert (g.dtype, g.device.type) == (torch.float64, "cpu")
+        return g * torch.finfo(g.dtype).eps, state
+
+    assert len(recorded(update).instructions) == 1
+
+
+def test_a_rule_is_recorded_once_for_each_dtype_and_kind_of_number():
+    calls = []
+
+    def update(g, state, p, s):
+        calls.append(1)
+        return s * g, state
+
+    single = torch.empty(0)
+    first = recorded(update, 0.1)
+    assert recorded(update, 0.2) is first
+    assert recorded(update, torch.tensor(True)) is not first
+    assert recorded(update, 0.1, Two(single, single), single).dtype == torch.float32
+    assert len(calls) == 3
+    assert recorded(update, 0.1) is first
+
+
+def test_programs_live_as_long_as_their_rules():
+    def update(g, state, p, s):
+        return g, state
+
+    before = len(_programs.programs)
+    recorded(update)
+    assert len(_programs.programs) == before + 1
+    del update
+    gc.collect()
+    assert len(_programs.programs) <= before
+
+
+# What is refused. -----------------------------------------------------------------------------------------------------
+
+LEARNED = torch.ones((), requires_grad=True)
+BRANCHES = "must not branch on values: use torch.where"
+LOOKS = "must not look at values"
+SHAPES = "must keep shapes, which {} does not; declare elementwise=False"
+SEVERAL = "cannot use {}, of several tensors in one; declare elementwise=False"
+REFUSED = {
+    "method_in_place": (lambda g, state, p, s: (g.mul_(2), state), "modify its arguments: use mul\\(\\) in place of"),
+    "function_in_place": (lambda g, state, p, s: (torch.sqrt_(g), state), "modify its arguments: use sqrt\\(\\)"),
+    "out": (lambda g, state, p, s: (torch.add(g, p, out=p), state), "modify its arguments: call add without out"),
+    "branch": (lambda g, state, p, s: (g if g > 0 else p, state), BRANCHES),
+    "and": (lambda g, state, p, s: (g, state) if g.isnan() and p else (p, state), BRANCHES),
+    "branch_on_a_number": (lambda g, state, p, s: (g if s else p, state), BRANCHES),
+    "compare_numbers": (lambda g, state, p, s: (g if s > 0.5 else p, state), LOOKS + ", as gt does"),
+    "maximum_of_numbers": (lambda g, state, p, s: (max(s, 1.0) * g, state), LOOKS),
+    "equal": (lambda g, state, p, s: (g if torch.equal(g, p) else p, state), LOOKS + ", as equal does"),
+    "float_of_a_tensor": (lambda g, state, p, s: (float(g) * p, state), LOOKS + ": a number that it needs is computed"),
+    "float_of_a_number": (lambda g, state, p, s: (math.sqrt(s) * g, state), LOOKS + ": a number"),
+    "item": (lambda g, state, p, s: (g.item() * p, state), "must not look at .item; declare it with elementwise"),
+    "shape": (lambda g, state, p, s: (g * g.shape[0], state), "must not look at .shape; declare it with elementwise"),
+    "size": (lambda g, state, p, s: (g * g.size(0), state), "must not look at .size; declare it with elementwise"),
+    "elements": (lambda g, state, p, s: (g[0] + p, state), "must not pick elements"),
+    "sum": (lambda g, state, p, s: (g / g.sum(), state), SHAPES.format("sum")),
+    "sum_with_a_dimension": (lambda g, state, p, s: (g / g.sum(0, keepdim=True), state), SHAPES.format("sum")),
+    "unsqueeze": (lambda g, state, p, s: (g.unsqueeze(0), state), SHAPES.format("unsqueeze")),
+    "norm": (lambda g, state, p, s: (g / torch.linalg.vector_norm(g), state), SHAPES.format("linalg_vector_norm")),
+    "stack": (lambda g, state, p, s: (torch.stack([g, p]).amax(0), state), SEVERAL.format("stack")),
+    "frexp": (lambda g, state, p, s: (g * torch.frexp(p)[0], state), SEVERAL.format("frexp")),
+    "closure": (
+        lambda g, state, p, s: (LEARNED * g, state),
+        "A tensor that requires grad is a number of the rule: compute it in scalars",
+    ),
+    "no_pair": (lambda g, state, p, s: g, "The rule of lambda must return a pair, \\(update, state\\)"),
+    "other_state": (lambda g, state, p, s: (g, (state.a,)), "must return a state like the one it was given, with a, b"),
+    "number": (lambda g, state, p, s: (0.0, state), "must return tensors like those it was given, got 0.0"),
+    "constant": (lambda g, state, p, s: (g, Two(torch.zeros(5), p)), "must return tensors like those it was given"),
+    "number_for_a_state": (lambda g, state, p, s: (g, Two(s, p)), "must return tensors like those it was given"),
+    "dtype": (lambda g, state, p, s: (g.float(), state), "keep dtypes: it was given torch.float64 .* torch.float32"),
+    "bool": (lambda g, state, p, s: (g, Two(g > 0, p)), "keep dtypes: it was given torch.float64 .* torch.bool"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_rule_must_not_do(name):
+    update, message = REFUSED[name]
+    with pytest.raises((TypeError, AttributeError), match=message.replace("lambda", ".*")):
+        recorded(update, 0.7)
+
+
+def test_the_error_is_that_of_an_update():
+    tx = fo.leafwise(None, lambda g, state, p, s: (g.cumsum(0).sum() * g, state), elementwise=True)
+    with pytest.raises(TypeError, match="must keep shapes, which sum does not"):
+        tx.update({"w": torch.ones(3)}, tx.init({"w": torch.ones(3)}))
+
+
+# Kernels. -------------------------------------------------------------------------------------------------------------
+
+CONSTANT = torch.tensor(0.3, dtype=torch.float64)
+FLAG = torch.tensor(True)
+
+
+def twice(g, state, p, s):
+    m = 0.9 * state.a + g
+    return m, Two(m, m)
+
+
+def kept_product(g, state, p, s):
+    m = s * g
+    return p + m, Two(m, m + g)
+
+
+def moved_on(g, state, p, s):
+    return g + state.a * state.b, Two(g, state.a)
+
+
+def seen_after_it_is_overwritten(g, state, p, s):
+    old, new = state.a.detach(), 2 * state.a
+    return g + old, Two(new, old.to(torch.float64))
+
+
+def bits(g, state, p, s):
+    return torch.where(state.a.view(torch.int64) & 1 == 0, g, p), Two(state.a + g, state.b)
+
+
+def masked(g, state, p, s):
+    some = (g > 0) & ~(p >= state.a) | (state.b < 0.1)
+    return some * g, Two(torch.where(some, p, state.b), some + 0.5 * (g < 0) + 0 * g)
+
+
+def piecewise(g, state, p, s):
+    return torch.where(g < -1, -1.0, torch.where(g > 1, 1.0, g)), state
+
+
+def numbers_of_numbers(g, state, p, s):
+    rate = (1 - s[0]) / (2 - s[1] ** 2)
+    return -rate * g + abs(-rate), Two(state.a / rate, rate / (1 + state.b * state.b))
+
+
+SYNTHETIC = {
+    "swap": (lambda g, state, p, s: (g, Two(state.b, state.a)), ()),
+    "rotate": (lambda g, state, p, s: (state.a, Two(state.b, g)), ()),
+    "moved_on": (moved_on, ()),
+    "parameter_kept": (lambda g, state, p, s: (p - g, Two(p, state.a)), ()),
+    "twice": (twice, ()),
+    "unchanged": (lambda g, state, p, s: (g, state), ()),
+    "two_of_one_input": (lambda g, state, p, s: (p, Two(p, p)), ()),
+    "seen_after_it_is_overwritten": (seen_after_it_is_overwritten, ()),
+    "bits": (bits, ()),
+    "masked": (masked, ()),
+    "piecewise": (piecewise, ()),
+    "numbers_first": (lambda g, state, p, s: (1 - g, Two(s / (2 + abs(p)), 2**state.b)), 0.7),
+    "negative_first": (lambda g, state, p, s: (-1 * g, Two(-s * p, -(s - p))), 0.7),
+    "numbers_of_numbers": (numbers_of_numbers, (0.1, 0.9)),
+    "scaled": (lambda g, state, p, s: (p + s * g, Two(g * s + p, (p * 2) + state.a)), 0.7),
+    "scaled_product": (
+        lambda g, state, p, s: (p + s * g * p, Two(s * (g * state.b) + g, state.b + (g * p) * -0.1)),
+        0.7,
+    ),
+    "scaled_quotient": (
+        lambda g, state, p, s: (p + s * (g / state.a), Two(p + s * g / state.a, state.b - s * (g / p))),
+        0.7,
+    ),
+    "kept_product": (kept_product, 0.7),
+    "alpha": (lambda g, state, p, s: (torch.add(g, p, alpha=s), Two(torch.sub(1.0, p, alpha=2), state.b)), 0.7),
+    "number_and_alpha": (lambda g, state, p, s: (torch.add(1.0, g, alpha=3), Two(torch.add(s, p), state.b)), 0.7),
+    "value": (
+        lambda g, state, p, s: (
+            torch.addcmul(g, p, state.a, value=s),
+            Two(torch.addcdiv(g, p, state.a, value=-s), state.b),
+        ),
+        0.7,
+    ),
+    "flag": (lambda g, state, p, s: (p + s * g, Two(s * p, ~s * p + g)), FLAG),
+    "flag_off": (lambda g, state, p, s: (torch.where(s, g, p), Two(torch.where(s | FLAG, g, p), state.b)), ~FLAG),
+    "bool": (lambda g, state, p, s: (p + s * g, state), True),
+    "integer": (lambda g, state, p, s: (p + s * g, Two(p**s, state.b // s)), 3),
+    "constant": (lambda g, state, p, s: (p + CONSTANT * g, Two(CONSTANT - g, torch.maximum(g, CONSTANT))), ()),
+    "tensors_alone": (
+        lambda g, state, p, s: (
+            torch.where(g < p, g, 0.0),
+            Two(torch.minimum(g, torch.maximum(p, state.a)), torch.atan2(g, torch.hypot(p, state.b))),
+        ),
+        (),
+    ),
+    "clamp": (lambda g, state, p, s: (torch.clamp(g, -s, s), Two(p.clamp(max=s), state.b.clip(min=0.1))), 0.4),
+    "lerp": (
+        lambda g, state, p, s: (torch.lerp(g, p, torch.sigmoid(p)), Two(state.a.lerp(g, s), torch.lerp(g, p, 0.9))),
+        0.4,
+    ),
+    "roots": (
+        lambda g, state, p, s: (
+            fo.safe_sqrt(g * g),
+            Two((p * p).sqrt().reciprocal(), torch.rsqrt(1 + state.b.square())),
+        ),
+        (),
+    ),
+    "other_dtype": (lambda g, state, p, s: (g.float().double() + 1, Two((p.float() * 2).to(g.dtype), state.b)), ()),
+    "like": (lambda g, state, p, s: (torch.zeros_like(g), Two(torch.full_like(p, 2.0), torch.ones_like(p) * g)), ()),
+    "clone": (
+        lambda g, state, p, s: (state.a.clone(), Two(g.clone(memory_format=torch.preserve_format), p.clone() + g)),
+        (),
+    ),
+    "modes": (lambda g, state, p, s: (torch.div(g, p, rounding_mode="floor"), Two(g % 0.3, g // p)), ()),
+    "infinite": (lambda g, state, p, s: (g * math.inf, Two(torch.clamp(p, max=math.inf), p * math.nan)), ()),
+    "unary": (
+        lambda g, state, p, s: (
+            torch.sign(g) * abs(g).exp() + torch.expm1(p),
+            Two(torch.log1p(p * p) - p.sin() * p.cos(), torch.negative(p) + torch.absolute(g)),
+        ),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_kernels_agree_with_the_rule(name):
+    check(*SYNTHETIC[name])
+
+
+LINKS = [
+    (f"{row.name}-{k}", link)
+    for row in CATALOGUE
+    if row.elementwise
+    for k, link in enumerate(row()._links)
+    if getattr(link.rule, "elementwise", False)
+]
+
+
+@pytest.mark.parametrize("link", [link for _, link in LINKS], ids=[name for name, _ in LINKS])
+@pytest.mark.parametrize("step", [1, 7])
+def test_kernels_of_the_library_agree_with_its_rules(link, step):
+    g, p = torch.randn(2, 7, dtype=torch.float64).unbind()
+    g[0] = 0.0
+    state = link.rule.init_leaf(p)
+    state = type(state)(*[torch.rand_like(p) for _ in state]) if state else ()
+    carried = tuple([torch.tensor(float(n), dtype=torch.float64) for n in link.rule.carried()])
+    bucket = Bucket([0], [torch.tensor(step) if link.rule.scalars else None], [carried])
+    scalars, _ = scalars_of([link], [0], bucket, {}, [g])[0]
+    numbers = tree.map(cast(LIKE, LIKE.dtype, to_number=True, as_pairs=True), scalars)
+    new, new_state = link.rule.update(g, state, p, numbers)
+    program = record([link.rule], [state], True, [numbers], LIKE)
+    assert_kernels_agree(program, [new, *new_state], [g, p, *state], [numbers])
+
+
+def source(update, numbers=()):
+    return kernel(recorded(update, numbers), ("g", "x0_0", "x0_1")).function.__doc__
+
+
+def test_sums_of_products_are_one_call():
+    assert "(p, g, alpha=n0, out=g)" in source(lambda g, state, p, s: (p + s * g, state), 0.7)
+    assert "addcmul" in source(lambda g, state, p, s: (p + s * g * g, state), 0.7)
+    assert "addcdiv" in source(lambda g, state, p, s: (p + s * (g / state.a), state), 0.7)
+    # Not where something else reads the product.
+    assert "alpha" not in source(kept_product, 0.7)
+
+
+def test_buffers_are_used_again():
+    def update(g, state, p, s):
+        for _ in range(20):
+            g = torch.tanh(g * state.a) + state.b
+        return g, state
+
+    assert len(kernel(recorded(update), ("g", "x0_0", "x0_1")).buffers) <= 2
+    tx = fo.scale_by_adam()
+    rule, numbers = tx._links[0].rule, tx._links[0].rule.scalars(torch.tensor(1.0, dtype=torch.float64))
+    numbers = tree.map(float, numbers)
+    program = record([rule], [rule.init_leaf(LIKE)], True, [numbers], LIKE)
+    assert len(kernel(program, ("g", *program.inputs[2:])).buffers) <= 2
+
+
+# Random programs. -----------------------------------------------------------------------------------------------------
+
+NUMBERS = (0.7, -1.3, FLAG)
+STEPS = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "divide": lambda x, y: x / (1 + y * y),
+    "scale": lambda x, y, n: x * n + y,
+    "scaled_product": lambda x, y, z, n: x + n * y * z,
+    "scaled_quotient": lambda x, y, z, n: x + n * (y / (2 + z * z)),
+    "from_number": lambda x, n: n - x,
+    "over": lambda x, n: n / (1 + abs(x)),
+    "flag": lambda x, y, f: x + f * y,
+    "no_flag": lambda x, y, f: torch.where(~f, x, y),
+    "numbers": lambda x, n, m: (n * 2 - m) * x,
+    "lerp": lambda x, y, n: torch.lerp(x, y, 0.3) + n,
+    "where": lambda x, y, z: torch.where(x < 0.3, y, z),
+    "mask": lambda x, y, z: ((x < 0.3) & (y >= -0.2)) * z,
+    "count": lambda x, y: (x > 0.3) + 0.5 * (y > 0.1) + 0 * x,
+    "maximum": lambda x, y: torch.maximum(x, y),
+    "clamp": lambda x, n: x.clamp(-1, 1) * n,
+    "root": lambda x: fo.safe_sqrt(1 + x * x),
+    "tanh": lambda x: torch.tanh(-x),
+    "same": lambda x: x.detach(),
+    "copy": lambda x: x.clone(),
+}
+PLACES = st.integers(0, 30)
+INSTRUCTIONS = st.tuples(st.sampled_from(sorted(STEPS)), PLACES, PLACES, PLACES, st.integers(0, 1), st.integers(0, 1))
+
+
+@settings(max_examples=4 * settings().max_examples)
+@given(st.lists(INSTRUCTIONS, max_size=12), st.tuples(PLACES, PLACES, PLACES), st.integers(0, 2**16))
+def test_random_programs_agree_with_their_rules(instructions, outputs, seed):
+    largest = [1.0]
+
+    def update(g, state, p, s):
+        values = [g, p, state.a, state.b]
+        for name, *places, n, m in instructions:
+            function = STEPS[name]
+            names = function.__code__.co_varnames
+            chosen = [
+                values[place % len(values)] for place, letter in zip(places, "xyz", strict=True) if letter in names
+            ]
+            chosen += [s[i] for i, letter in ((n, "n"), (m, "m"), (2, "f")) if letter in names]
+            values.append(function(*chosen))
+            if isinstance(values[-1], torch.Tensor):
+                largest.append(values[-1].abs().max().item())
+        new, a, b = [values[place % len(values)] for place in outputs]
+        return new, Two(a, b)
+
+    g, p, a, b = inputs = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).unbind()
+    new, state = update(g, Two(a, b), p, NUMBERS)
+    assume(max(largest) < 1e6)
+    assert_kernels_agree(recorded(update, NUMBERS), [new, *state], inputs, [NUMBERS], 1e-13 * max(largest))
