@@ -11,6 +11,7 @@ from torch_like_cases import (
     NAMES,
     RICHER,
     WITH_DIFFERENTIABLE,
+    WITH_FUSED,
     assert_same,
     each,
     give_gradients,
@@ -28,7 +29,9 @@ import functorch_optim as fo
 @each
 def test_signatures_and_types(name):
     ours, theirs = getattr(fo.optim, name), getattr(torch.optim, name)
+    whole = name in ("Adafactor", "Muon", "SparseAdam")  # there is no kernel for these
     added = [] if name in WITH_DIFFERENTIABLE else ["differentiable"]
+    added += [] if name in WITH_FUSED or whole else ["fused"]
     mine, torchs = [list(inspect.signature(kind).parameters.values()) for kind in (ours, theirs)]
     assert mine[: len(torchs)] == torchs
     assert [p.name for p in mine[len(torchs) :]] == added

@@ -21,6 +21,8 @@ BLOCK = 1 << 18
 """Elements of a block: some buffers of a MiB each stay in the cache, and the calls for each do not weigh."""
 SMALL = 1 << 12
 """Elements below which it is cheaper to copy a tensor than to make the calls for it alone."""
+SMALL_COMPILED = 1 << 14
+"""The same for a compiled kernel: one call, which costs as much as many others."""
 
 
 def in_blocks(
@@ -88,6 +90,7 @@ class Blocks:
         layouts: for each entry, a tensor in whose order of memory elements are taken. What lies otherwise is copied; so
             tensors that are to be written must not.
         length: elements of the longest piece that is run over where it is; None for tensors of any length.
+        small: elements below which a tensor is copied.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Blocks:
         columns: Sequence[Sequence[Tensor]],
         layouts: Sequence[Tensor],
         length: int | None = BLOCK,
+        small: int = SMALL,
     ) -> None:
         self.dtype, self.layouts, self.length = dtype, layouts, length
         self.alone: list[int] = []
@@ -103,7 +107,7 @@ class Blocks:
         filled = BLOCK
         for i, row in enumerate(zip(*columns, strict=True)):
             size = row[0].numel()
-            if size >= SMALL and all(tensor.dtype == dtype for tensor in row):
+            if size >= small and all(tensor.dtype == dtype for tensor in row):
                 self.alone.append(i)
                 continue
             for start in range(0, size, BLOCK):

@@ -3,12 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from functorch_optim.checks import HALF
 from functorch_optim.execution.reference import applied
 from functorch_optim.execution.representation import Columns, make
 from functorch_optim.execution.tensor_list import TensorList
+from functorch_optim.execution.ways import can_batch
+from functorch_optim.numerics import safe_norm
 from functorch_optim.rule import Rule
+
+
+def norms(tensors: list[Tensor], p: float) -> list[Tensor]:
+    """Take the p-norm of each of many tensors; see `safe_norm`."""
+    plain = tensors and all(t.dtype == tensors[0].dtype and t.layout == torch.strided and t.numel() for t in tensors)
+    if not plain or tensors[0].is_complex() or not can_batch(tensors, (), ()):
+        return [safe_norm(tensor, p) for tensor in tensors]
+    dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
+    return list(torch._foreach_norm(tensors, p, dtype=dtype))
 
 
 def foreach(

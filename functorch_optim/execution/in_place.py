@@ -86,7 +86,8 @@ class InPlace:
             layouts = [layout_of(param) for param in self.params]
             self.mirrors: list[tuple[Tensor, Tensor]] = []  # tensors that lie otherwise, and copies that lie right
             columns = [self._lying(column, layouts) for column in self.columns]
-            self.blocks = Blocks(self.program.dtype, columns, layouts, None if self.compiled else blocks.BLOCK)
+            lengths = (None, blocks.SMALL_COMPILED) if self.compiled else (blocks.BLOCK, blocks.SMALL)
+            self.blocks = Blocks(self.program.dtype, columns, layouts, *lengths)
             self.cuts = [self.blocks.cut(column) for column in columns]
 
     def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
@@ -150,10 +151,10 @@ class InPlace:
             self.compiled(*row, together)
 
     def _together(self, numbers: list[Any]) -> Tensor:
-        if any(isinstance(number, Tensor) for number in numbers):
-            options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
-            return torch.stack([torch.as_tensor(number, **options) for number in numbers])
-        return torch.tensor(numbers, dtype=self.like.dtype)
+        options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
+        if self.like.device.type == "cpu":
+            return torch.tensor([float(number) for number in numbers], **options)
+        return torch.stack([torch.as_tensor(number, **options) for number in numbers])
 
     def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
         """Compile the program, and try it; warn when that fails."""
@@ -190,10 +191,10 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 def _batches(tensors: Sequence[Tensor], largest: int = 1 << 24) -> list[list[int]]:
     """Part tensors into lists of at most so many elements, where several are in one, for temporaries are as large."""
-    batches: list[list[int]] = []
-    filled = largest
+    batches: list[list[int]] = [[]]
+    filled = 0
     for i, tensor in enumerate(tensors):
-        if filled + tensor.numel() > largest:
+        if batches[-1] and filled + tensor.numel() > largest:
             batches.append([])
             filled = 0
         batches[-1].append(i)

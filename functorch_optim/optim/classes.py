@@ -6,7 +6,8 @@ both ways.
 
 They differ where float16 and bfloat16 are computed in float32 and rounded once, and in that an error while updates are
 computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable`
-are accepted as torch.optim accepts them, and change no number. All take `differentiable=True`, see `fo.Optimizer`, and
+are accepted as torch.optim accepts them, and change no number. SGD, Adam, AdamW and Adagrad run torch's own fused
+kernels, also where `fused` and `foreach` are None; others compile one when `fused` is True. All take `differentiable=True`, see `fo.Optimizer`, and
 their derivatives are right, by tensors as hyperparameters too.
 """
 
@@ -19,7 +20,7 @@ from functorch_optim.base import GradientTransformation
 from functorch_optim.hyperparameters import is_zero
 from functorch_optim.optim import native
 from functorch_optim.optim.plan import Plan
-from functorch_optim.optim.torch_like import TorchLike, also_differentiable
+from functorch_optim.optim.torch_like import TorchLike, also
 from functorch_optim.optimizers.adadelta import adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad
@@ -97,7 +98,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
 
 class NAdam(TorchLike, torch.optim.NAdam):
-    """Train with `fo.nadam`; all arguments are those of torch.optim.NAdam.
+    """Train with `fo.nadam`; all arguments are those of torch.optim.NAdam, and `fused`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -109,11 +110,12 @@ class NAdam(TorchLike, torch.optim.NAdam):
         ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']
     """
 
+    __init__ = also(torch.optim.NAdam.__init__, fused=None)
     _transformation = staticmethod(nadam)
 
 
 class RAdam(TorchLike, torch.optim.RAdam):
-    """Train with `fo.radam`; all arguments are those of torch.optim.RAdam.
+    """Train with `fo.radam`; all arguments are those of torch.optim.RAdam, and `fused`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -125,11 +127,12 @@ class RAdam(TorchLike, torch.optim.RAdam):
         tensor([0.9000])
     """
 
+    __init__ = also(torch.optim.RAdam.__init__, fused=None)
     _transformation = staticmethod(radam)
 
 
 class Adamax(TorchLike, torch.optim.Adamax):
-    """Train with `fo.adamax`; all arguments are those of torch.optim.Adamax.
+    """Train with `fo.adamax`; all arguments are those of torch.optim.Adamax, and `fused`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -141,6 +144,7 @@ class Adamax(TorchLike, torch.optim.Adamax):
         tensor([0.9000])
     """
 
+    __init__ = also(torch.optim.Adamax.__init__, fused=None)
     _transformation = staticmethod(adamax)
 
 
@@ -165,7 +169,7 @@ class Adagrad(TorchLike, torch.optim.Adagrad):
 
 
 class Adadelta(TorchLike, torch.optim.Adadelta):
-    """Train with `fo.adadelta`; all arguments are those of torch.optim.Adadelta.
+    """Train with `fo.adadelta`; all arguments are those of torch.optim.Adadelta, and `fused`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -177,11 +181,12 @@ class Adadelta(TorchLike, torch.optim.Adadelta):
         ['acc_delta', 'square_avg', 'step']
     """
 
+    __init__ = also(torch.optim.Adadelta.__init__, fused=None)
     _transformation = staticmethod(adadelta)
 
 
 class RMSprop(TorchLike, torch.optim.RMSprop):
-    """Train with `fo.rmsprop`; all arguments are those of torch.optim.RMSprop.
+    """Train with `fo.rmsprop`; all arguments are those of torch.optim.RMSprop, and `fused`.
 
     With `centered=True` torch.optim gives NaN where rounding makes a variance negative; this does not.
 
@@ -195,11 +200,12 @@ class RMSprop(TorchLike, torch.optim.RMSprop):
         ['grad_avg', 'momentum_buffer', 'square_avg', 'step']
     """
 
+    __init__ = also(torch.optim.RMSprop.__init__, fused=None)
     _transformation = staticmethod(rmsprop)
 
 
 class Rprop(TorchLike, torch.optim.Rprop):
-    """Train with `fo.rprop`; all arguments are those of torch.optim.Rprop.
+    """Train with `fo.rprop`; all arguments are those of torch.optim.Rprop, and `fused`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -211,11 +217,12 @@ class Rprop(TorchLike, torch.optim.Rprop):
         tensor([0.9000])
     """
 
+    __init__ = also(torch.optim.Rprop.__init__, fused=None)
     _transformation = staticmethod(rprop)
 
 
 class ASGD(TorchLike, torch.optim.ASGD):
-    """Train with `fo.asgd`; all arguments are those of torch.optim.ASGD.
+    """Train with `fo.asgd`; all arguments are those of torch.optim.ASGD, and `fused`.
 
     The averaged parameters are `state[p]["ax"]`.
 
@@ -229,6 +236,7 @@ class ASGD(TorchLike, torch.optim.ASGD):
         tensor([0.4999])
     """
 
+    __init__ = also(torch.optim.ASGD.__init__, fused=None)
     _transformation = staticmethod(asgd)
 
     def _compute(self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations) -> tuple[Any, Any, Any]:
@@ -252,7 +260,7 @@ class Adafactor(TorchLike, torch.optim.Adafactor):
         (['col_var', 'row_var', 'step'], ['step', 'variance'])
     """
 
-    __init__ = also_differentiable(torch.optim.Adafactor.__init__)
+    __init__ = also(torch.optim.Adafactor.__init__, differentiable=False)
     _transformation = staticmethod(adafactor)
 
     def _check_gradient(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
@@ -274,7 +282,7 @@ class SparseAdam(TorchLike, torch.optim.SparseAdam):
         1
     """
 
-    __init__ = also_differentiable(torch.optim.SparseAdam.__init__)
+    __init__ = also(torch.optim.SparseAdam.__init__, differentiable=False)
     _transformation = staticmethod(sparse_adam)
     _count = int
 
@@ -298,7 +306,7 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
             ['momentum_buffer']
         """
 
-        __init__ = also_differentiable(torch.optim.Muon.__init__)
+        __init__ = also(torch.optim.Muon.__init__, differentiable=False)
         _transformation = staticmethod(muon)
         _count = None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_optim.execution.in_place import InPlace, way_of
+from functorch_optim.execution.in_place import InPlace, check_options, way_of
 from functorch_optim.hyperparameters import is_zero
 from functorch_optim.optim import native
 from functorch_optim.optim.base import OptimizerBase
@@ -19,7 +19,7 @@ class TorchLike(OptimizerBase):
 
     _live = True
     _sparse_error: str | None = "{} does not support sparse gradients"
-    _differentiable = False  # whether that was asked of a class that torch.optim has without, see `also_differentiable`
+    _options: dict[str, Any] = {}  # what was asked of a class that torch.optim has without, see `also`  # noqa: RUF012
 
     _native: native.Kernel | None = None  # torch's fused kernel, where there is one
 
@@ -36,8 +36,10 @@ class TorchLike(OptimizerBase):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
-        if self._differentiable:
-            self.defaults["differentiable"] = True
+        for name, value in self._options.items():
+            self.defaults.setdefault(name, value)
+        if self._options:  # else the constructor has checked
+            check_options(self.defaults)
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -79,15 +81,21 @@ class TorchLike(OptimizerBase):
         pass
 
 
-def also_differentiable(init: Callable[..., None]) -> Callable[..., None]:
-    """Give one of torch.optim's constructors the keyword `differentiable`, which it lacks."""
+def also(init: Callable[..., None], **options: Any) -> Callable[..., None]:
+    """Give one of torch.optim's constructors keywords that it lacks.
+
+    Args:
+        init: the constructor.
+        **options: the keywords and their defaults; what is given otherwise becomes a default of the param groups.
+    """
 
     @functools.wraps(init)
-    def __init__(self: TorchLike, *args: Any, differentiable: bool = False, **options: Any) -> None:  # noqa: N807
-        self._differentiable = differentiable
-        init(self, *args, **options)
+    def __init__(self: TorchLike, *args: Any, **given: Any) -> None:  # noqa: N807
+        asked = {name: given.pop(name) for name in options if name in given}
+        self._options = {name: value for name, value in asked.items() if value != options[name]}
+        init(self, *args, **given)
 
-    keyword = inspect.Parameter("differentiable", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
     signature = inspect.signature(init)
-    vars(__init__)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), keyword])
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options.items()]
+    vars(__init__)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *keywords])
     return __init__

@@ -111,6 +111,8 @@ class Optimizer(OptimizerBase):
                 )
         if isinstance(param_group, dict) and param_group.get("differentiable", False) > self.defaults["differentiable"]:
             raise ValueError("differentiable is for all groups: write Optimizer(..., differentiable=True)")
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             names = param_group.get("param_names", range(len(param_group["params"])))

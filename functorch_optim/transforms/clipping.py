@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.base import GradientTransformation, factory, leafwise
+from functorch_optim.execution.foreach import norms
 from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim.numerics import safe_norm
 
@@ -136,8 +137,10 @@ def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor
     """Take the norm of all elements of all tensors, as a 0-dim tensor like `like`."""
     if not tensors:
         return torch.zeros_like(like)
-    norms = [safe_norm(tensor, norm_type).to(device=like.device, dtype=like.dtype) for tensor in tensors]
-    return safe_norm(torch.stack(norms), norm_type)
+    taken = norms(tensors, norm_type)
+    if any(norm.device != taken[0].device or norm.dtype != taken[0].dtype for norm in taken):
+        taken = [norm.to(device=like.device, dtype=like.dtype) for norm in taken]
+    return safe_norm(torch.stack(taken).to(device=like.device, dtype=like.dtype), norm_type)
 
 
 def _shrink(norm: Tensor, max_norm: Any) -> Tensor:
