@@ -11,6 +11,7 @@ from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import check_updates
 from functorch_optim.execution import writing
 from functorch_optim.execution.in_place import ADD, InPlace, check_options, way_of
+from functorch_optim.execution.ways import PLAIN
 from functorch_optim.layout import nest, unnest
 from functorch_optim.links import Link
 from functorch_optim.passes import Donations
@@ -129,15 +130,15 @@ def step_(
     writing.add_([leaves[i] for i in added], [updates[i] for i in added])
     pairs = list(zip(old_tensors, new_tensors, strict=True))
     rooms = list({(id(o), id(n)): (o, n) for o, n in pairs if writing.is_room_for(o, n)}.values())
-    if writing.share_memory([], [old for old, _ in rooms]):  # as where init has given one tensor to two fields
+    starts = {leaf.data_ptr() for leaf in leaves if type(leaf) in PLAIN}
+    taken = any(old.data_ptr() in starts for old, _ in rooms if old.numel())
+    if taken or writing.share_memory([], [old for old, _ in rooms]):  # as init may have given p, or one tensor twice
         return params, tree.unflatten(state_structure, new_tensors)
     writing.copy_([old for old, _ in rooms], [new for _, new in rooms])
     return params, tree.unflatten(state_structure, [o if writing.is_room_for(o, n) else n for o, n in pairs])
 
 
-def _links(
-    tx: GradientTransformation, state: Any, params: Tree, extra: dict[str, Any]
-) -> tuple[list[Link], list[Any]]:
+def _links(tx: GradientTransformation, state: Any, params: Tree, extra: dict[str, Any]) -> tuple[list[Link], list[Any]]:
     """Return the links of a transformation and their states, and the one that adds updates to parameters."""
     if params is None:
         raise ValueError("A step needs the parameters: params, state = step(tx, grads, state, params)")

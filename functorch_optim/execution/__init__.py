@@ -84,6 +84,9 @@ def run(
             [view(param) for param in wide_params] if wide_params is not None else None,
             [tree.map(converted, scalars[k]) for k in links],
         )
+        if not elementwise and any(new.shape != view(old).shape for new, old in zip(results, new_updates, strict=True)):
+            new_updates = results  # it has not kept shapes, which is found there where paths are known
+            break
         new_updates = [like(new, old) for new, old in zip(results, new_updates, strict=True)]
         for k, column in zip(links, columns, strict=True):
             new_states[k] = zip_columns(like, column, new_states[k])
@@ -126,5 +129,3 @@ def _run_touched(
     ]
     sparse = torch.sparse_coo_tensor(update.indices(), values, update.shape, is_coalesced=True, check_invariants=False)
     return [sparse], new_states
-
-
