@@ -8,9 +8,9 @@ from torch import Tensor
 
 from functorch_optim import lift, optim, saving, tree
 from functorch_optim.base import GradientTransformation
-from functorch_optim.execution import writing
 from functorch_optim.checks import check_updates
 from functorch_optim.combine import partition
+from functorch_optim.execution import writing
 from functorch_optim.layout import nest, unnest
 from functorch_optim.optim import factories
 from functorch_optim.optim.base import OptimizerBase

@@ -52,6 +52,7 @@ class Live:
         self.read = read
 
     def __call__(self, count: Any) -> Any:
+        """Read it."""
         return self.read()
 
     def __repr__(self) -> str:

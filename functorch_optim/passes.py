@@ -156,9 +156,7 @@ def run(
             scalars = {k: s for k, (s, _) in evaluated.items()}
             carried[number] = [evaluated[k][1] if k in evaluated else old for k, old in enumerate(carried[number])]
             for (applying, *_), indices in groups.items():
-                parts = _parted(
-                    indices, [links[k] for k in applying], [scalars[k] for k in applying], leaves, updates
-                )
+                parts = _parted(indices, [links[k] for k in applying], [scalars[k] for k in applying], leaves, updates)
                 for some, numbers in parts:
                     ready = _run_rules(links, leaves, applying, some, updates, states, numbers, offered)
                     if offered is not None and ready is not None:

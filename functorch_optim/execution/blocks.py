@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from functorch_optim import tree
 from functorch_optim.execution.kernel import Kernel, kernel
@@ -51,13 +50,13 @@ class Piece(NamedTuple):
     """A part of a tensor: all of it, or a range of its elements as they lie in memory.
 
     Attributes:
-        index: of the tensor.
+        i: index of the tensor.
         start: first element.
         stop: first element that is not in it any more.
         whole: whether it is all.
     """
 
-    index: int
+    i: int
     start: int
     stop: int
     whole: bool
@@ -118,9 +117,7 @@ class Blocks:
                 self.packs[-1].append(piece)
                 filled += piece.size
         self.sizes = [tuple([piece.size for piece in pack]) for pack in self.packs]
-        self.in_order = [
-            all(piece.whole and layouts[piece.index].is_contiguous() for piece in pack) for pack in self.packs
-        ]
+        self.in_order = [all(piece.whole and layouts[piece.i].is_contiguous() for piece in pack) for pack in self.packs]
 
     def cut(self, column: Sequence[Tensor], *, to_read: bool = False) -> Cut:
         """Cut a list of tensors into views of them, or of copies where they lie otherwise in memory.
@@ -132,17 +129,18 @@ class Blocks:
         alone: list[Tensor] = []
         for i in self.alone:
             elements = flat(column[i], self.layouts[i])
-            alone += [elements] if self.length is None else elements.split(self.length)
+            alone += [elements] if self.length is None else torch.split(elements, self.length)
         packs = [
-            self._pieces(column, pack) if not (to_read and in_order)
+            self._pieces(column, pack)
+            if not (to_read and in_order)
             # One call, and no view of each.
-            else [_flatten_dense_tensors([column[piece.index] for piece in pack])]
+            else [torch._C._nn.flatten_dense_tensors([column[piece.i] for piece in pack])]
             for pack, in_order in zip(self.packs, self.in_order, strict=True)
         ]
         return Cut(alone, packs)
 
     def _pieces(self, column: Sequence[Tensor], pack: Sequence[Piece]) -> list[Tensor]:
-        elements = [flat(column[piece.index], self.layouts[piece.index]) for piece in pack]
+        elements = [flat(column[piece.i], self.layouts[piece.i]) for piece in pack]
         return [e if piece.whole else e[piece.start : piece.stop] for e, piece in zip(elements, pack, strict=True)]
 
     def joined(self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]], room: "Room") -> Iterator[list[Tensor]]:
@@ -169,7 +167,7 @@ class Room:
         self.device = device
         self.memory: dict[str, Tensor] = {}
         self.views: dict[tuple[str, int], Tensor] = {}
-        self.splits: dict[tuple[str, tuple[int, ...]], Sequence[Tensor]] = {}
+        self.splits: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
 
     def of(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
         """Return a tensor of a size; for one name it is always in the same memory."""
@@ -182,11 +180,11 @@ class Room:
             view = self.views[name, size] = self.memory[name][:size]
         return view
 
-    def parts(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Sequence[Tensor]:
+    def parts(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Tensor]:
         """Return the same in parts."""
         parts = self.splits.get((name, sizes))
         if parts is None:
-            parts = self.splits[name, sizes] = self.of(name, dtype, sum(sizes)).split(sizes)
+            parts = self.splits[name, sizes] = list(torch.split(self.of(name, dtype, sum(sizes)), list(sizes)))
         return parts
 
 

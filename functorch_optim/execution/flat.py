@@ -57,7 +57,7 @@ class _Ends:
         return torch.cat([stack if stack.ndim == 1 else stack.reshape(-1) for stack in stacks])
 
     def parted(self, joined: Tensor) -> list[Tensor]:
-        parts = joined.split(self.sizes) if len(self.members) > 1 else [joined]
+        parts = torch.split(joined, self.sizes) if len(self.members) > 1 else [joined]
         found: dict[int, Tensor] = {}
         for (shape, indices), part in zip(self.members, parts, strict=True):
             if len(indices) > 1:

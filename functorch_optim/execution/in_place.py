@@ -4,7 +4,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class InPlace:
         way: how to run them.
     """
 
-    needs_scalars = True
+    needs_scalars: ClassVar[bool] = True
 
     def __init__(
         self, rules: Sequence[Rule], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any], way: Way
@@ -78,7 +78,9 @@ class InPlace:
         if way is None and self.like.device.type != "cpu":
             way = "foreach"
         numbers = iter(self._numbers(scalars))
-        self.program = record(self.rules, self.states, True, tree.map(lambda _: next(numbers), [*scalars, ()]), self.like)
+        self.program = record(
+            self.rules, self.states, True, tree.map(lambda _: next(numbers), [*scalars, ()]), self.like
+        )
         self.in_place = ("p", *self.program.inputs[2:])
         self.compiled = self._compiled(scalars) if way == "fused" else None
         self.foreach = way == "foreach"
@@ -107,7 +109,7 @@ class InPlace:
             mirror.copy_(tensor)
         inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
         if self.compiled is not None:
-            self._run_compiled(inputs, numbers)
+            self._run_compiled(self.compiled, inputs, numbers)
         else:
             blocks.run(self.program, self.blocks, inputs, self.cuts, self.in_place, numbers, self.room)
         for tensor, mirror in self.mirrors:
@@ -142,19 +144,20 @@ class InPlace:
             for column, news in zip(self.columns, new, strict=True):
                 torch._foreach_copy_([column[i] for i in some], news)
 
-    def _run_compiled(self, inputs: Sequence[Cut], numbers: list[Any]) -> None:
+    def _run_compiled(self, kernel: Callable[..., None], inputs: Sequence[Cut], numbers: list[Any]) -> None:
         together = self._together(numbers)
         overwritten = [self.program.inputs.index(name) for name in self.in_place]
         for row in zip(*[cut.alone for cut in inputs], strict=True):
-            self.compiled(*row, together)
-        for row in self.blocks.joined(inputs, list(zip(self.cuts, overwritten, strict=True)), self.room):
-            self.compiled(*row, together)
+            kernel(*row, together)
+        for copies in self.blocks.joined(inputs, list(zip(self.cuts, overwritten, strict=True)), self.room):
+            kernel(*copies, together)
 
     def _together(self, numbers: list[Any]) -> Tensor:
-        options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
-        if self.like.device.type == "cpu":
-            return torch.tensor([float(number) for number in numbers], **options)
-        return torch.stack([torch.as_tensor(number, **options) for number in numbers])
+        dtype, device = self.like.dtype, self.like.device
+        if not any(isinstance(number, Tensor) and number.device.type != "cpu" for number in numbers):
+            return torch.tensor([float(number) for number in numbers], dtype=dtype).to(device, non_blocking=True)
+        there = [n.to(device, dtype) if isinstance(n, Tensor) else self.like.new_full((), n) for n in numbers]
+        return torch.stack(there)
 
     def _compiled(self, scalars: Sequence[Any]) -> Callable[..., None] | None:
         """Compile the program, and try it; warn when that fails."""

@@ -133,7 +133,7 @@ class _Names:
 @functools.lru_cache(maxsize=256)
 def _made(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., None]:
     namespace = dict(zip(names, values, strict=True))
-    exec(compile(source, "<a rule as a kernel>", "exec"), namespace)  # noqa: S102
+    exec(compile(source, "<a rule as a kernel>", "exec"), namespace)
     function: Callable[..., None] = namespace["kernel"]
     function.__doc__ = source
     return function
@@ -141,7 +141,7 @@ def _made(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Calla
 
 def _with_copies(program: Program, outputs: tuple[str, ...]) -> Program:
     """Let outputs that are inputs, unchanged, be results of a copy, unless they stay where they are."""
-    instructions, names = list(program.instructions), []
+    instructions, names = list(program.instructions), list[Name]()
     for out, name in zip(outputs, program.outputs, strict=True):
         if name in program.inputs and name != out:
             copy = Name(f"c{len(names)}")
@@ -199,8 +199,9 @@ def _both(pair: tuple[Any, ...] | None) -> list[tuple[Any, ...]]:
 
 def _last_reads(program: Program) -> dict[str, int]:
     """Tell for each value the last instruction that reads it; outputs are read in the end."""
-    last = {name: k for k, instruction in enumerate(program.instructions) for name in instruction.names}
-    return {**last, **{name: len(program.instructions) for name in program.outputs if name not in program.inputs}}
+    last: dict[str, int] = {name: k for k, instruction in enumerate(program.instructions) for name in instruction.names}
+    last.update({name: len(program.instructions) for name in program.outputs if name not in program.inputs})
+    return last
 
 
 def _copied(tensor: Tensor, *, out: Tensor) -> Tensor:
@@ -208,8 +209,15 @@ def _copied(tensor: Tensor, *, out: Tensor) -> Tensor:
 
 
 _ALIASES = {
-    **{"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"},
-    **{"absolute": "abs", "negative": "neg", "clip": "clamp", safe_sqrt.__name__: "sqrt"},
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "absolute": "abs",
+    "negative": "neg",
+    "clip": "clamp",
+    safe_sqrt.__name__: "sqrt",
 }
 _SYMMETRIC = {"add", "mul", "eq", "ne"}
 _ANY = {

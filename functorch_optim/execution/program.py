@@ -184,18 +184,19 @@ class _Recording:
             raise TypeError(several)
         if not isinstance(sample, Tensor | int | float) or isinstance(sample, bool):
             return sample  # what it says of the dtype or device is true of all
-        differs = isinstance(sample, Tensor) and sample.ndim > 0
-        if differs and sample.shape != (_LENGTH,) or not differs and any(map(_differs, values)):
+        elements = sample if isinstance(sample, Tensor) and sample.ndim > 0 else None
+        dtype = None if elements is None else elements.dtype
+        if elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
             raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; declare elementwise=False")
-        seen = [v for v in values if _differs(v) and differs and v.sample.data_ptr() == sample.data_ptr()]
-        if seen and seen[0].sample.dtype == sample.dtype:
+        place = None if elements is None else elements.data_ptr()
+        seen = [v for v in values if _differs(v) and v.sample.data_ptr() == place]
+        if seen and seen[0].sample.dtype == dtype:
             return seen[0]  # such as detach: in a kernel, views would change when the value is overwritten
         if seen:
             function = _copying(function)
-        result = Name(f"{'v' if differs else 'n_'}{len(self.instructions)}{'' if differs else _mark(sample)}")
+        result = Name(f"{'v' if dtype else 'n_'}{len(self.instructions)}{'' if dtype else _mark(sample)}")
         written = tuple([_written(value) for value in args])
         written_kwargs = tuple([(key, _written(value)) for key, value in kwargs.items()])
-        dtype = sample.dtype if differs else None
         self.instructions.append(Instruction(function, written, written_kwargs, result, dtype))
         return _Symbol(self, result, sample)
 

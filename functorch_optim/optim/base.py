@@ -68,6 +68,11 @@ class OptimizerBase(torch.optim.Optimizer):
 
     def _update(self, loss: Any, extra: dict[str, Any]) -> None:
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "A CUDA graph would repeat the numbers of this very step. Capture the functional step, whose "
+                    "counter is on the device: params, state = fo.step(tx, grads, state, params)"
+                )
             self._check_gradients()
             plans = [self._plan(index) for index in range(self._number_of_trees)]
             if extra or any(plan.asks for plan in plans):
@@ -84,7 +89,8 @@ class OptimizerBase(torch.optim.Optimizer):
             What makes the step.
         """
         if plan.steady is not None and not torch.is_grad_enabled() and plan.steady.fits(self.state):
-            return plan.steady.prepare(extra)
+            again: Callable[[], None] = plan.steady.prepare(extra)
+            return again
         donations = Donations(functools.partial(self._work, index))
         updates, states, tree_states = self._compute(index, plan, extra, donations)
 

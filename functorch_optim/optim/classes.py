@@ -4,11 +4,11 @@ They are torch.optim's own classes in all but the step: constructors, param grou
 care for older state dicts are inherited. The numbers are the same, `state[p]` has the same keys, and state dicts go
 both ways.
 
-They differ where float16 and bfloat16 are computed in float32 and rounded once, and in that an error while updates are
-computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable`
-are accepted as torch.optim accepts them, and change no number. SGD, Adam, AdamW and Adagrad run torch's own fused
-kernels, also where `fused` and `foreach` are None; others compile one when `fused` is True. All take `differentiable=True`, see `fo.Optimizer`, and
-their derivatives are right, by tensors as hyperparameters too.
+They differ where float16 and bfloat16 are computed in float32 and rounded once, and in that an error while updates
+are computed leaves parameters and states as they were. The options `foreach`, `fused` and `capturable` are accepted
+as torch.optim accepts them, and change no number. SGD, Adam, AdamW and Adagrad run torch's own fused kernels, also
+where `fused` and `foreach` are None; others compile one when `fused` is True. All take `differentiable=True`, see
+`fo.Optimizer`, and their derivatives are right, by tensors as hyperparameters too.
 """
 
 from typing import Any

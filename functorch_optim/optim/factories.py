@@ -105,7 +105,9 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
 
 def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
     """Raise when a group gives hyperparameters to a transformation that has them already."""
-    extra = [name for name in group if name not in ("params", "param_names", "name", "differentiable", "foreach", "fused")]
+    extra = [
+        name for name in group if name not in ("params", "param_names", "name", "differentiable", "foreach", "fused")
+    ]
     if extra:
         raise ValueError(
             f"A param group gives {', '.join(extra)}, but the transformation has its hyperparameters already. "

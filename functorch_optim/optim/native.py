@@ -7,7 +7,7 @@ update, 1 at the first.
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Native:
         states: for each rule, its states for these parameters.
     """
 
-    needs_scalars = False
+    needs_scalars: ClassVar[bool] = False
 
     def __init__(self, kernel: Kernel, group: Mapping[str, Any], params: Tensors, states: Sequence[Any]) -> None:
         self.kernel, self.group, self.params = kernel, group, params
@@ -106,7 +106,7 @@ def takes(group: Mapping[str, Any], params: Tensors, states: Sequence[Any]) -> b
 
 
 def _counters(params: Tensors, step: float) -> Tensors:
-    return [torch.tensor(float(step), device=params[0].device)] * len(params)
+    return [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
 
 
 def _numbers(group: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -43,9 +43,7 @@ class Steady:
         state: of the optimizer, after it.
     """
 
-    def __init__(
-        self, plan: Plan, donations: Donations, buckets: list[Counted], state: Mapping[Any, State]
-    ) -> None:
+    def __init__(self, plan: Plan, donations: Donations, buckets: list[Counted], state: Mapping[Any, State]) -> None:
         self.plan, self.donations, self.buckets = plan, donations, buckets
         self.moving = {i for bucket in buckets for i in bucket.members}
         self.states = [(p, state[p]) for i, p in enumerate(plan.params) if i in self.moving and p in state]

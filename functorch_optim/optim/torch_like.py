@@ -32,7 +32,9 @@ class TorchLike(OptimizerBase):
             return super()._work(index, rules, params, states, scalars)
         if native.takes(group, params, states):
             return native.Native(kernel, group, params, states)
-        return InPlace(rules, params, states, scalars, None)  # complex parameters, say: nobody waits for a compiler here
+        return InPlace(
+            rules, params, states, scalars, None
+        )  # complex parameters, say: nobody waits for a compiler here
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
@@ -96,6 +98,8 @@ def also(init: Callable[..., None], **options: Any) -> Callable[..., None]:
         init(self, *args, **given)
 
     signature = inspect.signature(init)
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options.items()]
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options.items()
+    ]
     vars(__init__)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *keywords])
     return __init__
