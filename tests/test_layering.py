@@ -135,6 +135,7 @@ def test_at_run_time_only_torch_and_optree():
         "operator",
         "sys",
         "typing",
+        "warnings",
         "weakref",
     }
     for path in FILES:
