@@ -42,8 +42,11 @@ class Native:
 
     def run(self, updates: Tensors, scalars: Sequence[Any], step: float) -> None:
         """Make a step."""
-        lying = [u if lies(u, p) else empty_like(u, p).copy_(u) for u, p in zip(updates, self.params, strict=True)]
-        self.kernel(self.group, self.params, lying, self.states, step)
+        if not all(p.is_contiguous() and u.is_contiguous() for u, p in zip(updates, self.params, strict=True)):
+            updates = [
+                u if lies(u, p) else empty_like(u, p).copy_(u) for u, p in zip(updates, self.params, strict=True)
+            ]
+        self.kernel(self.group, self.params, updates, self.states, step)
 
 
 def adam(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float) -> None:
