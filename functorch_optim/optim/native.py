@@ -101,7 +101,7 @@ def takes(group: Mapping[str, Any], params: Tensors, states: Sequence[Any]) -> b
     return (
         like.device.type in DEVICES
         and like.is_floating_point()
-        # Of half precision those for the CPU (torch 2.13) make SGD wrong from 16 elements on, and NaN of Adagrad's 0 / 0.
+        # On the CPU, in half precision (torch 2.13), SGD's is wrong from 16 elements on, and Adagrad's 0 / 0 is NaN.
         and not (like.device.type == "cpu" and like.dtype in HALF)
         and all((t.dtype, t.device) == (like.dtype, like.device) for column in columns for t in column)
         and all(layout_of(p) is p for p in params)
