@@ -113,19 +113,23 @@ def test_what_a_dtype_says_is_no_instruction():
     assert len(recorded(update).instructions) == 1
 
 
-def test_a_rule_is_recorded_once_for_each_dtype_and_kind_of_number():
+def test_a_rule_is_recorded_once_for_what_it_may_depend_on():
     calls = []
 
     def update(g, state, p, s):
         calls.append(1)
         return s * g, state
 
+    class One(NamedTuple):
+        a: torch.Tensor
+
     single = torch.empty(0)
     first = recorded(update, 0.1)
     assert recorded(update, 0.2) is first
     assert recorded(update, torch.tensor(True)) is not first
     assert recorded(update, 0.1, Two(single, single), single).dtype == torch.float32
-    assert len(calls) == 3
+    assert len(recorded(update, 0.1, One(LIKE)).outputs) == 2
+    assert len(calls) == 4
     assert recorded(update, 0.1) is first
 
 

@@ -273,7 +273,8 @@ class _Programs:
 
     def _key(self, rules: Sequence[Rule], states: Any, with_params: bool, scalars: Any, like: Tensor) -> Any:
         kinds = tuple([type(scalar) for scalar in tree.flatten(list(scalars))[0]])
-        return tuple([id(rule.update) for rule in rules]), with_params, kinds, like.dtype, like.device
+        updates = tuple([(id(rule.update), len(state)) for rule, state in zip(rules, states, strict=True)])
+        return updates, with_params, kinds, like.dtype, like.device
 
     def get(self, rules: Sequence[Rule], *rest: Any) -> Program | None:
         program, functions = self.programs.get(self._key(rules, *rest), (None, ()))
