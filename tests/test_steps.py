@@ -12,8 +12,7 @@ import functorch_optim as fo
 from functorch_optim.execution import in_place
 
 WAYS = {
-    "as_is_best": {},
-    "blocks": {"foreach": False},
+    "blocks": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
