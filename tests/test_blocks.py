@@ -92,6 +92,7 @@ LAYOUTS = {
     "in_the_middle": torch.randn(40)[7:33],
     "transposed_in_the_middle": torch.randn(40)[5:25].view(4, 5).t(),
     "ones": torch.randn(1, 6, 1).transpose(0, 2),
+    "one_between": torch.randn(20).as_strided((4, 1, 5), (1, 7, 4)),
     "empty": torch.randn(0, 3),
     "empty_transposed": torch.randn(3, 0).t(),
     "scalar": torch.randn(()),
