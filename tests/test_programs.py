@@ -227,7 +227,8 @@ def seen_after_it_is_overwritten(g, state, p, s):
 
 
 def bits(g, state, p, s):
-    return torch.where(state.a.view(torch.int64) & 1 == 0, g, p), Two(state.a + g, state.b)
+    seen, new = state.a.view(torch.int64), state.a + g
+    return torch.where(seen & 1 == 0, g, p), Two(new, state.b)
 
 
 def masked(g, state, p, s):

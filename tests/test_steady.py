@@ -26,8 +26,9 @@ each = pytest.mark.parametrize("name", OPTIONS)
 
 def make_params():
     torch.manual_seed(0)
-    shapes = [(4, 4), (3,), (), (2, 3)]
-    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    shapes = [(64, 64), (3,), (), (2, 3)]  # the first is large enough to be worked on where it is
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return [torch.nn.Parameter(tensor) for tensor in (*tensors, torch.randn(4, 4, dtype=torch.float64).t())]
 
 
 def ours(name):
@@ -155,7 +156,7 @@ def test_numbers_that_are_read_at_every_step_keep_it_steady(taken):
 SLOW = {
     "tree_rule": lambda: fo.chain(fo.adam(0.1), fo.stateless(lambda updates, params: updates)),
     "whole_tensors": lambda: fo.chain(fo.adam(0.1), fo.clip_by_norm(0.1)),
-    "a_number_for_each": lambda: fo.sgd([0.1, 0.2, 0.3, 0.4], momentum=0.9),
+    "a_number_for_each": lambda: fo.sgd([0.1, 0.2, 0.3, 0.4, 0.5], momentum=0.9),
     "norm_in_the_middle": lambda: fo.chain(fo.trace(0.9), fo.clip_by_global_norm(0.1), fo.sgd(0.1)),
     "masked": lambda: fo.masked(fo.sgd(0.1), lambda params: [p.ndim > 1 for p in params]),
 }
@@ -203,6 +204,12 @@ def data_transposed(optimizer):
     parameters(optimizer)[0].data = parameters(optimizer)[0].data.t()
 
 
+def data_transposed_back(optimizer):
+    for p in parameters(optimizer):
+        if not p.is_contiguous() and p.shape == (4, 4):
+            p.data = p.data.t()
+
+
 def data_in_one_buffer(optimizer):
     """As DDP and FSDP do."""
     params = parameters(optimizer)
@@ -218,7 +225,7 @@ def data_with_gaps(optimizer):
 
 def data_swapped(optimizer):
     """Two parameters exchange their memory."""
-    p, q = parameters(optimizer)[0], torch.nn.Parameter(torch.ones(4, 4))
+    p, q = parameters(optimizer)[0], torch.nn.Parameter(torch.ones(64, 64))
     torch.utils.swap_tensors(p, q)
 
 
@@ -354,7 +361,15 @@ def hooked(optimizer):
 
 
 CHANGES = [
-    *(data_replaced, data_transposed, data_in_one_buffer, data_with_gaps, data_swapped, data_edited),
+    *(
+        data_replaced,
+        data_transposed,
+        data_transposed_back,
+        data_in_one_buffer,
+        data_with_gaps,
+        data_swapped,
+        data_edited,
+    ),
     *(states_replaced, states_data_replaced, states_edited, one_step_edited, one_step_replaced, carried_edited),
     *(states_deleted, one_state_deleted, state_dicts_replaced, state_replaced),
     *(lr_edited, lr_tensor, decay_edited, decay_off, maximized, betas_in_a_list, foreach_on, foreach_off),
@@ -413,7 +428,7 @@ def the_parameter_detached(optimizer, p):
 
 def of_another_parameter(optimizer, p):
     other = parameters(optimizer)[0].detach().reshape(-1)
-    return other[: len(p)] if p.ndim == 1 and len(p) <= len(other) else like(p)
+    return other[1 : len(p) + 1] if p.ndim == 1 and len(p) < len(other) else like(p)
 
 
 DRAWS = [

@@ -261,6 +261,25 @@ def test_what_shares_memory(way, compiled):
     assert_close(train(functools.partial(fo.step_, **WAYS[way])), train(fo.step), rtol=1e-12, atol=1e-12)
 
 
+@ways
+def test_trees_that_share_memory(way, compiled):
+    """A function of whole trees may return parameters, and keep them."""
+
+    def exchanged(updates, state, params):
+        return {"a": params["b"], "b": params["a"], "c": state["c"]}, params
+
+    tx = fo.chain(
+        fo.GradientTransformation(lambda params: fo.tree.map(torch.ones_like, params), exchanged), fo.clip_by_norm(1e9)
+    )
+    params = {name: torch.randn(3, dtype=torch.float64) for name in "abc"}
+    history = [fo.tree.map(torch.randn_like, params) for _ in range(3)]
+    expected = run(by_update, tx, params, history)
+    assert_close(run(functools.partial(fo.step_, **WAYS[way]), tx, params, history), expected)
+    tx = fo.chain(*[fo.GradientTransformation(lambda params: fo.tree.map(torch.ones_like, params), exchanged)] * 2)
+    expected = run(by_update, tx, params, history)
+    assert_close(run(functools.partial(fo.step_, **WAYS[way]), tx, params, history), expected)
+
+
 def test_trees_of_any_kind():
     tx = fo.adam(0.1)
     for params in (torch.randn(3), [torch.randn(3), (torch.randn(2), None)], {}, (torch.randn(()),)):
