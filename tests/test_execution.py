@@ -103,7 +103,7 @@ def ways(tx, params=PARAMS, transform=lambda function: function):
     """List the ways in which one update is run."""
     used = []
     patch = pytest.MonkeyPatch()
-    for name in ("in_blocks", "foreach", "tensor_by_tensor"):
+    for name in ("in_blocks", "foreach", "flat", "recomputed", "tensor_by_tensor"):
         way = getattr(execution, name)
         patch.setattr(execution, name, lambda *args, n=name, w=way: used.append(n) or w(*args))
     with patch.context():
@@ -122,7 +122,14 @@ def test_which_way_when():
         patch.setattr(execution, "can_block", lambda *args: False)
         assert ways(adam) == ["foreach"]
         assert ways(adam, {"a": torch.ones(2)}) == ["tensor_by_tensor"]
+    # With derivatives.
+    small = {name: torch.ones(2, requires_grad=True) for name in "abcd"}
+    large = {"e": torch.ones(1 << 19, requires_grad=True)}
+    assert ways(adam, small) == ["flat"]
+    assert ways(adam, large) == ["recomputed"]
+    assert ways(adam, {**small, **large}) == ["flat"]
     # Everywhere else tensor by tensor.
+    assert ways(adam, large, lambda f: lambda p: torch.func.vjp(f, p)) == ["tensor_by_tensor"]
     batched = {name: param.expand(2, -1) for name, param in PARAMS.items()}
     assert ways(adam, batched, torch.vmap) == ["tensor_by_tensor"]
     assert ways(adam, transform=lambda f: torch.func.vjp(f, PARAMS)[1] and (lambda p: None)) == ["tensor_by_tensor"]

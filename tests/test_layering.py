@@ -28,6 +28,8 @@ LAYERS = [
     "execution.kernel",
     "execution.blocks",
     "execution.foreach",
+    "execution.recomputed",
+    "execution.flat",
     "execution.in_place",
     "execution",
     "links",

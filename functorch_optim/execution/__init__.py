@@ -2,7 +2,9 @@
 
 | way | when |
 |---|---|
-| tensor by tensor (`reference.py`) | always right: inside `torch.func` transforms and what `torch.compile` traces, on tensor subclasses such as DTensor, for rules that need their tensor whole |
+| tensor by tensor (`reference.py`) | always right: in what `torch.compile` traces, on tensor subclasses such as DTensor, for rules that need their tensor whole, and in all other cases |
+| flat (`flat.py`) | elementwise rules on many small tensors that are differentiated or vmapped: once on all of them, end to end |
+| recomputed (`recomputed.py`) | elementwise rules on large tensors that autograd differentiates: it saves what they are given, and they run again in backward |
 | in blocks (`blocks.py`) | on the CPU, where nothing is differentiated: elementwise rules, recorded as a program |
 | foreach (`foreach.py`) | the same on other devices: each torch function is one kernel over a list of tensors |
 
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim.execution.blocks import in_blocks
+from functorch_optim.execution.flat import can_join, flat
 from functorch_optim.execution.foreach import foreach
+from functorch_optim.execution.recomputed import can_recompute, recomputed
 from functorch_optim.execution.reference import tensor_by_tensor
 from functorch_optim.execution.representation import (
     Columns,
@@ -70,20 +74,24 @@ def run(
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
         view = as_reals if elementwise else as_it_is
-        sample = widened(new_updates[0].new_empty(0))
+        sample = widened(new_updates[0].new_empty(0)) if one_program else new_updates[0]
         converted = cast(sample, updates[0].dtype, to_number=eagerly, as_pairs=elementwise)
+        arguments = (
+            [view(update) for update in new_updates],
+            [map_columns(view, new_states[k]) for k in links],
+            [view(param) for param in wide_params] if wide_params is not None else None,
+            tree.map(converted, [scalars[k] for k in links]),
+        )
         way = tensor_by_tensor
         if elementwise and blockwise:
             way = in_blocks
         elif elementwise and eagerly and len(updates) > 1:
             way = foreach
-        results, columns = way(
-            [rules[k] for k in links],
-            [view(update) for update in new_updates],
-            [map_columns(view, new_states[k]) for k in links],
-            [view(param) for param in wide_params] if wide_params is not None else None,
-            [tree.map(converted, scalars[k]) for k in links],
-        )
+        elif elementwise and can_join(*arguments):
+            way = flat
+        elif elementwise and can_recompute(*arguments):
+            way = recomputed
+        results, columns = way([rules[k] for k in links], *arguments)
         if not elementwise and any(new.shape != view(old).shape for new, old in zip(results, new_updates, strict=True)):
             new_updates = results  # it has not kept shapes, which is found there where paths are known
             break
