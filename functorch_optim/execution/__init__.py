@@ -38,6 +38,9 @@ from functorch_optim.execution.representation import (
 from functorch_optim.execution.ways import can_batch, can_block
 from functorch_optim.rule import Rule
 
+COMPILED_LARGE = 1 << 16
+"""Elements of all tensors from which on it pays that a compiler computes numbers once; it takes time to compile."""
+
 
 def run(
     rules: Sequence[Rule],
@@ -65,6 +68,7 @@ def run(
     eagerly = can_batch([*updates, *(params or ())], states, scalars)
     blockwise = eagerly and can_block(updates[0], scalars)
     one_program = blockwise and all(rule.elementwise for rule in rules)
+    compiled_large = torch.compiler.is_compiling() and sum([update.numel() for update in updates]) >= COMPILED_LARGE
     widen = as_it_is if one_program else widened  # blocks are widened one at a time
     new_updates = [widen(update) for update in updates]
     new_states = [map_columns(widen, state) for state in states]
@@ -75,7 +79,7 @@ def run(
         links = list(members)
         view = as_reals if elementwise else as_it_is
         sample = widened(new_updates[0].new_empty(0)) if one_program else new_updates[0]
-        converted = cast(sample, updates[0].dtype, to_number=eagerly, as_pairs=elementwise)
+        converted = cast(sample, updates[0].dtype, to_number=eagerly, as_pairs=elementwise, once=compiled_large)
         arguments = (
             [view(update) for update in new_updates],
             [map_columns(view, new_states[k]) for k in links],

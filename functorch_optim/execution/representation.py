@@ -44,7 +44,9 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor
 
 
-def cast(given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) -> Callable[[Any], Any]:
+def cast(
+    given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool, once: bool = False
+) -> Callable[[Any], Any]:
     """Return a function that makes of a scalar what rules compute with.
 
     Args:
@@ -52,6 +54,8 @@ def cast(given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) 
         original: the dtype that it had.
         to_number: whether to make python numbers of tensors, on the CPU, where that waits for nothing.
         as_pairs: whether complex tensors are pairs of reals.
+        once: whether to keep a compiler from computing a number, `beta ** step` say, in a loop over elements again for
+            each of them, which takes two to three times as long.
     """
     dtype = given.real.dtype if given.is_complex() else given.dtype
 
@@ -69,7 +73,9 @@ def cast(given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) 
             return scalar.to(given.device, non_blocking=on_cpu)
         if to_number and on_cpu and scalar.ndim == 0:
             return scalar.item()
-        return scalar.to(given.device, dtype, non_blocking=on_cpu)
+        scalar = scalar.to(given.device, dtype, non_blocking=on_cpu)
+        # The maximum of equal numbers, which torch's compiler gives a loop of its own; of up to 8 it would unroll it.
+        return scalar.expand(16).amax() if once and scalar.ndim == 0 else scalar
 
     return converted
 

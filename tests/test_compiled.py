@@ -1,0 +1,95 @@
+"""What torch.compile makes of a step."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo.testing
+from catalogue import assert_close
+from torch._inductor.utils import run_and_get_code
+
+import functorch_optim as fo
+from functorch_optim import execution
+
+SIZE = 1 << 15
+TX = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.exponential(0.1, 0.9)))
+
+
+def problem(count=2, size=SIZE):
+    params = [torch.randn(size) for _ in range(count)]
+    return [torch.randn(size) for _ in range(count)], TX.init(params), params
+
+
+def numbers_computed_apart(function, *arguments):
+    """Count the maxima that are there for numbers, in what is compiled."""
+    backend = torch._dynamo.testing.EagerAndRecordGraphs()
+    result = torch.compile(function, backend=backend, fullgraph=True)(*arguments)
+    targets = [node.target for graph in backend.graphs for node in graph.graph.nodes]
+    return targets.count("amax"), result
+
+
+@pytest.mark.parametrize("elements", [2 * SIZE, 2 * SIZE + 1])
+def test_numbers_are_computed_apart_where_tensors_are_large(elements, monkeypatch):
+    monkeypatch.setattr(execution, "COMPILED_LARGE", elements)
+    arguments = problem()
+    count, (params, state) = numbers_computed_apart(partial(fo.step, TX), *arguments)
+    assert bool(count) == (elements == 2 * SIZE)
+    expected = fo.step(TX, *arguments)
+    assert_close(params, expected[0], rtol=1e-5, atol=1e-6)
+    assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
+    more = problem(count=20, size=SIZE // 8)
+    if count:
+        assert numbers_computed_apart(partial(fo.step, TX), *more)[0] == count  # however many tensors there are
+
+
+def test_steps_are_compiled_once():
+    arguments = problem()
+    compiled = torch.compile(partial(fo.step, TX), backend="aot_eager", fullgraph=True)
+    grads, state, params = arguments
+    expected = state, params
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            params, state = compiled(grads, state, params)
+            expected = fo.step(TX, grads, *expected)[::-1]
+    assert_close(params, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_derivatives_and_batches_of_numbers_that_are_computed_apart(monkeypatch):
+    """A maximum of equal numbers has the derivative of one."""
+    monkeypatch.setattr(execution, "COMPILED_LARGE", 1)
+    begin = torch.randn(3, dtype=torch.float64)
+
+    def outcome(numbers):
+        lr, beta2, eps = numbers
+        params, tx = {"w": begin}, fo.adam(lr, (0.9, beta2), eps)
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = fo.step(tx, fo.tree.map(torch.sin, params), state, params)
+        return params["w"].square().sum()
+
+    numbers = torch.tensor([[0.1, 0.9, 1e-3], [0.2, 0.8, 1e-2]], dtype=torch.float64)
+    second = torch.func.grad(lambda numbers: torch.func.grad(outcome)(numbers).sin().sum())
+    for transformed in (torch.vmap(torch.func.grad(outcome)), torch.vmap(second)):
+        count, result = numbers_computed_apart(transformed, numbers)
+        assert count > 0
+        assert_close(result, transformed(numbers), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_no_power_is_computed_for_each_element(monkeypatch):
+    """Loops over elements are those of the names of tensors that are large."""
+
+    def loops_with_powers(elements):
+        monkeypatch.setattr(execution, "COMPILED_LARGE", elements)
+        torch._dynamo.reset()
+        tx = fo.scale_by_adam()
+        params = torch.randn(SIZE)
+        compiled = torch.compile(tx.update, fullgraph=True)
+        _, [code] = run_and_get_code(compiled, torch.randn(SIZE), tx.init(params))
+        loops = code.split("for(int64_t")[1:]
+        return [loop for loop in loops if "pow(" in loop and f"<static_cast<int64_t>({SIZE}L)" in loop]
+
+    assert loops_with_powers(1) == []
+    assert loops_with_powers(SIZE + 1) != []
