@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ import functorch_optim as fo
 from functorch_optim import execution
 
 FLAT = sys.modules["functorch_optim.execution.flat"]
+
+
+class MeanState(NamedTuple):
+    mean: torch.Tensor
+
+
 SHAPES = [(3,), (2, 2), (), (3,), (2, 2), (0, 2), (1,)]
 
 
@@ -181,6 +188,15 @@ def is_joined(joined, tx, params, transform=lambda function: function):
     return bool(joined)
 
 
+def weighted(weight):
+    """Make a rule whose number may be several."""
+
+    def update(g, state, p, s):
+        return s * g, MeanState(state.mean + s * g)
+
+    return fo.leafwise(MeanState, update, lambda step: weight, elementwise=True)
+
+
 def test_when_tensors_are_joined(joined, monkeypatch):
     joined.join(on=True)
     tx, params = fo.adam(0.1), [torch.ones(2), torch.ones(3)]
@@ -194,6 +210,8 @@ def test_when_tensors_are_joined(joined, monkeypatch):
     assert not is_joined(joined, fo.sgd(0.1), graded(2))
     assert not is_joined(joined, fo.chain(fo.adam(0.1), fo.clip_by_norm(1.0)), params)
     assert not is_joined(joined, fo.adam([0.1, 0.2]), graded(2))
+    assert not is_joined(joined, weighted(torch.ones(2)), graded(2))
+    assert is_joined(joined, weighted(torch.ones(())), graded(2))
     assert not is_joined(joined, tx, [torch.ones(FLAT.SMALL + 1, requires_grad=True) for _ in range(2)])
     assert is_joined(joined, tx, params, lambda f: lambda p: torch.func.jvp(f, (p,), (p,)))
     assert is_joined(joined, tx, [p.expand(2, -1) for p in params], torch.vmap)

@@ -310,17 +310,22 @@ def saved_by(function):
     return sum(storage.nbytes() for storage in storages.values()), outcome
 
 
+def in_two_parts(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return fo.apply_updates(params, updates), state
+
+
 @pytest.mark.parametrize("learned", [True, False])
-def test_only_the_means_are_saved_of_a_step(learned, again):
+@pytest.mark.parametrize("take", [in_two_parts, fo.step], ids=lambda take: take.__name__)
+def test_only_the_means_are_saved_of_a_step(take, learned, again):
     size = 1000
 
     def steps(count):
         g, _, tx = problem(size, learned=learned)
-        state, updates = tx.init(g), []
+        state, params = tx.init(g), g
         for _ in range(count):
-            update, state = tx.update(g, state)
-            updates.append(update)
-        return updates
+            params, state = take(tx, g, state, params)
+        return params
 
     ours, others = both_ways(again, lambda: saved_by(lambda: steps(4))[0] - saved_by(lambda: steps(2))[0])
     assert ours / 2 < 8 * size * 2.1

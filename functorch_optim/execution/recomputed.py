@@ -43,17 +43,24 @@ def recomputed(
     params: list[Tensor] | None,
     scalars: Sequence[Any],
 ) -> tuple[list[Tensor], list[Columns]]:
-    """Run elementwise rules, one after the other, on one tensor after the other; on large ones again in backward."""
-    if not any(rule.needs_params for rule in rules):
-        params = None
+    """Run elementwise rules, one after the other, on one tensor after the other; on large ones again in backward.
+
+    The last ones, where they have neither state nor numbers, do not: autograd saves nothing of a sum, as that of a
+    parameter and its update, and would have to save the parameter to compute it again.
+    """
+    last = len(rules)
+    while last > 0 and not states[last - 1] and not tree.flatten(scalars[last - 1])[0]:
+        last -= 1
+    needed = any(rule.needs_params for rule in rules[:last])
     new_updates: list[Tensor] = []
     new_states: list[Columns] = [map_columns(None, state) for state in states]
     for i, update in enumerate(updates):
         one = [make(type(columns), [[column[i]] for column in columns]) for columns in states]
+        p = [params[i]] if params is not None else None
         way = _saving_arguments if update.numel() >= LARGE else tensor_by_tensor
-        [new], some = way(rules, [update], one, [params[i]] if params is not None else None, scalars)
-        new_updates.append(new)
-        for columns, more in zip(new_states, some, strict=True):
+        new, some = way(rules[:last], [update], one[:last], p if needed else None, scalars[:last])
+        new_updates += tensor_by_tensor(rules[last:], new, one[last:], p, scalars[last:])[0]
+        for columns, more in zip(new_states, some, strict=False):
             for column, tensors in zip(columns, more, strict=True):
                 column.extend(tensors)
     return new_updates, new_states
@@ -167,7 +174,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needed, again = ctx.saved_tensors, ctx.needs_input_grad[2:], torch.is_grad_enabled()
         given = [k for k, cotangent in zip(ctx.outputs.computed, cotangents, strict=True) if cotangent is not None]
-        plain = not again and forward_ad._current_level < 0 and not any(map(_is_wrapped, cotangents))
+        plain = not again and not any(map(_is_wrapped, cotangents))
 
         def pulled(tensors: Sequence[Tensor]) -> Sequence[Any]:
             inputs = [_alias(t, on, plain) for t, on in zip(tensors[: len(saved)], needed, strict=True)]

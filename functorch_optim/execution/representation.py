@@ -74,7 +74,7 @@ def cast(
         if to_number and on_cpu and scalar.ndim == 0:
             return scalar.item()
         scalar = scalar.to(given.device, dtype, non_blocking=on_cpu)
-        # The maximum of equal numbers, which torch's compiler gives a loop of its own; of up to 8 it would unroll it.
+        # The maximum of equal numbers, which torch's compiler gives a loop of its own; of fewer it may unroll it.
         return scalar.expand(16).amax() if once and scalar.ndim == 0 else scalar
 
     return converted
