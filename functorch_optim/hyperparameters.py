@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim.known import Known, as_tensor
 from functorch_optim.per_parameter import PerParameter, entry_of, fitting
+from functorch_optim.recorded import Recorded
 
 Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float] | Mapping[Any, Any] | Sequence[Any]
 """A number; a 0-dim tensor, which may require grad or be batched by vmap; a schedule: a function of the number of
@@ -61,9 +63,12 @@ class Live:
 
 def _evaluated(hyperparameter: Any, step: Tensor) -> Any:
     value: Any = hyperparameter
-    if callable(hyperparameter):
-        value = hyperparameter.read() if isinstance(hyperparameter, Live) else hyperparameter(step - 1)
-    if isinstance(value, PerParameter) or is_tree(value):  # a function of the step may return trees, too
+    if isinstance(hyperparameter, Live):
+        value = hyperparameter.read()
+    elif callable(hyperparameter):
+        count = step - 1
+        value = hyperparameter(count if isinstance(hyperparameter, Recorded) else as_tensor(count))
+    if isinstance(value, PerParameter | Known) or is_tree(value):  # a function of the step may return trees, too
         return value
     return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
 

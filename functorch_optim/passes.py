@@ -13,6 +13,7 @@ from torch import Tensor
 from functorch_optim import execution, tree
 from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
 from functorch_optim.execution.in_place import can_donate
+from functorch_optim.known import settled
 from functorch_optim.links import Link
 from functorch_optim.per_parameter import Place, check_shared, differs, resolved
 from functorch_optim.rule import TreeRule
@@ -319,11 +320,11 @@ def _scalars_of(
         wanted["updates"] = updates
     step = step.to(torch.float64)
     if rule.carry is None:
-        return rule.scalars(step, **wanted), carried
+        return tree.map(settled, rule.scalars(step, **wanted)), carried
     scalars, new = rule.scalars(step, rule.carried_type(*carried), **wanted)
     check_shared(rule.name, rule.counters[1:], new)
     # The numbers are float64, but torch.optim keeps float32: what comes out of its checkpoints stays so.
-    return scalars, tuple([n.to(old) for n, old in zip(new, carried, strict=True)])
+    return tree.map(settled, scalars), tuple([n.to(old) for n, old in zip(new, carried, strict=True)])
 
 
 # States of many leaves: a NamedTuple of lists. ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim.known import settled
 from functorch_optim.stand_in import StandIn
 from functorch_optim.tree import Tree
 
@@ -57,7 +58,9 @@ def differs(scalars: Any) -> bool:
 
 def resolved(scalars: Any, place: Place) -> Any:
     """Evaluate what differs between parameters for one of them."""
-    return tree.map(lambda scalar: scalar.at_place(place) if isinstance(scalar, PerParameter) else scalar, scalars)
+    return tree.map(
+        lambda scalar: settled(scalar.at_place(place)) if isinstance(scalar, PerParameter) else scalar, scalars
+    )
 
 
 def entry_of(values: Tree, place: Place) -> Any:

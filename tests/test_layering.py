@@ -12,6 +12,7 @@ LAYERS = [
     "tree",
     "numerics",
     "stand_in",
+    "known",
     "per_parameter",
     "control",
     "recorded",

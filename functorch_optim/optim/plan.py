@@ -11,6 +11,7 @@ from functorch_optim import lift, passes, tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.checks import HALF, check_updates
 from functorch_optim.execution import writing
+from functorch_optim.known import Known
 from functorch_optim.layout import numbered
 from functorch_optim.links import Link, select
 from functorch_optim.passes import Bucket, Donations, Leaves
@@ -138,8 +139,9 @@ class Plan:
                 tree_states = {**tree_states, k: self._initial(link, params)}
         columns = [self._columns(k, grads, states, tree_states) for k in range(len(self.links))]
         leaves = Leaves(self._structure, self.path, params, self.active)
+        known = donations is not None and not torch.compiler.is_compiling()
         buckets = [
-            Bucket(members, self.steps(step, fresh), self._carried(states[members[0]], self.parts[members[0]]))
+            Bucket(members, self.steps(step, fresh, known), self._carried(states[members[0]], self.parts[members[0]]))
             for (step, fresh, _), members in groups.items()
         ]
         if donations is not None:
@@ -228,17 +230,19 @@ class Plan:
                 column[i] = states[i][key]
         return state_type(*columns) if columns else ()
 
-    def steps(self, step: float, fresh: tuple[int, ...]) -> list[Tensor | None]:
+    def steps(self, step: float, fresh: tuple[int, ...] = (), known: bool = True) -> list[Any]:
         """Return for each link the number of the next update.
 
         Args:
             step: number of updates done.
             fresh: links that are at their first, whatever that is.
+            known: whether it may be computed with in python.
         """
-        now = torch.tensor(step + 1, dtype=torch.float64, device="cpu")
-        first = torch.ones_like(now)
+        first, now = Known(1.0), Known(step + 1)
+        numbers = [first if k in fresh else now for k in range(len(self.links))]
         return [
-            None if link.rule.scalars is None else first if k in fresh else now for k, link in enumerate(self.links)
+            None if link.rule.scalars is None else number if known else number.tensor
+            for link, number in zip(self.links, numbers, strict=True)
         ]
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:

@@ -138,7 +138,7 @@ class Steady:
             numbers = {}
             if used:
                 carried = [tuple([tensors[0] for tensors in numbers]) for numbers in bucket.carried]
-                at = Bucket(bucket.members, plan.steps(done, ()), carried)
+                at = Bucket(bucket.members, plan.steps(done), carried)
                 numbers = scalars_of(plan.links, used, at, extra, seen)
             evaluated.append(numbers)
 

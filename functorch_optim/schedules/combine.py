@@ -28,7 +28,7 @@ def join(schedules: Sequence[Callable[[Tensor], Number]], milestones: Sequence[N
         tensor([1.0000, 1.0000, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
     """
     check_milestones(milestones, "schedules", schedules, "join([warmup, decay], [100])")
-    return follow(tuple(schedules), tuple(milestones))
+    return follow([Schedule.of(schedule) for schedule in schedules], tuple(milestones))
 
 
 @factory
@@ -54,5 +54,5 @@ def product(*schedules: Callable[[Tensor], Number]) -> Callable[[Tensor], Number
     """
     if not schedules:
         raise ValueError("product got no schedule; as in product(warmup, decay)")
-    factors = [Schedule(schedule) for schedule in schedules]
+    factors = [Schedule.of(schedule) for schedule in schedules]
     return lambda step: functools.reduce(operator.mul, [factor(step) for factor in factors])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functorch_optim.hyperparameters import check_choice, check_integer
 from functorch_optim.schedules.pieces import between, follow, half_wave, mix
-from functorch_optim.schedules.schedule import Number, check_numbers, factory
+from functorch_optim.schedules.schedule import Number, Schedule, check_numbers, factory
 
 _COUNTABLE = 2**53  # the largest number up to which float64 has every whole number
 
@@ -146,7 +146,7 @@ def cyclic(
 
     def scale(step: Tensor, completed: Tensor) -> Number:
         if scale_fn is not None:
-            return scale_fn(1 + completed if scale_mode == "cycle" else step)
+            return Schedule.of(scale_fn)(1 + completed if scale_mode == "cycle" else step)
         if mode == "triangular":
             return 1.0
         return 0.5**completed if mode == "triangular2" else gamma**step

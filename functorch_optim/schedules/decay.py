@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.hyperparameters import check_choice
+from functorch_optim.known import where
 from functorch_optim.schedules.pieces import between, mix, progress
 from functorch_optim.schedules.schedule import Number, check_numbers, factory
 
@@ -132,7 +133,7 @@ def polynomial(
         left = 1 - progress(step, total_iters)
         over = left == 0  # where the derivative of a root is infinite
         last = (torch.as_tensor(power, device=step.device) == 0).to(step)  # 0^0 = 1
-        return mix(end_value, value, torch.where(over, last, torch.where(over, 1, left) ** power))
+        return mix(end_value, value, where(over, last, where(over, 1, left) ** power))
 
     return function
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.hyperparameters import check_choice
+from functorch_optim.known import where
 from functorch_optim.schedules.pieces import between, follow, legs
 from functorch_optim.schedules.schedule import (
     Number,
@@ -256,4 +257,4 @@ def _one_cycle(
     # As in torch, a boundary belongs to the phase that ends there: the next one may have no length.
     course = follow(legs(values, milestones, anneal_strategy), milestones[:-1], operator.gt)
     # The last phase stays at its end by itself; but in three phases, a rise of more than half leaves no time for it.
-    return lambda step: course(torch.where(step < end, step, end))
+    return lambda step: course(where(step < end, step, end))

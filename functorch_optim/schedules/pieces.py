@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_optim.known import where
 from functorch_optim.numerics import safe_sqrt
 from functorch_optim.schedules.schedule import Number
 
@@ -15,8 +16,8 @@ from functorch_optim.schedules.schedule import Number
 def progress(step: Tensor, total_iters: Number) -> Tensor:
     """Return step / total_iters until the end, and 1, with derivative zero, from there on."""
     under_way = step < total_iters
-    length = torch.where(under_way, total_iters, torch.ones_like(step))
-    return torch.where(under_way, step / length, 1)
+    length = where(under_way, total_iters, torch.ones_like(step))
+    return where(under_way, step / length, 1)
 
 
 def mix(start: Number, end: Number, weight: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def follow(
             if i < len(milestones):
                 holds = holds & ~past(step, milestones[i])
             # A piece is not asked for steps at which it does not hold: it need not be finite there.
-            value = torch.where(holds, piece(torch.where(holds, step - begin, 0)), value)
+            value = where(holds, piece(where(holds, step - begin, 0)), value)
         return value
 
     return function

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim.hyperparameters import check
+from functorch_optim.known import Known
 from functorch_optim.recorded import Recorded
 
 _P = ParamSpec("_P")
@@ -41,14 +42,23 @@ class Schedule(Recorded):
         self._function = function
         self._call = (Schedule, (function,), {})
 
+    @classmethod
+    def of(cls, function: Callable[[Tensor], Number]) -> "Schedule":
+        """Make a schedule of a function, unless it is one."""
+        return function if isinstance(function, Schedule) else cls(function)
+
     def __call__(self, step: Number) -> Tensor:
         """Return the value at this step.
 
         Args:
             step: number of updates already done: number or tensor.
         """
-        step = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
-        return self._function(step) + torch.zeros_like(step)
+        given: Any = step
+        if not isinstance(given, Known):
+            given = given.to(torch.float64) if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+        elif self._call[0] is Schedule:  # a function of the user's
+            given = given.tensor
+        return self._function(given) + torch.zeros_like(given)
 
     def __add__(self, other: Any) -> Any:
         return _combined(operator.add, self, other)
@@ -82,8 +92,10 @@ def _combined(operation: Callable[..., Any], *operands: Any) -> Any:
     if not all(callable(operand) or isinstance(operand, Tensor | Real) for operand in operands):
         return NotImplemented
 
+    functions = [Schedule.of(operand) if callable(operand) else operand for operand in operands]
+
     def function(step: Tensor) -> Number:
-        values: Number = operation(*[operand(step) if callable(operand) else operand for operand in operands])
+        values: Number = operation(*[operand(step) if callable(operand) else operand for operand in functions])
         return values
 
     schedule = Schedule(function)

@@ -8,6 +8,7 @@ from torch import Tensor
 from functorch_optim.base import GradientTransformation, factory, leafwise
 from functorch_optim.execution.foreach import norms
 from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_number
+from functorch_optim.known import alike, where
 from functorch_optim.numerics import safe_norm
 
 
@@ -139,14 +140,15 @@ def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor
         return torch.zeros_like(like)
     taken = norms(tensors, norm_type)
     if any(norm.device != taken[0].device or norm.dtype != taken[0].dtype for norm in taken):
-        taken = [norm.to(device=like.device, dtype=like.dtype) for norm in taken]
-    return safe_norm(torch.stack(taken).to(device=like.device, dtype=like.dtype), norm_type)
+        taken = [norm.to(device=taken[0].device, dtype=torch.float64) for norm in taken]
+    [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
+    return alike(norm, like)
 
 
 def _shrink(norm: Tensor, max_norm: Any) -> Tensor:
     """Return min(1, max_norm / norm); NaN for NaN; with derivative zero where nothing is clipped."""
     fits = norm <= max_norm
-    return torch.where(fits, 1, max_norm / torch.where(fits, 1, norm))
+    return where(fits, 1, max_norm / where(fits, 1, norm))
 
 
 def _finite_part(g: Tensor) -> Tensor:
