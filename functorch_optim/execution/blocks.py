@@ -18,10 +18,8 @@ from functorch_optim.rule import Rule
 
 BLOCK = 1 << 18
 """Elements of a block: some buffers of a MiB each stay in the cache, and the calls for each do not weigh."""
-SMALL = 1 << 12
+SMALL = 1 << 15
 """Elements below which it is cheaper to copy a tensor than to make the calls for it alone."""
-SMALL_COMPILED = 1 << 14
-"""The same for a compiled kernel: one call, which costs as much as many others."""
 
 
 def in_blocks(

@@ -88,8 +88,8 @@ class InPlace:
             layouts = [layout_of(param) for param in self.params]
             self.mirrors: list[tuple[Tensor, Tensor]] = []  # tensors that lie otherwise, and copies that lie right
             columns = [self._lying(column, layouts) for column in self.columns]
-            lengths = (None, blocks.SMALL_COMPILED) if self.compiled else (blocks.BLOCK, blocks.SMALL)
-            self.blocks = Blocks(self.program.dtype, columns, layouts, *lengths)
+            length = None if self.compiled else blocks.BLOCK
+            self.blocks = Blocks(self.program.dtype, columns, layouts, length, blocks.SMALL)
             self.cuts = [self.blocks.cut(column) for column in columns]
 
     def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
