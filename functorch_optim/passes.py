@@ -149,7 +149,9 @@ def run(
             for i in bucket.members:
                 if updates[i] is not None:
                     applying = tuple([k for k in members if leaves.active[k][i]])
-                    updates[i] = u = _as_rules_take_it(updates[i], [links[k].rule for k in applying], leaves.path, i)
+                    u = updates[i]
+                    if u.layout != torch.strided and applying:
+                        updates[i] = u = _as_rules_take_it(u, [links[k].rule for k in applying], leaves.path, i)
                     alone = i if u.layout == torch.sparse_coo else None
                     groups.setdefault((applying, u.device, u.dtype, alone), []).append(i)
             used = {k for applying, *_ in groups for k in applying}
@@ -184,8 +186,6 @@ def _as_rules_take_it(update: Tensor, rules: Sequence[Any], path: Path, i: int) 
     Raises:
         RuntimeError: a rule refuses it.
     """
-    if update.layout == torch.strided or not rules:
-        return update
     if update.layout != torch.sparse_coo:
         raise RuntimeError(
             f"The gradient of {path(i)!r} has layout {update.layout}; of sparse ones only torch.sparse_coo is supported"

@@ -29,6 +29,7 @@ from functorch_optim.execution.representation import (
     as_it_is,
     as_reals,
     cast,
+    each,
     like,
     map_columns,
     narrowed,
@@ -70,20 +71,20 @@ def run(
     one_program = blockwise and all(rule.elementwise for rule in rules)
     compiled_large = torch.compiler.is_compiling() and sum([update.numel() for update in updates]) >= COMPILED_LARGE
     widen = as_it_is if one_program else widened  # blocks are widened one at a time
-    new_updates = [widen(update) for update in updates]
+    new_updates = each(widen, updates)
     new_states = [map_columns(widen, state) for state in states]
-    wide_params = [widen(param) for param in params] if params is not None else None
+    wide_params = each(widen, params) if params is not None else None
     given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
-    versions = [tensor._version for tensor in given if not tensor.is_inference()] if eagerly else []
+    versions = _versions(given) if eagerly else []
     for elementwise, members in groupby(range(len(rules)), key=lambda k: rules[k].elementwise):
         links = list(members)
-        view = as_reals if elementwise else as_it_is
+        view = as_reals if elementwise and updates[0].is_complex() else as_it_is
         sample = widened(new_updates[0].new_empty(0)) if one_program else new_updates[0]
         converted = cast(sample, updates[0].dtype, to_number=eagerly, as_pairs=elementwise, once=compiled_large)
         arguments = (
-            [view(update) for update in new_updates],
+            each(view, new_updates),
             [map_columns(view, new_states[k]) for k in links],
-            [view(param) for param in wide_params] if wide_params is not None else None,
+            each(view, wide_params) if wide_params is not None else None,
             tree.map(converted, [scalars[k] for k in links]),
         )
         way = tensor_by_tensor
@@ -99,16 +100,26 @@ def run(
         if not elementwise and any(new.shape != view(old).shape for new, old in zip(results, new_updates, strict=True)):
             new_updates = results  # it has not kept shapes, which is found there where paths are known
             break
-        new_updates = [like(new, old) for new, old in zip(results, new_updates, strict=True)]
+        if view is as_reals:
+            results = [like(new, old) for new, old in zip(results, new_updates, strict=True)]
+            columns = [zip_columns(like, column, new_states[k]) for k, column in zip(links, columns, strict=True)]
+        new_updates = results
         for k, column in zip(links, columns, strict=True):
-            new_states[k] = zip_columns(like, column, new_states[k])
-    if eagerly and versions != [tensor._version for tensor in given if not tensor.is_inference()]:
+            new_states[k] = column
+    if eagerly and versions != _versions(given):
         names = ", ".join([rule.name for rule in rules])
         raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
     return (
         [narrowed(new, old) for new, old in zip(new_updates, updates, strict=True)],
         [zip_columns(narrowed, new, old) for new, old in zip(new_states, states, strict=True)],
     )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode have none
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _run_touched(

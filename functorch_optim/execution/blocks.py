@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim.execution.foreach import foreach
 from functorch_optim.execution.kernel import Kernel, kernel
 from functorch_optim.execution.program import Program, record
 from functorch_optim.execution.representation import Columns, make, widened
@@ -29,8 +30,14 @@ def in_blocks(
     params: list[Tensor] | None,
     scalars: Sequence[Any],
 ) -> tuple[list[Tensor], list[Columns]]:
-    """Run elementwise rules, one after the other, block by block, into new tensors."""
+    """Run elementwise rules, one after the other, into new tensors: block by block, and on small ones with foreach ops.
+
+    To put small tensors together and to take the results apart again costs more than a few calls for each.
+    """
     program = record(rules, states, params is not None, scalars, widened(updates[0].new_empty(0)))
+    is_small = [update.numel() < SMALL for update in updates]
+    if any(is_small):
+        return _parted(is_small, rules, updates, states, params, scalars)
     kept = [column for state in states for column in state]
     inputs = [updates, *([params] if params is not None else []), *kept]
     layouts = [layout_of(update) for update in updates]
@@ -42,6 +49,41 @@ def in_blocks(
         run(program, blocks, *cuts, in_place, tree.flatten(list(scalars))[0], Room(updates[0].device))
     new_columns = iter(outputs[1:])
     return outputs[0], [make(type(state), [next(new_columns) for _ in state]) for state in states]
+
+
+def _parted(
+    is_small: list[bool],
+    rules: Sequence[Rule],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run rules on small tensors with foreach ops, and on others block by block."""
+
+    def of(column: list[Tensor], which: bool) -> list[Tensor]:
+        chosen = [tensor for tensor, small in zip(column, is_small, strict=True) if small == which]
+        return [widened(tensor) for tensor in chosen] if which else chosen
+
+    def run_on(which: bool) -> tuple[list[Tensor], list[Columns]]:
+        some = [make(type(state), [of(column, which) for column in state]) for state in states]
+        way = foreach if which else in_blocks
+        return way(rules, of(updates, which), some, None if params is None else of(params, which), scalars)
+
+    small = run_on(True)
+    if all(is_small):
+        return small
+    large = run_on(False)
+
+    def merged(some: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+        of_small, of_large = iter(some), iter(others)
+        return [next(of_small if small else of_large) for small in is_small]
+
+    columns = [
+        make(type(state), [merged(*fields) for fields in zip(*both, strict=True)])
+        for state, *both in zip(states, small[1], large[1], strict=True)
+    ]
+    return merged(small[0], large[0]), columns
 
 
 class Piece(NamedTuple):

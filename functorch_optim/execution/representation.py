@@ -37,6 +37,11 @@ def as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def each(function: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Apply a function to every tensor."""
+    return tensors if function is as_it_is else [function(tensor) for tensor in tensors]
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """Make pairs of reals complex again."""
     if other.is_complex() and not tensor.is_complex():
@@ -95,7 +100,7 @@ def row(columns: Columns, i: int) -> Any:
 
 def map_columns(function: Callable[[Tensor], Tensor] | None, columns: Columns) -> Columns:
     """Apply a function to every tensor; without one, make empty columns."""
-    return make(type(columns), [[function(tensor) for tensor in column] if function else [] for column in columns])
+    return make(type(columns), [each(function, column) if function else [] for column in columns])
 
 
 def zip_columns(function: Callable[[Tensor, Tensor], Tensor], columns: Columns, others: Columns) -> Columns:
