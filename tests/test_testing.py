@@ -287,13 +287,11 @@ def test_every_property_can_fail():
 
 
 def test_the_smallest_tree_is_reported():
-    def wrong_for_vectors(g, state, p, s):
-        return (
-            g * 1.001 if g.ndim == 1 and torch.compiler.is_compiling() is False and g.stride() == (2,) else g
-        ), state
+    def wrong_for_vectors(updates, params):
+        return fo.tree.map(lambda g, p: g.half() if p.ndim == 1 else g, updates, params)
 
     with pytest.raises(testing.PropertyError) as caught:
-        testing.check_transformation(fo.leafwise(None, wrong_for_vectors), skip=only("steps"), examples=200)
+        testing.check_transformation(fo.stateless(wrong_for_vectors), skip=only("kept"))
     [leaf] = fo.tree.flatten(caught.value.on.params)[0]
     assert leaf.shape == (1,)
     assert len(caught.value.on.history) == 1
@@ -304,7 +302,7 @@ def test_what_depends_on_earlier_calls_is_reported_as_that():
 
     def function(updates, params):
         calls.append(1)
-        return fo.tree.map(lambda g: g if len(calls) < 20 else 2 * g, updates)
+        return fo.tree.map(lambda g: len(calls) * g if 9 < len(calls) < 13 else g, updates)
 
     with pytest.raises(testing.PropertyError, match="pure does not hold") as caught:
         testing.check_transformation(fo.stateless(function), skip=only("pure"))
