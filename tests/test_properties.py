@@ -11,16 +11,23 @@ from copies import through_pickle
 
 import functorch_optim as fo
 from functorch_optim import execution
-from functorch_optim.testing.properties import COMPLETE, DRAWN
+from functorch_optim.testing.properties import COMPLETE, INCOMPLETE
 
-properties = pytest.mark.parametrize("check", [*DRAWN, *COMPLETE], ids=lambda check: check.__name__)
+properties = pytest.mark.parametrize("check", [*COMPLETE, *INCOMPLETE], ids=lambda check: check.__name__)
 
 
 @rows
 @properties
-def test_property(row, check, device):
+def test_property(row, check, device="cpu"):
     if check.__name__ != "schedules" or row.scheduled:
-        check(row.subject, make_problem(device, missing=check in DRAWN))
+        check(row.subject, make_problem(device, missing=check in INCOMPLETE))
+
+
+@rows
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_properties_on_a_gpu(row):
+    for check in (*COMPLETE, *INCOMPLETE):
+        test_property(row, check, "cuda")
 
 
 @hyperparameters

@@ -88,6 +88,14 @@ def assert_untouched(before):
 
 
 @rows
+def test_a_step_in_single_precision_is_an_update_and_its_application(row):
+    """In double precision it is a property of test_properties.py, and so is that nothing is modified."""
+    tx, params = row(), make_params(torch.float32)
+    history = list(histories(params, 4, missing=(2,)))
+    assert_close(run(fo.step, tx, params, history), run(by_update, tx, params, history), rtol=1e-5, atol=1e-5)
+
+
+@rows
 @ways
 def test_a_step_in_place_writes_into_the_tensors_given(row, way, compiled):
     tx, params = row(), make_params()

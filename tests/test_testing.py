@@ -344,21 +344,21 @@ def by_shape(params):
 
 RIGHT = {
     "rule": (lion, {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}, {}),
-    "whole tree": (momentum, {"lr": 0.1, "beta": 0.9}, {}),
+    "whole tree": (momentum, {"lr": 0.1, "beta": 0.9}, {"skip": {"compiled"}}),
     "transformation": (fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.cosine(0.1, 5), eps=1e-3)), {}, {}),
-    "stateless": (fo.stateless(lambda updates, params: fo.tree.map(torch.sin, updates)), {}, {}),
+    "stateless": (fo.stateless(lambda updates, params: fo.tree.map(torch.sin, updates)), {}, {"skip": {"compiled"}}),
     "parts": (
         lambda lr: fo.partition({True: fo.adam(lr, eps=1e-3), False: fo.sgd(lr, 0.9)}, by_shape),
         {"lr": 0.1},
         {},
     ),
-    "extras": (scaled_by_loss, {"lr": 0.1, "power": 1}, {"extra": {"size": 2.0}, "skip": {"stateful"}}),
+    "extras": (scaled_by_loss, {"lr": 0.1, "power": 1}, {"extra": {"size": 2.0}, "skip": {"stateful", "compiled"}}),
     "certain parameters": (
         lambda lr: fo.masked(fo.scale(lr), {"w": True, "b": False}),
         {"lr": 0.1},
         {
             "params": st.fixed_dictionaries({name: testing.tensors([torch.float64]) for name in "wb"}),
-            "skip": {"leaves", "stateful"},
+            "skip": {"leaves", "stateful", "compiled"},
         },
     ),
 }
@@ -367,14 +367,13 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_passes(name):
     make, numbers, options = RIGHT[name]
-    testing.check_transformation(make, numbers, **{"examples": 4, **options})
+    testing.check_transformation(make, numbers, **{"examples": 2, **options})
 
 
-@pytest.mark.parametrize("name", ["adam_amsgrad", "nadam", "rmsprop_centered", "muon", "lbfgs_search"])
-def test_rows_of_the_catalogue_pass(name):
-    """All others are checked, property by property, in test_properties.py, on a tree that is not drawn."""
-    row = next(row for row in CATALOGUE if row.name == name)
-    testing.check_transformation(row.make, row.hyperparameters, tolerance=row.tolerance, examples=3)
+def test_a_row_of_the_catalogue_passes():
+    """All others are checked in test_properties.py, property by property, on a tree that is not drawn."""
+    row = next(row for row in CATALOGUE if row.name == "lbfgs_search")
+    testing.check_transformation(row.make, row.hyperparameters, tolerance=row.tolerance, examples=2)
 
 
 def test_names_of_properties():

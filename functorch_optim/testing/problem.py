@@ -26,6 +26,12 @@ class Subject:
             tensors and schedules. All else is passed on as it is.
         tolerance: of rounding in float64, relative.
         functional: what makes the functional form of an optimizer class.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> subject = Subject(fo.adam, {"lr": 0.1, "betas": (0.9, 0.99)})
+        >>> list(subject.numbers), subject({"betas.1": 0.5})
+        (['betas.0', 'betas.1', 'lr'], adam(lr=0.1, betas=(0.9, 0.5)))
     """
 
     make: Callable[..., Any]
@@ -71,6 +77,13 @@ class Problem:
         history: for each step, a tree like the parameters that its loss depends on, None where there is no gradient.
         extra: what `update` is given by keyword, besides `value`, the loss, and `value_fn`, the function of the
             parameters that computes it; a transformation gets what it declares.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> problem = Problem(torch.zeros(2), [torch.ones(2), torch.ones(2)])
+        >>> params, state = problem.train(fo.sgd(1.0))
+        >>> params
+        tensor([-2.5354, -2.5354])
     """
 
     params: Tree

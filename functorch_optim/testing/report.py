@@ -17,6 +17,16 @@ class PropertyError(AssertionError):
     Attributes:
         name: of the property.
         on: what it was run on: the smallest that was found.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> from functorch_optim import testing
+        >>> negated = fo.stateless(lambda updates, params: fo.tree.map(torch.neg_, updates))
+        >>> try:
+        ...     testing.check_transformation(negated)
+        ... except testing.PropertyError as error:
+        ...     print(error.name, error.on.params)
+        pure tensor(1.5410, dtype=torch.float64)
     """
 
     def __init__(self, check: Callable[..., None], problem: Any, why: str) -> None:
