@@ -16,18 +16,22 @@ from functorch_optim.testing.properties import COMPLETE, INCOMPLETE
 properties = pytest.mark.parametrize("check", [*COMPLETE, *INCOMPLETE], ids=lambda check: check.__name__)
 
 
-@rows
-@properties
-def test_property(row, check, device="cpu"):
+def holds(row, check, device):
     if check.__name__ != "schedules" or row.scheduled:
         check(row.subject, make_problem(device, missing=check in INCOMPLETE))
+
+
+@rows
+@properties
+def test_property(row, check):
+    holds(row, check, "cpu")
 
 
 @rows
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_properties_on_a_gpu(row):
     for check in (*COMPLETE, *INCOMPLETE):
-        test_property(row, check, "cuda")
+        holds(row, check, "cuda")
 
 
 @hyperparameters
