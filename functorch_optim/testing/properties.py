@@ -393,9 +393,9 @@ def vmap_hyperparameters(subject: Subject, problem: Problem) -> None:
 def derivatives(subject: Subject, problem: Problem) -> None:
     """Derivatives through training, by parameters, gradients and hyperparameters, equal finite differences.
 
-    `torch.func.grad`, `jacfwd` and `jvp` give the same. A momentum that is detached is noticed, and a hyperparameter
-    whose value at which it matters is given: `eps=1e-3` rather than 1e-8. Skip it for a transformation that is not
-    differentiable on purpose.
+    `torch.func.grad`, `jacfwd` and `jvp` give the same. What is detached on the way is noticed: a momentum, say, or a
+    hyperparameter, at a value at which it matters: `eps=1e-3` rather than 1e-8. Skip it for a transformation that is
+    not differentiable on purpose.
     """
     check_first_derivatives(OfVector(*_training(subject, problem)))
 
