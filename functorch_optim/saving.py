@@ -82,8 +82,8 @@ def load_state_dict(
         State built like `state`, with the saved values in its own dtypes and on its own devices.
 
     Raises:
-        ValueError: paths or shapes differ; the message names the first that does. Or an optimizer's state dict has
-            parameters at different steps, where a state has one step; see `from_torch`.
+        ValueError: paths or shapes differ, or something is not what belongs there; the message names the first. Or an
+            optimizer's state dict has parameters at different steps, where a state has one step; see `from_torch`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -95,6 +95,7 @@ def load_state_dict(
         {'w': tensor([1.])}
     """
     present = _by_path(state)
+    check_is_dict("state", saved)
     loaded = saved if params is None else _gathered(_places(state, params), saved, _keys(params, by))
     for path in (*present, *loaded):
         if path not in loaded or path not in present:
@@ -110,9 +111,33 @@ def load_state_dict(
                 f"The saved {path!r} has shape {tuple(loaded[path].shape)}, but the state's has {tuple(leaf.shape)}; "
                 "it was saved from other parameters"
             )
+        _check_values(path, loaded[path], leaf)
     leaves, structure = tree.flatten(state)
     values = zip(tree.paths(state), leaves, strict=True)
     return tree.unflatten(structure, [None if leaf is None else loaded[path].to(leaf) for path, leaf in values])
+
+
+def check_is_dict(what: str, saved: Any) -> None:
+    """Raise when what was saved, as what the message says, is no dict.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"The saved {what} is of type {type(saved).__name__}, where a dict belongs")
+
+
+def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:
+    """Raise when a saved tensor has values that the state's cannot have."""
+    if saved.is_complex() > leaf.is_complex():
+        raise ValueError(f"The saved {path!r} is {saved.dtype}, but the state's is {leaf.dtype}")
+    if saved.is_meta or leaf.is_floating_point() or leaf.is_complex():
+        return
+    counts = path.split(".")[-1] == "step"
+    wrong = saved[(saved.to(leaf.dtype) != saved) | (saved < 0) if counts else saved.to(leaf.dtype) != saved]
+    if wrong.numel():
+        what = "it is a count of updates" if counts else f"the state's is {leaf.dtype}"
+        raise ValueError(f"The saved {path!r} is {wrong[0].item()}, but {what}")
 
 
 def _by_path(state: Tree) -> dict[str, Tensor]:
@@ -212,6 +237,10 @@ def _fields(part: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
 def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
     """Collect from what `state_dict` or an optimizer saved, by path in the state."""
     states, rest = saved.get("state", {}), saved.get(REST, {})
+    check_is_dict("state", states)
+    check_is_dict(f"state of functions of the whole tree, {REST!r},", rest)
+    for key, own in states.items():
+        check_is_dict(f"state of parameter {key!r}", own)
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise ValueError(

@@ -237,6 +237,7 @@ class OptimizerBase(torch.optim.Optimizer):
 
     def _check_loaded(self, former: "OptimizerBase") -> None:
         """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
+        saving.check_is_dict("state dict", state_dict)
 
         Args:
             former: the optimizer as it was.
@@ -246,11 +247,7 @@ class OptimizerBase(torch.optim.Optimizer):
             raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
         saved = self.state.get(REST, {})
         for name, one in [(REST, saved), *(saved.items() if isinstance(saved, dict) else ())]:
-            if not isinstance(one, dict):
-                raise ValueError(
-                    f"The saved state of functions of the whole tree, {name!r}, is of type {type(one).__name__}, "
-                    "where a dict belongs"
-                )
+            saving.check_is_dict(f"state of functions of the whole tree, {name!r},", one)
         saved, tree_states = dict(saved), {}
         for index in range(self._number_of_trees):
             plan = self._plan(index)
@@ -302,8 +299,7 @@ class _AsSaved:
 
 def _keep_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     state = state_dict["state"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"The saved state is of type {type(state).__name__}, where a dict belongs")
+    saving.check_is_dict("state", state)
     return {**state_dict, "state": {key: _AsSaved(value) for key, value in state.items()}}
 
 
