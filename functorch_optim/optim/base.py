@@ -93,9 +93,11 @@ class OptimizerBase(torch.optim.Optimizer):
             return again
         donations = Donations(functools.partial(self._work, index))
         updates, states, tree_states = self._compute(index, plan, extra, donations)
+        overwrites = donations.ready()
 
         def commit() -> None:
-            donations.run()
+            for overwrite in overwrites:
+                overwrite()
             moved = [i for i, update in enumerate(updates) if update is not None]
             writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
             self._write_states(plan.params, states)
@@ -121,13 +123,16 @@ class OptimizerBase(torch.optim.Optimizer):
         old, new = [], []
         recorded = torch.is_grad_enabled()  # then autograd may hold the old ones, also where they have no derivative
         for p, state in zip(params, states, strict=True):
+            replaced = {}
             for key, value in state.items():
                 present = self.state[p].get(key)
                 if not recorded and writing.is_room_for(present, value):
                     old.append(present)
                     new.append(value)
                 else:
-                    self.state[p][key] = value
+                    replaced[key] = value
+            if replaced:
+                self.state[p].update(replaced)  # at once, whatever interrupts
         writing.copy_(old, new)
 
     def _check_gradients(self) -> None:
@@ -232,12 +237,12 @@ class OptimizerBase(torch.optim.Optimizer):
         Raises:
             ValueError: groups, keys, shapes or values are not those of this optimizer.
         """
+        saving.check_is_dict("state dict", state_dict)
         with self.register_load_state_dict_pre_hook(_keep_as_saved):
             super().load_state_dict(state_dict)
 
     def _check_loaded(self, former: "OptimizerBase") -> None:
         """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
-        saving.check_is_dict("state dict", state_dict)
 
         Args:
             former: the optimizer as it was.
