@@ -133,7 +133,7 @@ def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:
         raise ValueError(f"The saved {path!r} is {saved.dtype}, but the state's is {leaf.dtype}")
     if saved.is_meta or leaf.is_floating_point() or leaf.is_complex():
         return
-    counts = path.split(".")[-1] == "step"
+    counts = path.rsplit(".", 1)[-1] == "step"
     wrong = saved[(saved.to(leaf.dtype) != saved) | (saved < 0) if counts else saved.to(leaf.dtype) != saved]
     if wrong.numel():
         what = "it is a count of updates" if counts else f"the state's is {leaf.dtype}"
@@ -164,6 +164,7 @@ class _Place(NamedTuple):
         names: what it is called in the state of each of them.
         shared: whether it may be several parameters'.
         of_all: whether it is the step of a rule that keeps nothing else, so that nothing tells whose it is.
+        idle: whether it is a number of a rule that is for none of the parameters.
     """
 
     path: str
@@ -172,6 +173,7 @@ class _Place(NamedTuple):
     names: Sequence[str]
     shared: bool
     of_all: bool = False
+    idle: bool = False
 
 
 def _add_steps(places: list[_Place], states: list[dict[str, Tensor]]) -> None:
@@ -207,7 +209,8 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
         names = [{field: numbered(field, counts[i]) for field in (*fields, *counters[1:])} for i in owners]
         for field in counters:
             own = [named.get(field, field) for named in names]  # there is one step for all rules
-            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns))
+            idle = bool(columns) and not owners
+            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns, idle))
         for field, column in columns.items():
             places += [
                 _Place(_dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
@@ -248,6 +251,9 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
         )
     found: dict[str, Tensor] = dict(rest)
     for place in places:
+        if place.idle:  # optimizers do not save it, and it changes nothing
+            found.setdefault(place.path, place.tensor)
+            continue
         owned = zip(place.owners, place.names, strict=True)
         owners = [(i, "step") for i in range(len(keys))] if place.of_all else list(owned)
         values = {keys[i]: states[keys[i]][name] for i, name in owners if name in states.get(keys[i], {})}
