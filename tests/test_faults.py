@@ -14,7 +14,7 @@ import torch
 from copies import through_a_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_like_cases import OPTIONS, assert_same, make_pair, parameters
+from torch_like_cases import OPTIONS, make_pair, parameters
 
 import functorch_optim as fo
 
@@ -129,12 +129,12 @@ def test_gradients_that_are_no_numbers(name, options, value):
 # What raises. ---------------------------------------------------------------------------------------------------------
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """What a user's function raises."""
 
 
 def raising(*args):
-    raise Broken
+    raise BrokenError
 
 
 def closure_midway(optimizer):
@@ -142,7 +142,7 @@ def closure_midway(optimizer):
         optimizer.zero_grad()
         loss = sum([p.square().sum() for p in parameters(optimizer)])
         loss.backward()
-        raise Broken
+        raise BrokenError
 
     optimizer.step(closure)
 
@@ -178,7 +178,7 @@ def accumulation_hook(optimizer):
 def test_what_raises_before_a_step(make, before, fault):
     optimizer = trained(make, before)
     give_gradients(optimizer, before)
-    with nothing_changes(optimizer), pytest.raises(Broken):
+    with nothing_changes(optimizer), pytest.raises(BrokenError):
         fault(optimizer)
 
 
@@ -187,7 +187,7 @@ def test_what_raises_before_a_step(make, before, fault):
 def test_hooks_that_raise_after_a_step(make, before):
     """The step is made, and the error goes on."""
     optimizer, twin = trained(make, before), trained(make, before)
-    with optimizer.register_step_post_hook(raising), pytest.raises(Broken):
+    with optimizer.register_step_post_hook(raising), pytest.raises(BrokenError):
         step(optimizer, before)
     step(twin, before)
     assert_equal(numbers(optimizer), numbers(twin))
@@ -205,7 +205,7 @@ def test_a_schedule_that_raises_in_the_last_group():
         step(optimizer, t)
     give_gradients(optimizer, 3)
     before = numbers(optimizer)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         optimizer.step()
     assert_equal(numbers(optimizer), before)
 
@@ -275,7 +275,9 @@ def test_memory_that_runs_out_in_place(foreach):
 
 def test_memory_that_runs_out_between_batches_of_foreach(monkeypatch):
     """Batches are written one after the other; each is whole, and none is counted."""
-    monkeypatch.setattr("functorch_optim.execution.in_place._batches", lambda tensors: [[i] for i in range(len(tensors))])
+    monkeypatch.setattr(
+        "functorch_optim.execution.in_place._batches", lambda tensors: [[i] for i in range(len(tensors))]
+    )
 
     def make():
         return fo.optim.RMSprop(make_params()[:3], momentum=0.9, foreach=True)
@@ -422,7 +424,10 @@ def test_checkpoints_that_are_cut_off():
 def test_checkpoints_that_are_no_dicts(name, foreign):
     optimizer = trained(OPTIMIZERS[name], 2)
     kind = type(foreign).__name__
-    with nothing_changes(optimizer), pytest.raises(ValueError, match=f"saved state dict is of type {kind}, where a dict"):
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=f"saved state dict is of type {kind}, where a dict"),
+    ):
         optimizer.load_state_dict(foreign)
 
 
@@ -478,7 +483,9 @@ def test_integers_that_are_no_counts():
 
 def test_complex_numbers_in_real_states(functional):
     state, _ = functional
-    with pytest.raises(ValueError, match="The saved '1.exp_avg.w' is torch.complex64, but the state's is torch.float32"):
+    with pytest.raises(
+        ValueError, match="The saved '1.exp_avg.w' is torch.complex64, but the state's is torch.float32"
+    ):
         fo.load_state_dict(state, {**fo.state_dict(state), "1.exp_avg.w": torch.ones(2) * 1j})
 
 
