@@ -347,7 +347,7 @@ def test_interrupts(make, before):
         count = lines_of(lambda: step(twin, before))
         new = numbers(twin)
     written = set()
-    for line in {*range(1, count, count // 5), *range(max(1, count - 60), count + 1, 6)}:
+    for line in {*range(1, count, count // 3), *range(max(1, count - 60), count + 1, 9)}:
         optimizer = trained(make, before)
         # An interrupt between a `with` and its body leaves autograd off; no Python code can help that.
         with suppress(KeyboardInterrupt), torch.enable_grad():

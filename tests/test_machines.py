@@ -190,7 +190,9 @@ class Training(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def edit(self, data):
-        key, value = data.draw(st.sampled_from(values_of(self.pair[1])))
+        ours, theirs = self.pair
+        both = [(key, value) for key, value in values_of(theirs) if key in ours.defaults]
+        key, value = data.draw(st.sampled_from(both))
         index = data.draw(st.integers(0, len(self.pair[0].param_groups) - 1))
         for optimizer in self.pair:
             optimizer.param_groups[index][key] = value
