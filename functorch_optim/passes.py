@@ -59,8 +59,17 @@ class Work(Protocol):
 
     needs_scalars: ClassVar[bool]
 
-    def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
-        """Make a step, given the updates, the numbers of the rules, and the number of the step."""
+    def ready(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> Callable[[], None]:
+        """Get ready for a step; change nothing.
+
+        Args:
+            updates: one for each parameter.
+            scalars: the numbers of the rules.
+            step: its number.
+
+        Returns:
+            What makes the step.
+        """
 
 
 class Donated(NamedTuple):
@@ -98,10 +107,9 @@ class Donations(list[Donated]):
         self.buckets: list[tuple[list[int], float]] = []
         self.complete = True
 
-    def run(self) -> None:
-        """Overwrite them."""
-        for bucket, _, _, work, updates, scalars in self:
-            work.run(updates, scalars, self.buckets[bucket][1])
+    def ready(self) -> list[Callable[[], None]]:
+        """Get ready to overwrite them; return what does."""
+        return [work.ready(updates, scalars, self.buckets[bucket][1]) for bucket, _, _, work, updates, scalars in self]
 
 
 def run(

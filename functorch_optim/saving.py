@@ -82,8 +82,8 @@ def load_state_dict(
         State built like `state`, with the saved values in its own dtypes and on its own devices.
 
     Raises:
-        ValueError: paths or shapes differ; the message names the first that does. Or an optimizer's state dict has
-            parameters at different steps, where a state has one step; see `from_torch`.
+        ValueError: paths or shapes differ, or something is not what belongs there; the message names the first. Or an
+            optimizer's state dict has parameters at different steps, where a state has one step; see `from_torch`.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -95,6 +95,7 @@ def load_state_dict(
         {'w': tensor([1.])}
     """
     present = _by_path(state)
+    check_is_dict("state", saved)
     loaded = saved if params is None else _gathered(_places(state, params), saved, _keys(params, by))
     for path in (*present, *loaded):
         if path not in loaded or path not in present:
@@ -110,9 +111,33 @@ def load_state_dict(
                 f"The saved {path!r} has shape {tuple(loaded[path].shape)}, but the state's has {tuple(leaf.shape)}; "
                 "it was saved from other parameters"
             )
+        _check_values(path, loaded[path], leaf)
     leaves, structure = tree.flatten(state)
     values = zip(tree.paths(state), leaves, strict=True)
     return tree.unflatten(structure, [None if leaf is None else loaded[path].to(leaf) for path, leaf in values])
+
+
+def check_is_dict(what: str, saved: Any) -> None:
+    """Raise when what was saved, as what the message says, is no dict.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"The saved {what} is of type {type(saved).__name__}, where a dict belongs")
+
+
+def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:
+    """Raise when a saved tensor has values that the state's cannot have."""
+    if saved.is_complex() > leaf.is_complex():
+        raise ValueError(f"The saved {path!r} is {saved.dtype}, but the state's is {leaf.dtype}")
+    if saved.is_meta or leaf.is_floating_point() or leaf.is_complex():
+        return
+    counts = path.rsplit(".", 1)[-1] == "step"
+    wrong = saved[(saved.to(leaf.dtype) != saved) | (saved < 0) if counts else saved.to(leaf.dtype) != saved]
+    if wrong.numel():
+        what = "it is a count of updates" if counts else f"the state's is {leaf.dtype}"
+        raise ValueError(f"The saved {path!r} is {wrong[0].item()}, but {what}")
 
 
 def _by_path(state: Tree) -> dict[str, Tensor]:
@@ -139,6 +164,7 @@ class _Place(NamedTuple):
         names: what it is called in the state of each of them.
         shared: whether it may be several parameters'.
         of_all: whether it is the step of a rule that keeps nothing else, so that nothing tells whose it is.
+        idle: whether it is a number of a rule that is for none of the parameters.
     """
 
     path: str
@@ -147,6 +173,7 @@ class _Place(NamedTuple):
     names: Sequence[str]
     shared: bool
     of_all: bool = False
+    idle: bool = False
 
 
 def _add_steps(places: list[_Place], states: list[dict[str, Tensor]]) -> None:
@@ -182,7 +209,8 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
         names = [{field: numbered(field, counts[i]) for field in (*fields, *counters[1:])} for i in owners]
         for field in counters:
             own = [named.get(field, field) for named in names]  # there is one step for all rules
-            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns))
+            idle = bool(columns) and not owners
+            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns, idle))
         for field, column in columns.items():
             places += [
                 _Place(_dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
@@ -212,6 +240,10 @@ def _fields(part: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
 def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
     """Collect from what `state_dict` or an optimizer saved, by path in the state."""
     states, rest = saved.get("state", {}), saved.get(REST, {})
+    check_is_dict("state", states)
+    check_is_dict(f"state of functions of the whole tree, {REST!r},", rest)
+    for key, own in states.items():
+        check_is_dict(f"state of parameter {key!r}", own)
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise ValueError(
@@ -219,6 +251,9 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
         )
     found: dict[str, Tensor] = dict(rest)
     for place in places:
+        if place.idle:  # optimizers do not save it, and it changes nothing
+            found.setdefault(place.path, place.tensor)
+            continue
         owned = zip(place.owners, place.names, strict=True)
         owners = [(i, "step") for i in range(len(keys))] if place.of_all else list(owned)
         values = {keys[i]: states[keys[i]][name] for i, name in owners if name in states.get(keys[i], {})}

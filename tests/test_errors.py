@@ -215,7 +215,10 @@ def test_batched_states_outside_of_vmap():
     ("update", "message"),
     [
         (lambda g, state, p, s: g, r"rule of <lambda> must return a pair, \(update, state\), but it returned"),
+        (lambda g, state, p, s: (g,), r"rule of <lambda> must return a pair, \(update, state\), but it returned"),
+        (lambda g, state, p, s: (g, state, 1), r"rule of <lambda> must return a pair, \(update, state\), but it ret"),
         (lambda g, state, p, s: (g, ()), r"must return a state like .* with mean, but it returned \(\)"),
+        (lambda g, state, p, s: (g, (g, g)), r"must return a state like .* with mean, but it returned \("),
         (lambda g, state, p, s: (g, None), "must return a state like .* with mean, but it returned None"),
     ],
 )

@@ -163,3 +163,18 @@ def test_numbers_carried_on_have_the_names_that_each_parameter_gives_them():
     optimizer.load_state_dict({**fo.state_dict(state, params, by="index"), "param_groups": groups})
     loaded = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
     assert_close(loaded, state, rtol=0, atol=0)
+
+
+def test_rules_that_are_for_no_parameter():
+    """A label that no parameter has: optimizers save nothing of its rules."""
+    tx = fo.partition({"matrix": fo.sgd(0.1, momentum=0.9), "vector": fo.nadam(0.1)}, "matrix")
+    params = {"w": torch.ones(2, 2)}
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, state = fo.Optimizer([("w", p)], tx), tx.init(params)
+    for _ in range(3):
+        p.grad = torch.ones(2, 2)
+        optimizer.step()
+        params, state = fo.step(tx, {"w": torch.ones(2, 2)}, state, params)
+    loaded = fo.load_state_dict(tx.init(params), optimizer.state_dict(), params, by="index")
+    grads = {"w": torch.ones(2, 2)}
+    assert_close(fo.step(tx, grads, loaded, params)[0], fo.step(tx, grads, state, params)[0])

@@ -199,6 +199,11 @@ class Blocks:
             for cut, index in outputs:
                 torch._foreach_copy_(cut.packs[k], room.parts(f"pack {index}", self.dtype, sizes))
 
+    def reserve(self, count: int, room: "Room") -> None:
+        """Take the memory for copies of packs, of so many inputs."""
+        for j in range(count):
+            room.of(f"pack {j}", self.dtype, max(map(sum, self.sizes), default=0))
+
 
 class Room:
     """Memory to work in, for one block after the other."""
@@ -261,6 +266,13 @@ def run(
         call(apart, row)
     for copies in blocks.joined(inputs, list(zip(outputs, overwritten, strict=True)), room):
         call(over_inputs, copies)
+
+
+def reserve(program: Program, blocks: Blocks, cut: Cut, in_place: tuple[str, ...], room: Room) -> None:
+    """Take the memory that `run` works in, so that it does not run out when something has been written."""
+    longest = max([*map(Tensor.numel, cut.alone), *map(sum, blocks.sizes)], default=0)
+    for i, dtype in enumerate(kernel(program, in_place).buffers):
+        room.of(f"{i} {dtype}", dtype, longest)
 
 
 def flat(tensor: Tensor, layout: Tensor) -> Tensor:

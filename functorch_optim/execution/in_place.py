@@ -91,29 +91,41 @@ class InPlace:
             length = None if self.compiled else blocks.BLOCK
             self.blocks = Blocks(self.program.dtype, columns, layouts, length, blocks.SMALL)
             self.cuts = [self.blocks.cut(column) for column in columns]
+            self.blocks.reserve(len(self.program.inputs), self.room)
+            if not self.compiled:
+                blocks.reserve(self.program, self.blocks, self.cuts[0], self.in_place, self.room)
 
-    def run(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> None:
-        """Make a step.
+    def ready(self, updates: list[Tensor], scalars: Sequence[Any], step: float) -> Callable[[], None]:
+        """Get ready for a step: take the memory that it needs, and change nothing.
 
         Args:
             updates: one for each parameter.
             scalars: for each rule, the numbers of this step.
             step: its number, which these rules do not need besides.
+
+        Returns:
+            What makes the step.
         """
-        numbers = self._numbers(scalars)
         updates = [as_reals(update) for update in updates]
         if self.foreach:
-            self._run_foreach(updates, [*tree.map(self.converted, list(scalars)), ()])
-            return
-        for tensor, mirror in self.mirrors:
-            mirror.copy_(tensor)
+            return self._ready_foreach(updates, [*tree.map(self.converted, list(scalars)), ()])
+        numbers = self._numbers(scalars)
         inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
         if self.compiled is not None:
-            self._run_compiled(self.compiled, inputs, numbers)
+            run = functools.partial(self._run_compiled, self.compiled, inputs, self._together(numbers))
         else:
-            blocks.run(self.program, self.blocks, inputs, self.cuts, self.in_place, numbers, self.room)
-        for tensor, mirror in self.mirrors:
-            tensor.copy_(mirror)
+            run = functools.partial(
+                blocks.run, self.program, self.blocks, inputs, self.cuts, self.in_place, numbers, self.room
+            )
+
+        def overwrite() -> None:
+            for tensor, mirror in self.mirrors:
+                mirror.copy_(tensor)
+            run()
+            for tensor, mirror in self.mirrors:
+                tensor.copy_(mirror)
+
+        return overwrite
 
     def _lying(self, column: list[Tensor], layouts: list[Tensor]) -> list[Tensor]:
         """Replace tensors that do not lie in memory as their parameter does by copies."""
@@ -129,9 +141,10 @@ class InPlace:
     def _numbers(self, scalars: Sequence[Any]) -> list[Any]:
         return [self.converted(scalar) for scalar in tree.flatten(list(scalars))[0]]
 
-    def _run_foreach(self, updates: list[Tensor], numbers: list[Any]) -> None:
+    def _ready_foreach(self, updates: list[Tensor], numbers: list[Any]) -> Callable[[], None]:
         starts = {tensor.data_ptr() for column in self.columns for tensor in column}
-        for some in _batches(self.params):
+
+        def computed(some: list[int]) -> list[list[Tensor]]:
             picked = [map_columns(None, state) for state in self.states]
             for state, mine in zip(self.states, picked, strict=True):
                 for column, chosen in zip(state, mine, strict=True):
@@ -140,12 +153,19 @@ class InPlace:
             new_params, new_states = foreach(self.rules, [widened(updates[i]) for i in some], picked, params, numbers)
             new = [new_params, *[column for state in new_states for column in state]]
             # What moves from one to another must not have been overwritten when it is written.
-            new = [[n.clone() if n.data_ptr() in starts else n for n in news] for news in new]
-            for column, news in zip(self.columns, new, strict=True):
-                torch._foreach_copy_([column[i] for i in some], news)
+            return [[n.clone() if n.data_ptr() in starts else n for n in news] for news in new]
 
-    def _run_compiled(self, kernel: Callable[..., None], inputs: Sequence[Cut], numbers: list[Any]) -> None:
-        together = self._together(numbers)
+        first, *others = _batches(self.params)
+        begun = [computed(first)]
+
+        def overwrite() -> None:
+            for some in (first, *others):
+                for column, news in zip(self.columns, begun.pop() if begun else computed(some), strict=True):
+                    torch._foreach_copy_([column[i] for i in some], news)
+
+        return overwrite
+
+    def _run_compiled(self, kernel: Callable[..., None], inputs: Sequence[Cut], together: Tensor) -> None:
         overwritten = [self.program.inputs.index(name) for name in self.in_place]
         for row in zip(*[cut.alone for cut in inputs], strict=True):
             kernel(*row, together)

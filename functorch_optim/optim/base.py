@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,9 +93,11 @@ class OptimizerBase(torch.optim.Optimizer):
             return again
         donations = Donations(functools.partial(self._work, index))
         updates, states, tree_states = self._compute(index, plan, extra, donations)
+        overwrites = donations.ready()
 
         def commit() -> None:
-            donations.run()
+            for overwrite in overwrites:
+                overwrite()
             moved = [i for i, update in enumerate(updates) if update is not None]
             writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
             self._write_states(plan.params, states)
@@ -121,13 +123,16 @@ class OptimizerBase(torch.optim.Optimizer):
         old, new = [], []
         recorded = torch.is_grad_enabled()  # then autograd may hold the old ones, also where they have no derivative
         for p, state in zip(params, states, strict=True):
+            replaced = {}
             for key, value in state.items():
                 present = self.state[p].get(key)
                 if not recorded and writing.is_room_for(present, value):
                     old.append(present)
                     new.append(value)
                 else:
-                    self.state[p][key] = value
+                    replaced[key] = value
+            if replaced:
+                self.state[p].update(replaced)  # at once, whatever interrupts
         writing.copy_(old, new)
 
     def _check_gradients(self) -> None:
@@ -232,6 +237,7 @@ class OptimizerBase(torch.optim.Optimizer):
         Raises:
             ValueError: groups, keys, shapes or values are not those of this optimizer.
         """
+        saving.check_is_dict("state dict", state_dict)
         with self.register_load_state_dict_pre_hook(_keep_as_saved):
             super().load_state_dict(state_dict)
 
@@ -246,11 +252,7 @@ class OptimizerBase(torch.optim.Optimizer):
             raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
         saved = self.state.get(REST, {})
         for name, one in [(REST, saved), *(saved.items() if isinstance(saved, dict) else ())]:
-            if not isinstance(one, dict):
-                raise ValueError(
-                    f"The saved state of functions of the whole tree, {name!r}, is of type {type(one).__name__}, "
-                    "where a dict belongs"
-                )
+            saving.check_is_dict(f"state of functions of the whole tree, {name!r},", one)
         saved, tree_states = dict(saved), {}
         for index in range(self._number_of_trees):
             plan = self._plan(index)
@@ -302,8 +304,7 @@ class _AsSaved:
 
 def _keep_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     state = state_dict["state"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"The saved state is of type {type(state).__name__}, where a dict belongs")
+    saving.check_is_dict("state", state)
     return {**state_dict, "state": {key: _AsSaved(value) for key, value in state.items()}}
 
 

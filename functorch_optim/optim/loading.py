@@ -1,12 +1,12 @@
 """Loaded states of single parameters: checked, and brought into the form that a step leaves."""
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_optim import saving
 from functorch_optim.optim.plan import Plan, State
 
 # What the classes of torch.optim keep in `state[p]`.
@@ -41,10 +41,7 @@ def checked_state(
         ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
     """
     p, part = plan.params[i], plan.parts[i]
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"The saved state of parameter {plan.path(i)!r} is of type {type(state).__name__}, where a dict belongs"
-        )
+    saving.check_is_dict(f"state of parameter {plan.path(i)!r}", state)
     # torch.optim.SGD used to save None for a buffer that was not there yet.
     state = {key: value for key, value in state.items() if value is not None}
     foreign = [key for key in state if key not in part.known | known]

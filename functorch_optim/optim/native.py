@@ -1,10 +1,11 @@
 """torch's own fused kernels, for the classes whose whole step they are.
 
 They need no compilation, and take lists of tensors in one call. Each function here overwrites parameters and states as
-the class does: `kernel(group, params, grads, states, step)`, with the states by torch's names, and the number of the
-update, 1 at the first.
+the class does. `kernel(group, params, grads, states, step)`, with the states by torch's names, and the number of the
+update, 1 at the first, changes nothing yet, and returns what makes the step.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
@@ -16,7 +17,8 @@ from functorch_optim.checks import HALF
 from functorch_optim.execution.blocks import empty_like, layout_of, lies
 
 Tensors: TypeAlias = list[Tensor]
-Kernel: TypeAlias = Callable[[Mapping[str, Any], Tensors, Tensors, Mapping[str, Tensors], float], None]
+Step: TypeAlias = Callable[[], None]
+Kernel: TypeAlias = Callable[[Mapping[str, Any], Tensors, Tensors, Mapping[str, Tensors], float], Step]
 
 DEVICES = ("cpu", "cuda")
 """Where torch has these kernels."""
@@ -40,20 +42,21 @@ class Native:
             name: column for state in states if state for name, column in zip(state._fields, state, strict=True)
         }
 
-    def run(self, updates: Tensors, scalars: Sequence[Any], step: float) -> None:
-        """Make a step."""
+    def ready(self, updates: Tensors, scalars: Sequence[Any], step: float) -> Step:
+        """Get ready for a step, and return what makes it."""
         if not all(p.is_contiguous() and u.is_contiguous() for u, p in zip(updates, self.params, strict=True)):
             updates = [
                 u if lies(u, p) else empty_like(u, p).copy_(u) for u, p in zip(updates, self.params, strict=True)
             ]
-        self.kernel(self.group, self.params, updates, self.states, step)
+        return self.kernel(self.group, self.params, updates, self.states, step)
 
 
-def adam(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float) -> None:
+def adam(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float) -> Step:
     """Adam and AdamW."""
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     beta1, beta2 = group["betas"]
-    kernel(
+    return functools.partial(
+        kernel,
         params,
         grads,
         states["exp_avg"],
@@ -67,9 +70,10 @@ def adam(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapp
     )
 
 
-def sgd(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float) -> None:
+def sgd(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float) -> Step:
     """SGD, with and without momentum."""
-    torch._fused_sgd_(
+    return functools.partial(
+        torch._fused_sgd_,
         params,
         grads,
         states.get("momentum_buffer", []),
@@ -81,9 +85,10 @@ def sgd(group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mappi
 
 def adagrad(
     group: Mapping[str, Any], params: Tensors, grads: Tensors, states: Mapping[str, Tensors], step: float
-) -> None:
+) -> Step:
     """Adagrad."""
-    torch._fused_adagrad_(
+    return functools.partial(
+        torch._fused_adagrad_,
         params,
         grads,
         states["sum"],

@@ -141,19 +141,23 @@ class Steady:
                 at = Bucket(bucket.members, plan.steps(done), carried)
                 numbers = scalars_of(plan.links, used, at, extra, seen)
             evaluated.append(numbers)
+        overwrites = []
+        for donated in self.donations:
+            needed = donated.links if donated.work.needs_scalars else ()
+            scalars = [evaluated[donated.bucket][k][0] for k in needed]
+            step = self.done[donated.bucket] + 1
+            overwrites.append(donated.work.ready([grads[i] for i in donated.members], scalars, step))
 
         def commit() -> None:
-            for donated in self.donations:
-                needed = donated.links if donated.work.needs_scalars else ()
-                scalars = [evaluated[donated.bucket][k][0] for k in needed]
-                donated.work.run([grads[i] for i in donated.members], scalars, self.done[donated.bucket] + 1)
+            for overwrite in overwrites:
+                overwrite()
             for number, bucket in enumerate(self.buckets):
                 for k, (_, new) in evaluated[number].items():
                     for tensors, value in zip(bucket.carried[k], new, strict=True):
                         torch._foreach_copy_(tensors, [value] * len(tensors))
-                if bucket.counters:
+                if bucket.counters:  # first, so that an interrupt leaves nothing here that they do not say
+                    torch._foreach_copy_(bucket.counters, [torch.tensor(self.done[number] + 1)] * len(bucket.counters))
                     self.done[number] += 1
-                    torch._foreach_copy_(bucket.counters, [torch.tensor(self.done[number])] * len(bucket.counters))
             self.versions = [tensor._version for tensor in self.numbers]
 
         return commit
