@@ -51,7 +51,9 @@ def test_there_is_code_in_documents(name, count):
 
 def test_a_wrong_message_in_a_document_is_noticed(tmp_path):
     document = tmp_path / "document.md"
-    document.write_text("```pycon\n>>> raise ValueError('one')\nTraceback (most recent call last):\nValueError: two\n```\n")
+    document.write_text(
+        "```pycon\n>>> raise ValueError('one')\nTraceback (most recent call last):\nValueError: two\n```\n"
+    )
     with pytest.raises(SybilFailure, match="one"):
         blocks(document)[0].evaluate()
 
