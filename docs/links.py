@@ -1,8 +1,8 @@
 """Links the names of this library, in documents and docstrings, to their entries in the reference.
 
 mkdocs loads this file twice: as a hook, which sees every page, and as an extension of griffe, which sees every
-docstring. In both `fo.name` is linked. A name that has no entry is a warning, which `mkdocs build --strict` does not let
-pass.
+docstring. In both `fo.name` is linked. A name that has no entry is a warning, which `mkdocs build --strict` does not
+let pass.
 """
 
 import re
