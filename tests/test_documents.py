@@ -1,35 +1,72 @@
 """The documents name everything that is public, and their code runs."""
 
+import doctest
 import pathlib
 import re
 
 import pytest
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.example import SybilFailure
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 import functorch_optim as fo
 from functorch_optim import testing
 
 ROOT = pathlib.Path(__file__).parents[1]
-REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+TREE = ["flatten", "get", "map", "paths", "unflatten"]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+class ConsoleBlockParser(PythonCodeBlockParser):
+    """Blocks of what is typed at a prompt, and what comes back; messages may be broken into lines."""
+
+    codeblock_parser_class = staticmethod(lambda language, evaluator: CodeBlockParser("pycon", evaluator))
+
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+PARSERS = [PythonCodeBlockParser(), ConsoleBlockParser(doctest_optionflags=FLAGS)]
+
+
+def blocks(path):
+    return list(Sybil(parsers=PARSERS).parse(path))
+
+
+def public_names():
+    """Whatever is public and ours, as it is called after `fo`."""
+    modules = {"schedules": fo.schedules.__all__, "meta": fo.meta.__all__, "optim": fo.optim.__all__, "tree": TREE, "testing": testing.__all__}
+    names = [f"{module}.{name}" for module, names in modules.items() for name in names]
+    torchs = {"optim.Optimizer", "optim.lr_scheduler", "optim.swa_utils", "optim.swap_in_optimizer_params_and_state"}
+    return sorted({*fo.__all__, *names} - torchs)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_in_documents_runs(path):
-    for example in Sybil(parsers=[PythonCodeBlockParser()]).parse(path):
+    for example in blocks(path):
         example.evaluate()  # each block builds on those before it
 
 
-def test_there_is_code_in_readme():
-    document = Sybil(parsers=[PythonCodeBlockParser()]).parse(ROOT / "README.md")
-    assert len(list(document)) >= 8
+@pytest.mark.parametrize(("name", "count"), [("README.md", 8), ("docs/tutorial.md", 8), ("docs/errors.md", 12)])
+def test_there_is_code_in_documents(name, count):
+    assert len(blocks(ROOT / name)) >= count
 
 
-def test_the_reference_has_every_public_name():
-    documented = set(re.findall(r"`([a-zA-Z_]+)", REFERENCE))
-    public = set(fo.__all__) | {"tree"} | set(fo.schedules.__all__) | set(fo.optim.__all__) | set(fo.meta.__all__)
-    assert (public | set(testing.__all__)) - documented == set()
+def test_a_wrong_message_in_a_document_is_noticed(tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text(
+        "```pycon\n>>> raise ValueError('one')\nTraceback (most recent call last):\nValueError: two\n```\n"
+    )
+    with pytest.raises(SybilFailure, match="one"):
+        blocks(document)[0].evaluate()
+
+
+def test_the_overview_has_every_public_name():
+    overview = (ROOT / "docs" / "reference.md").read_text()
+    assert set(public_names()) - set(re.findall(r"`fo\.([\w.]+)", overview)) == set()
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = "\n".join([page.read_text() for page in ROOT.glob("docs/reference/*.md")])
+    assert sorted(re.findall(r"^::: functorch_optim\.([\w.]+)$", pages, flags=re.MULTILINE)) == public_names()
 
 
 def test_every_public_name_has_an_example():

@@ -44,7 +44,7 @@ def custom_root(
             the Hessian at a minimum is; `functools.partial(solve_cg, tol=1e-10)` gives more digits.
         sequential: whether `torch.vmap` runs the solver for one member of the batch after the other, as a solver needs
             that branches on values in python, or leaves torch. Otherwise it is batched, and so must be made of what
-            can be, `fo.control.while_loop` for a loop that ends when data says so.
+            can be, `functorch_optim.control.while_loop` for a loop that ends when data says so.
 
     Returns:
         A decorator. The decorated function takes `init` and `args`, trees of anything; the derivative is with respect
