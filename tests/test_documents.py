@@ -22,7 +22,7 @@ def test_the_code_in_documents_runs(path):
 
 def test_there_is_code_in_readme():
     document = Sybil(parsers=[PythonCodeBlockParser()]).parse(ROOT / "README.md")
-    assert len(list(document)) >= 8
+    assert len(list(document)) >= 3
 
 
 def test_the_reference_has_every_public_name():
