@@ -1,8 +1,9 @@
 """The table and the picture at the end of the demonstration."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -66,19 +67,18 @@ def draw(landscape: Landscape, functional: Result, stateful: Result, ensemble: R
 
 def draw_landscape(axes: Axes, landscape: Landscape) -> None:
     """Draw the losses as colors, the direction downhill as arrows, and the descents as lines."""
-    rates, momenta = landscape.z[..., 0].exp(), landscape.z[..., 1].sigmoid()
-    smallest = landscape.losses.nan_to_num(torch.inf).min().log10().item()
-    levels = torch.logspace(smallest, torch.tensor(2.5).log10().item(), 15)
-    filled = axes.contourf(
-        rates, momenta, landscape.losses.nan_to_num(1e9), levels=levels, cmap="cividis", extend="max"
-    )
+    rates, momenta = in_units(landscape.z)
+    losses = landscape.losses.nan_to_num(torch.inf).clamp(max=1e9).numpy()
+    levels = np.geomspace(losses.min(), 2.5, 15)
+    filled = axes.contourf(rates, momenta, losses, levels=levels, cmap="cividis", extend="max")
     label = f"loss after {landscape.steps} steps (nats)"
     axes.figure.colorbar(filled, ax=axes, label=label, format="%.2g", pad=0.01)
-    downhill = -torch.nn.functional.normalize(landscape.gradients, dim=-1)[::2, ::2]
-    arrows = {"color": "white", "alpha": 0.6, "scale": 28, "width": 0.0028, "pivot": "mid"}
-    axes.quiver(rates[::2, ::2], momenta[::2, ::2], downhill[..., 0], downhill[..., 1], **arrows)
+    some = np.s_[::2, ::2]
+    downhill = -torch.nn.functional.normalize(landscape.gradients, dim=-1).numpy()[some]
+    arrows: dict[str, Any] = {"color": "white", "alpha": 0.6, "scale": 28.0, "width": 0.0028, "pivot": "mid"}
+    axes.quiver(rates[some], momenta[some], downhill[..., 0], downhill[..., 1], **arrows)
     for path in landscape.paths.unbind(1):
-        rate, momentum = path[:, 0].exp(), path[:, 1].sigmoid()
+        rate, momentum = in_units(path)
         axes.plot(rate, momentum, color="C1", linewidth=2)
         axes.plot(rate[0], momentum[0], "o", color="white", markeredgecolor="C1", markersize=8)
         axes.plot(rate[-1], momentum[-1], "*", color="C1", markeredgecolor="white", markersize=16)
@@ -86,7 +86,12 @@ def draw_landscape(axes: Axes, landscape: Landscape) -> None:
     axes.set(xlim=(rates.min(), rates.max()), ylim=(momenta.min(), momenta.max()))
     axes.set_yticks([0.1, 0.5, 0.9, 0.98], ["0.1", "0.5", "0.9", "0.98"])
     axes.minorticks_off()
-    axes.set_title(f"{landscape.trainings} trainings in one vmap, each with its gradient")
+    axes.set_title(f"{landscape.losses.numel()} trainings in one vmap, each with its gradient")
+
+
+def in_units(z: Tensor) -> tuple[Any, Any]:
+    """Return learning rates and momenta, as numpy arrays."""
+    return z[..., 0].exp().numpy(), z[..., 1].sigmoid().numpy()
 
 
 def draw_losses(axes: Axes, functional: Result, stateful: Result, ensemble: Result) -> None:

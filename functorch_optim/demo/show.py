@@ -36,8 +36,8 @@ def show(picture: Path, device: str, seed: int, epochs: int) -> None:
     draw(landscape, *results, picture)
     console.print(make_table(*results))
     console.print(
-        f"Gradients of {landscape.trainings} trainings by learning rate and momentum, through {landscape.steps} steps "
-        f"each: {landscape.seconds:.1f} s; from finite differences by at most {landscape.error:.0e}.",
+        f"Gradients of {landscape.losses.numel()} trainings by learning rate and momentum, through {landscape.steps} "
+        f"steps each: {landscape.seconds:.1f} s; from finite differences by at most {landscape.error:.0e}.",
         soft_wrap=True,
         highlight=False,
     )

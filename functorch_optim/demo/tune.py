@@ -44,11 +44,6 @@ class Landscape(NamedTuple):
     error: float
     seconds: float
 
-    @property
-    def trainings(self) -> int:
-        """Number of trainings on the grid."""
-        return self.losses.numel()
-
 
 def explore(digits: Digits, seed: int) -> Landscape:
     """Look at the loss after training on a grid, and go downhill from three starts.
@@ -108,8 +103,8 @@ def make_objective(digits: Digits, seed: int) -> tuple[Objective, int]:
 def make_grid() -> Tensor:
     """Return the z of the grid: (rows, columns, 2) tensor."""
     rates, momenta = torch.tensor([LEARNING_RATES, MOMENTA], dtype=torch.float64)
-    columns = torch.lerp(*rates.log(), torch.linspace(0, 1, COLUMNS, dtype=torch.float64))
-    rows = torch.lerp(*momenta.logit(), torch.linspace(0, 1, ROWS, dtype=torch.float64))
+    columns = torch.linspace(*rates.log().tolist(), COLUMNS, dtype=torch.float64)
+    rows = torch.linspace(*momenta.logit().tolist(), ROWS, dtype=torch.float64)
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
 
 
