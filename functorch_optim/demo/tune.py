@@ -103,8 +103,8 @@ def make_objective(digits: Digits, seed: int) -> tuple[Objective, int]:
 def make_grid() -> Tensor:
     """Return the z of the grid: (rows, columns, 2) tensor."""
     rates, momenta = torch.tensor([LEARNING_RATES, MOMENTA], dtype=torch.float64)
-    columns = torch.linspace(*rates.log().tolist(), COLUMNS, dtype=torch.float64)
-    rows = torch.linspace(*momenta.logit().tolist(), ROWS, dtype=torch.float64)
+    columns = torch.linspace(rates[0].log(), rates[1].log(), COLUMNS, dtype=torch.float64)
+    rows = torch.linspace(momenta[0].logit(), momenta[1].logit(), ROWS, dtype=torch.float64)
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
 
 
