@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import functorch_optim as fo
+from functorch_optim import testing
 
 
 class Row(NamedTuple):
@@ -37,6 +38,11 @@ class Row(NamedTuple):
     initial: tuple[str, ...] = ()
     scheduled: bool = True
     tolerance: float = 1e-12
+
+    @property
+    def subject(self) -> testing.Subject:
+        """What the test kit checks."""
+        return testing.Subject(self.make, self.hyperparameters, self.tolerance)
 
     def __call__(self, **changed: Any) -> fo.GradientTransformation:
         """Make the transformation, with some hyperparameters changed."""
@@ -242,6 +248,16 @@ SHAPES = {"weight": (3, 2), "bias": (2,), "scale": (), "none": (0, 3)}
 def make_params(dtype=torch.float64, device="cpu", batch=()):
     params = {name: torch.randn((*batch, *shape), dtype=dtype, device=device) for name, shape in SHAPES.items()}
     return {"layer": params, "rest": [torch.randn(*batch, 3, dtype=dtype, device=device)]}
+
+
+def make_problem(device="cpu", missing=True):
+    """Make what the test kit runs a transformation on: some gradients are missing, and some zero."""
+    params = make_params(device=device)
+    history = [fo.tree.map(torch.randn_like, params) for _ in range(3)]
+    history[1]["layer"]["scale"] = torch.zeros((), dtype=torch.float64, device=device)
+    if missing:
+        history[1]["layer"]["bias"] = history[1]["rest"][0] = None
+    return testing.Problem(params, history)
 
 
 def loss(params, x):

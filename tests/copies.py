@@ -1,18 +1,5 @@
-"""Copies of things by way of bytes: torch.save and pickle."""
+"""Copies of things by way of bytes, as the test kit makes them."""
 
-import io
-import pickle
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
-import torch
-
-
-def through_a_file(thing, weights_only=True):
-    """Save with torch, and load again: what a checkpoint holds."""
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
-
-
-def through_pickle(thing):
-    return pickle.loads(pickle.dumps(thing))
+__all__ = ["through_a_file", "through_pickle"]

@@ -12,7 +12,9 @@ import torch
 from catalogue import step
 
 import functorch_optim as fo
-from functorch_optim.vector import common_dtype, flattened, unflattened
+from functorch_optim.testing.derivatives import OfVector, differences, error, errors
+
+__all__ = ["OfVector", "differences", "error", "errors"]  # functions of one vector, as the test kit has them
 
 UNITS = 3
 STEPS = 4
@@ -159,64 +161,3 @@ def training_of_tasks(row):
     numbers = {name: torch.tensor(value, **double) for name, value in row.hyperparameters.items()}
     # Of clones: ASGD's first eta is the learning rate itself, and that they are one tensor is no part of a program.
     return train, total, params, numbers, make(**fo.tree.map(torch.clone, numbers)).init(params)
-
-
-# Functions of one vector. ---------------------------------------------------------------------------------------------
-
-
-class OfVector:
-    """A function of a tree of tensors as a function of one vector.
-
-    Attributes:
-        z: the arguments.
-        places: path of an argument -> where it is in z.
-    """
-
-    def __init__(self, function, arguments):
-        self.function = function
-        self.leaves, self.structure = fo.tree.flatten(arguments)
-        self.z = flattened(self.leaves, common_dtype(self.leaves))
-        self.places, end = {}, 0
-        for path, leaf in zip(fo.tree.paths(arguments), self.leaves, strict=True):
-            self.places[path] = slice(end, end := end + leaf.numel())
-
-    def of(self, *kinds):
-        """Return the places of all arguments of these kinds, as indices."""
-        places = [place for path, place in self.places.items() if path.split(".")[0] in kinds]
-        return torch.cat([torch.arange(place.start, place.stop) for place in places])
-
-    def arguments(self, z):
-        """Return the tree that a vector stands for."""
-        return fo.tree.unflatten(self.structure, unflattened(z, self.leaves))
-
-    def __call__(self, z):
-        return self.function(self.arguments(z))
-
-
-def differences(function, z, h=1e-4, batched=True):
-    """Return the derivative of a function of a vector by central differences of fourth order, a row for each element.
-
-    Args:
-        function: vector -> tensor.
-        z: the vector.
-        h: how far to go, relative to the element.
-        batched: whether vmap can evaluate it at all points at once.
-    """
-    h = h * torch.where(z == 0, 1, z.abs())
-    points = torch.cat([z + k * torch.diag(h) for k in (2, 1, -1, -2)])
-    values = torch.vmap(function)(points) if batched else torch.stack([function(point) for point in points])
-    up2, up1, down1, down2 = values.unflatten(0, (4, -1))
-    return (8 * (up1 - down1) - (up2 - down2)) / (12 * h.reshape(-1, *[1] * (up1.ndim - 1)))
-
-
-def error(actual, expected):
-    """Return the largest error, relative to the largest number expected; inf where that is zero, or something NaN."""
-    if torch.equal(actual, expected):  # zeros, and nothing
-        return 0.0
-    relative = (actual - expected).abs().max() / expected.abs().max()
-    return torch.nan_to_num(relative, torch.inf, torch.inf).item()
-
-
-def errors(actual, expected, places):
-    """Return the errors of the derivatives by each argument, by its path."""
-    return {path: error(actual[place], expected[place]) for path, place in places.items()}

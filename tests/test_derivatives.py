@@ -10,6 +10,8 @@ import torch
 from catalogue import rows
 from derivatives import OfVector, begun, continued, differences, error, errors
 
+from functorch_optim.testing.derivatives import check_first_derivatives
+
 starts = pytest.mark.parametrize("start", [begun, continued], ids=lambda start: start.__name__)
 
 # What has derivative zero, besides hyperparameters of which only the first value is used. All else must not.
@@ -49,15 +51,7 @@ def wrong(actual, expected, places, tolerance=1e-6):
 @starts
 def test_first_derivatives_equal_finite_differences(row, start):
     function = OfVector(*start(row))
-    expected = differences(function, function.z)
-    reverse = torch.func.grad(function)(function.z)
-    assert wrong(reverse, expected, function.places) == []
-    assert wrong(torch.func.jacfwd(function)(function.z), reverse, function.places, 1e-10) == []
-    for _ in range(2):
-        direction = torch.randn_like(function.z)
-        _, forward = torch.func.jvp(function, (function.z,), (direction,))
-        torch.testing.assert_close(forward, reverse @ direction, rtol=1e-10, atol=0)
-
+    expected = check_first_derivatives(function, batched=True)
     names = {name for path in function.places for name in path.split(".")[1:]}
     active = {name for path, place in function.places.items() if expected[place].any() for name in path.split(".")[1:]}
     assert names - active == inactive(row, start)

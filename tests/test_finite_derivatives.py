@@ -22,6 +22,7 @@ from derivatives import (
 
 import functorch_optim as fo
 from functorch_optim.optimizers import adam
+from functorch_optim.testing.derivatives import assert_finite
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 ADAFACTOR = {row.name for row in CATALOGUE if row.name.startswith("adafactor")}
@@ -29,11 +30,8 @@ ADAFACTOR = {row.name for row in CATALOGUE if row.name.startswith("adafactor")}
 
 def gradient_of(function):
     """Return the gradient, after all derivatives of first and second order have been found finite, in both modes."""
-    gradient = torch.func.grad(function)
-    reverse, forward = gradient(function.z), torch.func.jacfwd(function)(function.z)
-    for derivative in (reverse, forward):
-        assert [path for path, place in function.places.items() if not derivative[place].isfinite().all()] == []
-    assert torch.func.jacfwd(gradient)(function.z).isfinite().all()
+    reverse, forward = assert_finite(function)
+    assert torch.func.jacfwd(torch.func.grad(function))(function.z).isfinite().all()
     if all(leaf.dtype == torch.float64 for leaf in function.leaves):
         given = function.of("params", "data", "hyperparameters")
         assert error(forward[given], reverse[given]) < 1e-10

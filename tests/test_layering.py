@@ -78,6 +78,16 @@ LAYERS = [
     "optim.lbfgs",
     "optim",
     "convert",
+    "testing.comparison",
+    "testing.copies",
+    "testing.strategies",
+    "testing.derivatives",
+    "testing.problem",
+    "testing.report",
+    "testing.properties",
+    "testing.optimizer_class",
+    "testing.oracles",
+    "testing",
     "demo",
 ]
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
@@ -141,6 +151,6 @@ def test_at_run_time_only_torch_and_optree():
         "weakref",
     }
     for path in FILES:
-        if not module_of(path).startswith("demo"):
+        if not module_of(path).startswith(("demo", "testing")):
             packages = {name.partition(".")[0] for name in imports_of(path)}
             assert packages <= standard | {"torch", "optree", "functorch_optim"}, path

@@ -9,6 +9,7 @@ from catalogue import CATALOGUE, assert_close, hyperparameters, rows, step
 from derivatives import SMOOTH, OfVector, begun, make_data, make_network, training_of_tasks
 
 import functorch_optim as fo
+from functorch_optim.testing.properties import check_compiles_once
 
 TASKS = 3
 
@@ -117,14 +118,20 @@ def assert_compiles_once(row, compiled_gradient):
     The first state is that of `init`, whose links share a counter; the others are from `update`.
     """
     train, total, params, numbers, state = training_of_tasks(row)
-    compiled = compiled_gradient(total)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+
+    def arguments(params, numbers, state):
         for _ in range(3):
-            arguments = (params, numbers, state, torch.randn(TASKS, 4, 2, dtype=torch.float64))
-            expected = torch.func.grad(total, (0, 1))(*arguments)
-            assert_close(compiled(*arguments), expected, rtol=1e-11, atol=1e-12)
-            params, state = train(params, numbers, state, arguments[-1][0])
+            xs = torch.randn(TASKS, 4, 2, dtype=torch.float64)
+            yield params, numbers, state, xs
+            params, state = train(params, numbers, state, xs[0])
             numbers = fo.tree.map(lambda number: 0.99 * number, numbers)
+
+    check_compiles_once(
+        torch.func.grad(total, (0, 1)),
+        arguments(params, numbers, state),
+        tolerance=1e-11,
+        compile=lambda _: compiled_gradient(total),
+    )
 
 
 # Rows that are a part of others are compiled with them; some differ in the order of links or in numbers only.

@@ -8,6 +8,7 @@ import torch
 from torch_like_cases import CASES, REAL, awkward_params, by_case, deviation, factory_of, parameters, run
 
 import functorch_optim as fo
+from functorch_optim import testing
 
 same = by_case(
     [
@@ -132,41 +133,38 @@ def test_value_clipping_equals_torch(device):
 
 def test_adam_equals_its_paper():
     """Kingma & Ba, algorithm 1, with alpha, beta_1, beta_2, epsilon, m, v, t of the paper, in numpy."""
-    alpha, beta_1, beta_2, epsilon = 0.1, 0.9, 0.99, 1e-3
-    rng = np.random.default_rng(0)
-    theta = rng.normal(size=20)
-    m = v = np.zeros(20)
-    tx = fo.adam(alpha, (beta_1, beta_2), epsilon)
-    params = torch.tensor(theta)
-    state = tx.init(params)
-    for t in range(1, 61):
-        g = rng.normal(size=20)
-        m = beta_1 * m + (1 - beta_1) * g
-        v = beta_2 * v + (1 - beta_2) * g**2
-        theta = theta - alpha * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
-        updates, state = tx.update(torch.tensor(g), state)
-        params = fo.apply_updates(params, updates)
-        np.testing.assert_allclose(params.numpy(), theta, rtol=1e-12, atol=1e-13)
+
+    def paper(theta, grads, alpha, beta_1, beta_2, epsilon):
+        m = v = np.zeros_like(theta)
+        for t, g in enumerate(grads, 1):
+            m = beta_1 * m + (1 - beta_1) * g
+            v = beta_2 * v + (1 - beta_2) * g**2
+            theta = theta - alpha * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
+            yield theta
+
+    def adam(alpha, beta_1, beta_2, epsilon):
+        return fo.adam(alpha, (beta_1, beta_2), epsilon)
+
+    numbers = {"alpha": 0.1, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-3}
+    testing.check_against(adam, paper, numbers, as_array=np.asarray, steps=60)
 
 
 def test_adadelta_equals_its_paper():
     """Zeiler, algorithm 1, in numpy."""
-    rho, epsilon = 0.95, 1e-6
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=20)
-    mean_g = mean_dx = np.zeros(20)
-    tx = fo.adadelta(1.0, rho, epsilon)
-    params = torch.tensor(x)
-    state = tx.init(params)
-    for _ in range(60):
-        g = rng.normal(size=20)
-        mean_g = rho * mean_g + (1 - rho) * g**2
-        dx = -np.sqrt(mean_dx + epsilon) / np.sqrt(mean_g + epsilon) * g
-        mean_dx = rho * mean_dx + (1 - rho) * dx**2
-        x = x + dx
-        updates, state = tx.update(torch.tensor(g), state)
-        params = fo.apply_updates(params, updates)
-        np.testing.assert_allclose(params.numpy(), x, rtol=1e-12, atol=1e-13)
+
+    def paper(x, grads, rho, epsilon):
+        mean_g = mean_dx = np.zeros_like(x)
+        for g in grads:
+            mean_g = rho * mean_g + (1 - rho) * g**2
+            dx = -np.sqrt(mean_dx + epsilon) / np.sqrt(mean_g + epsilon) * g
+            mean_dx = rho * mean_dx + (1 - rho) * dx**2
+            x = x + dx
+            yield x
+
+    def adadelta(rho, epsilon):
+        return fo.adadelta(1.0, rho, epsilon)
+
+    testing.check_against(adadelta, paper, {"rho": 0.95, "epsilon": 1e-6}, as_array=np.asarray, steps=60)
 
 
 def test_adams_derivative_is_exact_where_nothing_has_fired():

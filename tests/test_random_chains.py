@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import like, trees
+from strategies import trees
 
 import functorch_optim as fo
 from functorch_optim import execution
 from functorch_optim.layout import nest
+from functorch_optim.testing import assert_same, gradients, histories
+from functorch_optim.testing.strategies import SCALES
 
 
 def not_scalars(params):
@@ -59,23 +61,12 @@ def test_a_chain_equals_its_links_one_by_one(data):
     params = data.draw(trees())
     state = tx.init(params)
     states = [fo.GradientTransformation._of([link], 0).init(params) for link in tx._links]
-    for _ in range(data.draw(st.integers(1, 3))):
-        grads = data.draw(like(params))
-        grads = fo.tree.map(lambda g: None if data.draw(st.integers(0, 4)) == 0 else g, grads)
+    for grads in data.draw(histories(params, data.draw(st.integers(1, 3)))):
         expected, states = one_by_one(tx, grads, states, params)
         updates, state = tx.update(grads, state, params)
-        for ours, theirs in (
-            (updates, expected),
-            (fo.state_dict(state), fo.state_dict(nest(tx._layout, states))),
-        ):
-            ours_leaves, ours_structure = fo.tree.flatten(ours)
-            theirs_leaves, theirs_structure = fo.tree.flatten(theirs)
-            assert ours_structure == theirs_structure
-            for a, b in zip(ours_leaves, theirs_leaves, strict=True):
-                assert (a is None) == (b is None)
-                if a is not None:
-                    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-12
-                    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert_same(updates, expected, "the updates", scale=max(SCALES))
+        # By path: links that are run one by one do not share their steps.
+        assert_same(fo.state_dict(state), fo.state_dict(nest(tx._layout, states)), "the state", scale=max(SCALES))
         params = fo.apply_updates(params, updates)
 
 
@@ -112,7 +103,7 @@ def test_random_hyperparameters_equal_torch(name, data):
     state = tx.init(params)
     for _ in range(data.draw(st.integers(1, 6))):
         size = 10.0 ** data.draw(st.integers(-4, 4))
-        grads = fo.tree.map(lambda p: size * p, data.draw(like(params)))
+        grads = fo.tree.map(lambda p: size * p, data.draw(gradients(params)))
         for param, grad in zip(torch_params, fo.tree.flatten(grads)[0], strict=True):
             param.grad = grad.clone()
         optimizer.step()

@@ -86,28 +86,6 @@ def assert_untouched(before):
 
 # Every transformation. ------------------------------------------------------------------------------------------------
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-@rows
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_a_step_is_an_update_and_its_application(row, dtype):
-    tx, params = row(), make_params(dtype)
-    history = list(histories(params, 4, missing=(2,)))
-    tolerance = max(TOLERANCES[dtype], row.tolerance)
-    expected = run(by_update, tx, params, history)
-    assert_close(run(fo.step, tx, params, history), expected, rtol=tolerance, atol=tolerance)
-
-
-@rows
-def test_a_step_modifies_nothing(row):
-    tx, params = row(), make_params()
-    state = tx.init(params)
-    for grads in histories(params, 2, missing=(1,)):
-        before = snapshot(params, grads, state)
-        params, state = fo.step(tx, grads, state, params, **extras_of(tx, params))
-        assert_untouched(before)
-
 
 @rows
 @ways

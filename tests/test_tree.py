@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Layer, Pair, like, trees
+from strategies import Layer, Pair, trees
 
 import functorch_optim as fo
+from functorch_optim.testing import gradients
 from functorch_optim.tree import MaskedNode, broadcast_prefix, first_difference, flatten, paths, unflatten
 
 
@@ -173,7 +174,7 @@ def test_paths_lead_to_the_leaves(tree):
 @given(st.data())
 def test_map_works_leaf_by_leaf(data):
     tree = data.draw(trees())
-    other = data.draw(like(tree))
+    other = data.draw(gradients(tree))
     mapped, structure = flatten(fo.tree.map(torch.add, tree, other))
     leaves, expected_structure = flatten(tree)
     assert structure == expected_structure

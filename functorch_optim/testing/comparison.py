@@ -104,7 +104,7 @@ def unmodified(**trees: Tree) -> Iterator[None]:
         ...     m += 1
         Traceback (most recent call last):
         ...
-        AssertionError: the state at 'm' was modified in place: it was tensor(1.), and is tensor(2.)
+        AssertionError: the state at 'm' was modified in place: it was 1.0, and is 2.0
     """
     before = [
         (name, path, leaf, leaf.clone(), leaf._version)

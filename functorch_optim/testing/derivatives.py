@@ -71,8 +71,8 @@ def differences(function: Callable[[Tensor], Tensor], z: Tensor, h: float = 1e-4
 
     Example:
         >>> import torch
-        >>> differences(torch.sin, torch.zeros(1, dtype=torch.float64))
-        tensor([[1.0000]], dtype=torch.float64)
+        >>> differences(torch.sin, torch.ones(1, dtype=torch.float64))
+        tensor([[0.5403]], dtype=torch.float64)
     """
     steps = steps_of(z, h)
     points = torch.cat([z + k * torch.diag(steps) for k in (2, 1, -1, -2)])
@@ -153,6 +153,37 @@ def check_first_derivatives(function: OfVector, tolerance: float = 1e-6, batched
     if not (along - reverse @ direction).abs() <= 1e-10 * (reverse * direction).abs().sum():
         raise AssertionError(f"jvp is {along.item()!r}, and vjp {(reverse @ direction).item()!r} along a direction")
     return expected
+
+
+def assert_finite(function: OfVector) -> tuple[Tensor, Tensor]:
+    """Raise unless all derivatives are finite, in reverse and in forward mode.
+
+    Args:
+        function: with one number for its value.
+
+    Returns:
+        The derivatives in reverse and in forward mode.
+
+    Raises:
+        AssertionError: with the path of the argument.
+
+    Example:
+        >>> import torch
+        >>> assert_finite(OfVector(lambda x: x["w"].sqrt().sum(), {"w": torch.zeros(1)}))
+        Traceback (most recent call last):
+        ...
+        AssertionError: the derivative by 'w' is inf in reverse mode; where a root may be of zero, take fo.safe_sqrt
+    """
+    reverse, forward = torch.func.grad(function)(function.z), torch.func.jacfwd(function)(function.z)
+    for mode, found in (("reverse", reverse), ("forward", forward)):
+        for path, place in function.places.items():
+            if not found[place].isfinite().all():
+                value = found[place][~found[place].isfinite()][0].item()
+                raise AssertionError(
+                    f"the derivative by {path!r} is {value} in {mode} mode; where a root may be of zero, take "
+                    "fo.safe_sqrt"
+                )
+    return reverse, forward
 
 
 def _wrong(

@@ -166,6 +166,11 @@ def _shortened(some: Tree) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
+def has_elements(params: Tree) -> bool:
+    """Tell whether there is a number in a tree."""
+    return any(leaf.numel() for leaf in tensors_of(params).values())
+
+
 @st.composite
 def problems(
     draw: st.DrawFn,
@@ -173,19 +178,51 @@ def problems(
     *,
     missing: bool = False,
     extra: Mapping[str, Any] | None = None,
+    least: int = 1,
     most: int = 3,
 ) -> Problem:
     """Draw parameters and gradients of some steps.
 
     Args:
         draw: given by hypothesis.
-        params: what to draw parameters from; None: `trees` in float64.
+        params: what to draw parameters from; None: `trees` in float64, with at least one number.
         missing: whether gradients may be None.
         extra: see `Problem`.
+        least: how many steps, at least.
         most: how many steps, at most.
     """
-    drawn = draw(trees(dtypes=[torch.float64]) if params is None else params)
-    return Problem(drawn, draw(histories(drawn, draw(st.integers(1, most)), missing=missing)), extra or {})
+    drawn = draw(trees(dtypes=[torch.float64]).filter(has_elements) if params is None else params)
+    history = draw(histories(drawn, draw(st.integers(least, most)), missing=missing))
+    return Problem(drawn, history, extra or {})
+
+
+def standard(steps: int = 3, extra: Mapping[str, Any] | None = None) -> Problem:
+    """Make a problem of a matrix, a vector and a number."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    params = {"layer": {"weight": randn(2, 2), "bias": randn(2)}, "scale": randn()}
+    return Problem(params, [tree.map(lambda p: randn(*p.shape), params) for _ in range(steps)], extra or {})
+
+
+def awkward(missing: bool, extra: Mapping[str, Any] | None = None) -> Problem:
+    """Make a problem with what is easily forgotten.
+
+    It has a tensor without elements, one with gaps in memory, gradients that are zero, and missing ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    params = {"layer": {"weight": randn(3, 4)[:, ::2], "bias": randn(2)}, "rest": [randn(), randn(0, 3), randn(2)]}
+    history = [tree.map(lambda p: randn(*p.shape), params) for _ in range(3)]
+    history[1]["layer"]["weight"] = torch.zeros(3, 2, dtype=torch.float64)
+    if missing:
+        history[1]["layer"]["bias"] = history[1]["rest"][2] = None
+    return Problem(params, history, extra or {})
 
 
 @contextlib.contextmanager
@@ -197,14 +234,3 @@ def double_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def standard(steps: int = 3, extra: Mapping[str, Any] | None = None) -> Problem:
-    """Make a problem of a matrix, a vector and a number, for what takes long."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-    params = {"layer": {"weight": randn(2, 2), "bias": randn(2)}, "scale": randn()}
-    return Problem(params, [tree.map(lambda p: randn(*p.shape), params) for _ in range(steps)], extra or {})

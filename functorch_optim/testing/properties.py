@@ -6,6 +6,7 @@ is run on, and raises where it does not hold.
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -21,8 +22,8 @@ from functorch_optim.saving import load_state_dict, state_dict
 from functorch_optim.stepping import step, step_
 from functorch_optim.testing.comparison import assert_same, kind, tensors_of, unmodified
 from functorch_optim.testing.copies import through_a_file, through_pickle
-from functorch_optim.testing.derivatives import OfVector, check_first_derivatives
-from functorch_optim.testing.problem import Problem, Subject, double_by_default, problems, standard
+from functorch_optim.testing.derivatives import OfVector, assert_finite, check_first_derivatives
+from functorch_optim.testing.problem import Problem, Subject, awkward, double_by_default, problems, standard
 from functorch_optim.testing.report import falsify, first_line, reported, to_check
 from functorch_optim.testing.strategies import kinds_of
 from functorch_optim.tree import Tree
@@ -42,11 +43,11 @@ def pure(subject: Subject, problem: Problem) -> None:
     Nothing may be kept outside of the state: not in a closure, not in an attribute.
     """
     tx, params = subject(), problem.params
-    with unmodified(params=params):
+    with unmodified(parameter=params):
         state = tx.init(params)
     for given in problem.history:
         grads, extras = problem.gradients(params, given), problem.extras(tx, params, given)
-        with unmodified(params=params, gradients=grads, state=state):
+        with unmodified(parameter=params, gradient=grads, state=state):
             updates, new_state = tx.update(grads, state, params, **extras)
             others = tree.map(lambda p: 2 * p + 1, params)
             problem.step(tx, tx.init(others), others, given)
@@ -130,14 +131,10 @@ def missing_gradients(subject: Subject, problem: Problem) -> None:
     Skip it for a transformation that is never given None: `fo.Optimizer` gives it for parameters without `grad`.
     """
     tx, params, state = subject(), problem.params, subject().init(problem.params)
-    places = tree.paths(params)
+    places, structure = tree.paths(params), tree.flatten(params)[1]
     for given in problem.history:
         updates, new_state = problem.update(tx, state, params, given)
-        grads = dict(zip(places, tree.flatten_up_to(tree.flatten(params)[1], given, "", params, ""), strict=True))
-        moved = dict(zip(places, tree.flatten_up_to(tree.flatten(params)[1], updates, "", params, ""), strict=True))
-        for path, update in moved.items():
-            if (update is None) != (grads[path] is None):
-                raise AssertionError(f"the update at {path!r} is {update}, for the gradient {grads[path]}")
+        grads = dict(zip(places, structure.flatten_up_to(given), strict=True))
         after = tensors_of(new_state)
         for path, leaf in tensors_of(state).items():
             owners = [place for place in places if place == path or path.endswith(f".{place}")]
@@ -263,7 +260,7 @@ def saving(subject: Subject, problem: Problem) -> None:
     loaded = load_state_dict(subject().init(problem.params), through_a_file(state_dict(state)))
     assert_same(loaded, state, "the state that was saved and loaded", 0.0, 0.0)
     assert_same(through_pickle(state), state, "the state that was pickled", 0.0, 0.0)
-    onwards = Problem(params, problem.history, problem.extra)
+    onwards = replace(problem, params=params)
     trained, expected = onwards.train(subject(), loaded), onwards.train(subject(), state)
     _assert_same_training(trained, expected, "after loading", subject, problem)
 
@@ -285,21 +282,26 @@ def ways(subject: Subject, problem: Problem) -> None:
 
 
 def steps(subject: Subject, problem: Problem) -> None:
-    """`fo.step`, and `fo.step_` in place, blockwise or by foreach kernels, do what `update` and `apply_updates` do."""
-    expected = problem.train(subject())
+    """`fo.step`, and `fo.step_` in place, blockwise or by foreach kernels, do what `update` and `apply_updates` do.
+
+    In float64 and float32.
+    """
     runs: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "fo.step": (step, {}),
         "fo.step_": (step_, {}),
         "fo.step_(foreach=True)": (step_, {"foreach": True}),
     }
-    for name, (take, options) in runs.items():
-        own, tx = problem.map(torch.clone), subject()
-        params, state = own.params, tx.init(own.params)
-        for given in own.history:
-            grads, extras = own.gradients(params, given), own.extras(tx, params, given)
-            with unmodified(gradients=grads, **({} if take is step_ else {"params": params, "state": state})):
-                params, state = take(tx, grads, state, params, **options, **extras)
-        _assert_same_training((params, state), expected, f"by {name}", subject, problem)
+    for dtype in (torch.float64, torch.float32):
+        expected = problem.map(lambda leaf: leaf.to(dtype)).train(subject())  # noqa: B023
+        for name, (take, options) in runs.items():
+            own, tx = problem.map(lambda leaf: leaf.to(dtype, copy=True)), subject()  # noqa: B023
+            params, state = own.params, tx.init(own.params)
+            for given in own.history:
+                grads, extras = own.gradients(params, given), own.extras(tx, params, given)
+                rest = {} if take is step_ else {"parameter": params, "state": state}
+                with unmodified(gradient=grads, **rest):
+                    params, state = take(tx, grads, state, params, **options, **extras)
+            _assert_same_training((params, state), expected, f"by {name}", subject, problem)
 
 
 def stateful(subject: Subject, problem: Problem) -> None:
@@ -342,7 +344,10 @@ FACTORS = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
 
 
 def vmap_parameters(subject: Subject, problem: Problem) -> None:
-    """`torch.vmap` over parameters, states and gradients equals a loop."""
+    """`torch.vmap` over parameters, states and gradients equals a loop; and over gradients alone.
+
+    The first is an ensemble; the second are tasks with shared parameters.
+    """
     if not tree.flatten(problem.params)[0]:
         return  # torch.vmap takes no arguments without tensors
     batch = problem.map(lambda leaf: torch.stack([factor * leaf for factor in FACTORS.to(leaf.dtype)]))
@@ -358,7 +363,17 @@ def vmap_parameters(subject: Subject, problem: Problem) -> None:
     for i in range(len(FACTORS)):
         expected = batch.map(lambda leaf: leaf[i]).train(tx)  # noqa: B023
         one = tree.map(lambda leaf: leaf[i], (params, state))  # noqa: B023
-        _assert_same_training(one, expected, f"by vmap, in slice {i},", subject, problem)
+        _assert_same_training(one, expected, f"by vmap, in slice {i},", subject, batch)
+
+    def trained(history: list[Tree]) -> tuple[Tree, Any]:
+        return replace(problem, history=history).train(tx)
+
+    with explained("vmap"):
+        tasks = torch.vmap(trained)(list(batch.history))
+    for i in range(len(FACTORS)):
+        expected = trained([tree.map(lambda leaf: leaf[i], given) for given in batch.history])  # noqa: B023
+        one = tree.map(lambda leaf: leaf[i], tasks)  # noqa: B023
+        _assert_same_training(one, expected, f"by vmap over gradients, in slice {i},", subject, batch)
 
 
 def vmap_hyperparameters(subject: Subject, problem: Problem) -> None:
@@ -393,15 +408,8 @@ def finite_derivatives(subject: Subject, problem: Problem) -> None:
 
     The derivative of `torch.sqrt` is infinite at zero; `fo.safe_sqrt` and `fo.safe_norm` have none there.
     """
-    still = Problem(problem.params, [tree.map(torch.zeros_like, given) for given in problem.history], problem.extra)
-    function = OfVector(*_training(subject, still))
-    for mode, derivative in (("grad", torch.func.grad), ("jacfwd", torch.func.jacfwd)):
-        found = derivative(function)(function.z)
-        for path, place in function.places.items():
-            if not found[place].isfinite().all():
-                raise AssertionError(
-                    f"where gradients are zero, the derivative by {path!r} is {found[place]}, by {mode}"
-                )
+    still = replace(problem, history=[tree.map(torch.zeros_like, given) for given in problem.history])
+    assert_finite(OfVector(*_training(subject, still)))
 
 
 def _training(subject: Subject, problem: Problem) -> tuple[Callable[[Any], Tensor], Tree]:
@@ -497,16 +505,16 @@ DRAWN: tuple[Property, ...] = (
     saving,
     ways,
     steps,
-    stateful,
-    vmap_parameters,
-    vmap_hyperparameters,
 )
-"""Run on trees that hypothesis draws, and shrinks to the smallest that breaks one."""
+"""Run on trees that hypothesis draws, and shrinks to the smallest that breaks one. Some gradients are missing."""
+
+COMPLETE: tuple[Property, ...] = (stateful, vmap_parameters, vmap_hyperparameters)
+"""Run on such trees, with all gradients."""
 
 SLOW: tuple[Property, ...] = (derivatives, finite_derivatives, compiled)
 """Run on one tree, for they take long."""
 
-PROPERTIES: dict[str, Property] = {check.__name__: check for check in (*DRAWN, *SLOW)}
+PROPERTIES: dict[str, Property] = {check.__name__: check for check in (*DRAWN, *COMPLETE, *SLOW)}
 
 
 def check_transformation(
@@ -573,9 +581,13 @@ def check_transformation(
     make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
     subject = Subject(make, hyperparameters or {}, tolerance)
     for name in to_check(PROPERTIES, skip):
-        if PROPERTIES[name] in DRAWN:
-            drawn = problems(params, missing=PROPERTIES[name] is missing_gradients, extra=extra)
-            falsify(PROPERTIES[name], subject, drawn, examples)
+        check = PROPERTIES[name]
+        missing = check in DRAWN
+        if check not in SLOW:
+            first = awkward(missing, extra) if params is None else None
+            falsify(check, subject, problems(params, missing=missing, extra=extra), examples, first)
+        elif params is None:
+            with reported(check, standard(extra=extra)) as problem:
+                check(subject, problem)
         else:
-            with reported(PROPERTIES[name], standard(extra=extra)) as problem:
-                PROPERTIES[name](subject, problem)
+            falsify(check, subject, problems(params, extra=extra, least=3), 1)

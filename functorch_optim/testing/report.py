@@ -45,19 +45,29 @@ def reported(check: Callable[..., None], problem: On) -> Iterator[On]:
         raise PropertyError(check, problem, why) from error
 
 
-def falsify(check: Callable[..., None], subject: Any, drawn: st.SearchStrategy[Any], examples: int) -> None:
+def falsify(
+    check: Callable[..., None], subject: Any, drawn: st.SearchStrategy[Any], examples: int, first: Any = None
+) -> None:
     """Look for what breaks a property, and for the smallest that does.
 
     Args:
         check: property.
         subject: its first argument.
         drawn: strategy for its second argument.
-        examples: how many to try.
+        examples: how many to try; where `first` breaks it, more, to find a smaller one.
+        first: what to try before.
 
     Raises:
         PropertyError: it is broken.
     """
     found: list[PropertyError] = []
+    if first is not None:
+        try:
+            with reported(check, first):
+                check(subject, first)
+        except PropertyError:
+            falsify(check, subject, drawn, max(examples, 50))
+            raise
 
     @settings(
         max_examples=examples,
