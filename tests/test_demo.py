@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from functorch_optim.demo import show, train
+from functorch_optim.demo import show, train, tune
 from functorch_optim.demo.__main__ import PACKAGES, PICTURE, main
 from functorch_optim.demo.data import Batches, load
 
@@ -17,6 +17,8 @@ from functorch_optim.demo.data import Batches, load
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # so that no row of the table is wrapped
+    for name, value in {"COLUMNS": 5, "ROWS": 3, "DESCENT_STEPS": 4}.items():
+        monkeypatch.setattr(tune, name, value)  # the whole grid takes as long as all other tests here
     with show.one_thread():
         yield
 
@@ -40,6 +42,7 @@ def test_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     for accuracy in (table["functional"][1], table["stateful"][1], best):
         assert 0.5 < accuracy <= 1  # one epoch is far better than chance
 
+    assert "Gradients of 15 trainings by learning rate and momentum, through 36 steps each" in printed
     assert str(directory / PICTURE) in printed
     picture = (directory / PICTURE).read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
@@ -85,6 +88,29 @@ def test_a_seed_gives_the_same_figures_each_time():
         assert torch.equal(a.losses, b.losses)
         assert torch.equal(a.accuracies, b.accuracies)
         assert not torch.equal(a.losses, c.losses)
+
+
+def test_the_landscape_has_the_gradients_of_its_losses_and_descents_go_down():
+    digits, _ = load()
+    landscape = tune.explore(digits, seed=2)
+    objective, steps = tune.make_objective(digits, seed=2)
+    assert steps == landscape.steps == 36
+    z = landscape.z[1, 2]
+    gradient, loss = torch.func.grad_and_value(objective)(z)
+    torch.testing.assert_close(landscape.losses[1, 2], loss)
+    torch.testing.assert_close(landscape.gradients[1, 2], gradient)
+    assert landscape.error < 1e-6
+    starts = torch.tensor(tune.STARTS, dtype=torch.float64)
+    torch.testing.assert_close(landscape.paths[0], torch.stack([starts[:, 0].log(), starts[:, 1].logit()], 1))
+    losses = torch.vmap(objective)(landscape.paths[[0, -1]].flatten(0, 1)).reshape(2, -1)
+    assert (losses[1] < losses[0]).all()
+
+
+def test_the_grid_goes_from_the_smallest_to_the_largest():
+    z = tune.make_grid()
+    assert z.shape == (3, 5, 2)
+    torch.testing.assert_close(z[0, [0, -1], 0].exp(), torch.tensor(tune.LEARNING_RATES, dtype=torch.float64))
+    torch.testing.assert_close(z[[0, -1], 0, 1].sigmoid(), torch.tensor(tune.MOMENTA, dtype=torch.float64))
 
 
 def test_train_and_test_digits_are_disjoint_and_stratified():

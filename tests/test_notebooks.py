@@ -8,6 +8,7 @@ import re
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+README = pathlib.Path(__file__).parents[1] / "README.md"
 LINES = 150
 MACHINE = re.compile(r"/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\|site-packages|ipykernel_")
 
@@ -16,9 +17,11 @@ def faults(notebook):
     """Say what keeps a notebook from being committed; `jupyter execute --inplace` mends most of it."""
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
-    lines = [line for cell in code for line in "".join(cell["source"]).splitlines() if line.strip()]
+    lines = [line for cell in notebook["cells"] for line in "".join(cell["source"]).splitlines() if line.strip()]
     if len(lines) >= LINES:
-        yield f"it has {len(lines)} lines of code"
+        yield f"it has {len(lines)} lines of code and text"
+    if not "".join(notebook["cells"][0]["source"]).startswith("# "):
+        yield "it does not begin with a title"
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         yield "it was not executed from top to bottom"
     if not any("image/png" in output.get("data", {}) for output in outputs):
@@ -41,7 +44,10 @@ def test_a_notebook_has_its_results(path):
     assert list(faults(json.loads(path.read_text()))) == []
 
 
-def test_there_are_notebooks():
+def test_notebooks_are_numbered_and_in_readme():
+    assert [int(path.name[:2]) for path in NOTEBOOKS] == list(range(1, len(NOTEBOOKS) + 1))
+    linked = re.findall(r"notebooks/(\w+)\.ipynb", README.read_text())
+    assert sorted(linked) == [path.stem for path in NOTEBOOKS]
     assert NOTEBOOKS
 
 
@@ -64,7 +70,8 @@ def test_a_good_notebook_has_no_faults():
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda cells, metadata: cells[1].update(source=["x = 1\n"] * LINES), "lines of code"),
+        (lambda cells, metadata: cells[1].update(source=["x = 1\n"] * LINES), "lines of code and text"),
+        (lambda cells, metadata: cells[0].update(source=[" A title"]), "a title"),
         (lambda cells, metadata: cells[2].update(execution_count=None), "not executed"),
         (lambda cells, metadata: cells[2].update(outputs=[]), "no picture"),
         (lambda cells, metadata: cells[1].update(outputs=[]), "prints no result"),
