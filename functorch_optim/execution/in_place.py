@@ -108,7 +108,8 @@ class InPlace:
         """
         updates = [as_reals(update) for update in updates]
         if self.foreach:
-            return self._ready_foreach(updates, [*tree.map(self.converted, list(scalars)), ()])
+            # Batch by batch, for what is computed takes as much memory as what is there.
+            return functools.partial(self._run_foreach, updates, [*tree.map(self.converted, list(scalars)), ()])
         numbers = self._numbers(scalars)
         inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
         if self.compiled is not None:
@@ -141,10 +142,9 @@ class InPlace:
     def _numbers(self, scalars: Sequence[Any]) -> list[Any]:
         return [self.converted(scalar) for scalar in tree.flatten(list(scalars))[0]]
 
-    def _ready_foreach(self, updates: list[Tensor], numbers: list[Any]) -> Callable[[], None]:
+    def _run_foreach(self, updates: list[Tensor], numbers: list[Any]) -> None:
         starts = {tensor.data_ptr() for column in self.columns for tensor in column}
-
-        def computed(some: list[int]) -> list[list[Tensor]]:
+        for some in _batches(self.params):
             picked = [map_columns(None, state) for state in self.states]
             for state, mine in zip(self.states, picked, strict=True):
                 for column, chosen in zip(state, mine, strict=True):
@@ -153,17 +153,9 @@ class InPlace:
             new_params, new_states = foreach(self.rules, [widened(updates[i]) for i in some], picked, params, numbers)
             new = [new_params, *[column for state in new_states for column in state]]
             # What moves from one to another must not have been overwritten when it is written.
-            return [[n.clone() if n.data_ptr() in starts else n for n in news] for news in new]
-
-        first, *others = _batches(self.params)
-        begun = [computed(first)]
-
-        def overwrite() -> None:
-            for some in (first, *others):
-                for column, news in zip(self.columns, begun.pop() if begun else computed(some), strict=True):
-                    torch._foreach_copy_([column[i] for i in some], news)
-
-        return overwrite
+            new = [[n.clone() if n.data_ptr() in starts else n for n in news] for news in new]
+            for column, news in zip(self.columns, new, strict=True):
+                torch._foreach_copy_([column[i] for i in some], news)
 
     def _run_compiled(self, kernel: Callable[..., None], inputs: Sequence[Cut], together: Tensor) -> None:
         overwritten = [self.program.inputs.index(name) for name in self.in_place]
