@@ -3,6 +3,8 @@
 import doctest
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 from sybil import Sybil
@@ -31,17 +33,40 @@ def blocks(path):
     return list(Sybil(parsers=PARSERS).parse(path))
 
 
+class Main(types.ModuleType):
+    """The main module of a program whose names these are."""
+
+    def __init__(self, name, names):
+        super().__init__(name)
+        self.names = names
+
+    def __getattr__(self, name):
+        try:
+            return self.names[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def public_names():
     """Whatever is public and ours, as it is called after `fo`."""
-    modules = {"schedules": fo.schedules.__all__, "meta": fo.meta.__all__, "optim": fo.optim.__all__, "tree": TREE, "testing": testing.__all__}
+    modules = {
+        "meta": fo.meta.__all__,
+        "optim": fo.optim.__all__,
+        "schedules": fo.schedules.__all__,
+        "testing": testing.__all__,
+        "tree": TREE,
+    }
     names = [f"{module}.{name}" for module, names in modules.items() for name in names]
     torchs = {"optim.Optimizer", "optim.lr_scheduler", "optim.swa_utils", "optim.swap_in_optimizer_params_and_state"}
     return sorted({*fo.__all__, *names} - torchs)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_code_in_documents_runs(path):
-    for example in blocks(path):
+def test_the_code_in_documents_runs(path, monkeypatch):
+    examples = blocks(path)
+    if examples:  # what is defined in a document can be pickled, as it could be in a program
+        monkeypatch.setitem(sys.modules, "__main__", Main("__main__", examples[0].namespace))
+    for example in examples:
         example.evaluate()  # each block builds on those before it
 
 

@@ -160,11 +160,11 @@ def test_memory_does_not_grow_with_the_steps(vectorize, requires_grad):
 
     short = peak(10)
     assert short > 0
-    assert peak(1000) <= 1.01 * short
+    assert peak(300) <= 1.01 * short
     # Negative controls: the count sees what reverse mode keeps, and what autograd is told to record.
-    assert peak(100, torch.func.grad) > 5 * peak(10, torch.func.grad) > 5 * short
-    recorded = [peak(steps, lambda f: forward_grad(f, vectorize=vectorize, create_graph=True)) for steps in (10, 100)]
-    assert (recorded[1] > 5 * recorded[0]) == requires_grad
+    assert peak(60, torch.func.grad) > 3 * peak(10, torch.func.grad) > 3 * short
+    recorded = [peak(steps, lambda f: forward_grad(f, vectorize=vectorize, create_graph=True)) for steps in (10, 40)]
+    assert (recorded[1] > 3 * recorded[0]) == requires_grad
 
 
 # What goes in and comes out. ------------------------------------------------------------------------------------------

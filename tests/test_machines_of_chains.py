@@ -10,11 +10,11 @@ from copies import through_a_file
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from strategies import like, tensors, trees
+from strategies import trees
 from test_random_chains import LINKS
 
 import functorch_optim as fo
-from functorch_optim import execution
+from functorch_optim import execution, testing
 from functorch_optim.links import select
 from functorch_optim.rule import TreeRule
 
@@ -56,7 +56,7 @@ def assert_close(left, right):
 class Ways(RuleBasedStateMachine):
     """A chain in training. Each rule is a step in some way, from the same parameters and state as the reference's."""
 
-    @initialize(tx=CHAINS, params=trees(tensors()), compiled=st.integers(0, 9))
+    @initialize(tx=CHAINS, params=trees(), compiled=st.integers(0, 9))
     def begin(self, tx, params, compiled):
         self.tx, self.params, self.state = tx, params, tx.init(params)
         self.compilations = int(compiled == 0)  # each takes seconds
@@ -64,7 +64,7 @@ class Ways(RuleBasedStateMachine):
         self.extra = {"value": torch.tensor(1.0)} if "value" in declared else {}
 
     def gradients(self, data, missing=True):
-        grads = data.draw(like(self.params))
+        grads = data.draw(testing.gradients(self.params))
         return fo.tree.map(lambda g: None if missing and data.draw(st.integers(0, 5)) == 0 else g, grads)
 
     def expected(self, grads):
@@ -180,5 +180,5 @@ class Ways(RuleBasedStateMachine):
 
 
 def test_ways():
-    several = settings(max_examples=4 * settings().max_examples, stateful_step_count=12)
+    several = settings(stateful_step_count=12)
     run_state_machine_as_test(Ways, settings=several)
