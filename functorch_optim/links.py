@@ -44,7 +44,7 @@ def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
         TypeError: a label is a tensor.
     """
     leaves = tree.flatten(params)[0]
-    prefixes = tree.Prefixes(params, "the labels")  # links often share labels: each is looked at once
+    prefixes = tree.Prefixes(params, "the mask or labels")  # links often share labels: each is looked at once
     made: list[tuple[Any, Tree]] = []
 
     def labels_of(selection: Selection) -> list[Any]:
