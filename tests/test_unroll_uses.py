@@ -153,7 +153,7 @@ def fitted(params, x):
     return (params["w"] * x - 1).square().sum()
 
 
-def test_memory_is_flat_over_a_thousand_outer_steps():
+def test_memory_is_flat_over_many_outer_steps():
     """Parameters and state are carried from one outer step to the next, which learns a learning rate."""
     lr = torch.tensor(0.01, requires_grad=True)
     optimizer = torch.optim.SGD([lr], lr=1e-6)
@@ -162,7 +162,7 @@ def test_memory_is_flat_over_a_thousand_outer_steps():
     gc.disable()  # what is only freed in rounds counts as kept
     try:
         with Alive() as alive:
-            for _ in range(1000):
+            for _ in range(300):
                 params, state, losses = fo.meta.unroll(fitted, fo.adam(lr), params, torch.rand(2, 3), state)
                 params, state = fo.stop_gradient((params, state))
                 optimizer.zero_grad()
@@ -171,7 +171,7 @@ def test_memory_is_flat_over_a_thousand_outer_steps():
                 counts.append(len(alive))
     finally:
         gc.enable()
-    assert counts[999] == counts[10]
+    assert counts[299] == counts[10]
 
 
 def test_the_count_sees_a_graph_that_grows():
