@@ -142,6 +142,25 @@ def test_functions_of_the_user_are_given_tensors():
     assert set(kinds) == {torch.Tensor}
 
 
+def test_rules_of_the_user_are_given_tensors():
+    seen = []
+
+    def scalars(step):
+        seen.append(type(step))
+        return 1 / torch.as_tensor(step, dtype=torch.float32)
+
+    def update(g, state, p, s):
+        return -s * g, state
+
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    opt = fo.Optimizer([p], fo.chain(fo.scale(0.5), fo.leafwise(None, update, scalars, elementwise=True)))
+    for _ in range(4):
+        opt.step()
+    assert seen == [torch.Tensor] * 4
+    torch.testing.assert_close(p.detach(), torch.full((2,), 1 - 0.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4)))
+
+
 @pytest.mark.parametrize(
     "row", [row for row in CATALOGUE if any(link.rule.scalars for link in row()._links)], ids=lambda row: row.name
 )
