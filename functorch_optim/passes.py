@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_optim import execution, tree
 from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
 from functorch_optim.execution.in_place import can_donate
-from functorch_optim.known import as_tensor, settled
+from functorch_optim.known import Known, settled
 from functorch_optim.links import Link
 from functorch_optim.per_parameter import Place, check_shared, differs, resolved
 from functorch_optim.rule import TreeRule
@@ -326,8 +326,8 @@ def _scalars_of(
     wanted = asked.wanted(extras)
     if "updates" in asked.names:
         wanted["updates"] = updates
-    if not str(getattr(rule.scalars, "__module__", "")).startswith("functorch_optim."):
-        step = as_tensor(step)  # a rule of the user's, which may do with it whatever can be done with a tensor
+    if isinstance(step, Known) and not str(getattr(rule.scalars, "__module__", "")).startswith("functorch_optim."):
+        step = step.tensor  # for a rule of the user's, which may do with it whatever can be done with a tensor
     step = step.to(torch.float64)
     if rule.carry is None:
         return tree.map(settled, rule.scalars(step, **wanted)), carried
