@@ -161,4 +161,5 @@ def check_transformation(transformation: Any, example: str) -> None:
     """Raise unless this is a transformation; `example` is a call that would be right."""
     if not isinstance(transformation, GradientTransformation):
         hint = "call it" if callable(transformation) else "as in"
-        raise TypeError(f"{transformation!r} is not a GradientTransformation; {hint}: {example}")
+        name = getattr(transformation, "__name__", None) or repr(transformation)
+        raise TypeError(f"{name} is not a GradientTransformation; {hint}: {example}")

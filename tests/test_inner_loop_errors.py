@@ -53,7 +53,7 @@ def test_a_function_of_the_weights(options):
             r"needs a torch.nn.Module, got a function; write inner_loop\(model",
         ),
         ((make(), fo.sgd), {}, TypeError, r"is not a GradientTransformation; call it: inner_loop\(model, fo.adam\("),
-        ((make(), torch.optim.Adam), {}, TypeError, r"Adam'> is not a GradientTransformation; call it: inner_loop"),
+        ((make(), torch.optim.Adam), {}, TypeError, r"^Adam is not a GradientTransformation; call it: inner_loop"),
         ((make(), 0.1), {}, TypeError, r"0.1 is not a GradientTransformation; as in: inner_loop\(model, fo.adam\("),
         ((nn.Tanh(), fo.sgd(0.1)), {}, ValueError, "nothing to adapt: .* no parameter of the module requires grad"),
         ((make().requires_grad_(False), fo.sgd(0.1)), {}, ValueError, r"or call model.requires_grad_\(\)"),
