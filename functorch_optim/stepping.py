@@ -125,8 +125,7 @@ def step_(
     old_tensors, state_structure = tree.flatten(state)
     new_tensors = tree.flatten(new_state)[0]
     new_tensors = [new if new is old else kept(new) for old, new in zip(old_tensors, new_tensors, strict=True)]
-    overwrites = donations.ready()
-    for overwrite in overwrites:
+    for overwrite in donations.ready():
         overwrite()
     added = [i for i, u in enumerate(updates) if u is not None]
     writing.add_([leaves[i] for i in added], [updates[i] for i in added])

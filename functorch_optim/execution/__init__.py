@@ -5,8 +5,8 @@
 | tensor by tensor (`reference.py`) | always right: in what `torch.compile` traces, on tensor subclasses such as DTensor, for rules that need their tensor whole, and in all other cases |
 | flat (`flat.py`) | elementwise rules on many small tensors that are differentiated or vmapped: once on all of them, end to end |
 | recomputed (`recomputed.py`) | elementwise rules on large tensors that autograd differentiates: it saves what they are given, and they run again in backward |
-| in blocks (`blocks.py`) | on the CPU, where nothing is differentiated: elementwise rules, recorded as a program |
-| foreach (`foreach.py`) | the same on other devices: each torch function is one kernel over a list of tensors |
+| in blocks (`blocks.py`) | on the CPU, where nothing is differentiated: elementwise rules on large tensors, recorded as a program |
+| foreach (`foreach.py`) | the same on small tensors and on other devices: each torch function is one kernel over a list of tensors |
 
 Sparse updates are run as what they are: the values of some entries, each with its own state.
 """  # noqa: E501
