@@ -86,6 +86,7 @@ LAYERS = [
     "testing.problem",
     "testing.report",
     "testing.properties",
+    "testing.transformation",
     "testing.optimizer_class",
     "testing.oracles",
     "testing",

@@ -281,7 +281,7 @@ def test_every_property_can_fail():
     with pytest.raises(testing.PropertyError, match="stateful does not hold: .*\nBut it raises ValueError: the mask"):
         testing.check_transformation(for_dicts, params=params, skip=only("stateful"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing.properties, "step", lambda tx, grads, state, params: (params, state))
+        patch.setattr(testing.properties.forms, "step", lambda tx, grads, state, params: (params, state))
         with pytest.raises(testing.PropertyError, match="by fo.step the parameter.* is .*, and should be"):
             testing.check_transformation(fo.scale(-1.0), skip=only("steps"))
 

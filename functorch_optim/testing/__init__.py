@@ -17,9 +17,10 @@ from functorch_optim.testing.comparison import assert_same, unmodified
 from functorch_optim.testing.optimizer_class import OPTIMIZER_PROPERTIES, check_optimizer_class
 from functorch_optim.testing.oracles import check_against
 from functorch_optim.testing.problem import Problem, Subject
-from functorch_optim.testing.properties import PROPERTIES, check_transformation
+from functorch_optim.testing.properties import PROPERTIES
 from functorch_optim.testing.report import PropertyError
 from functorch_optim.testing.strategies import gradients, histories, hyperparameters, tensors, trees
+from functorch_optim.testing.transformation import check_transformation
 
 __all__ = [
     "OPTIMIZER_PROPERTIES",

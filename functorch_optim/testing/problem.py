@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
-from functorch_optim.testing.comparison import tensors_of
+from functorch_optim.testing.comparison import assert_same, tensors_of
 from functorch_optim.testing.strategies import histories, trees
 from functorch_optim.tree import Tree
 
@@ -247,3 +247,11 @@ def double_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def assert_same_training(
+    trained: tuple[Tree, Any], expected: tuple[Tree, Any], what: str, subject: Subject, problem: Problem
+) -> None:
+    """Compare the parameters and states of two ways to train; see `assert_same`."""
+    for name, one, other in zip(("parameter", "state"), trained, expected, strict=True):
+        assert_same(one, other, f"{what} the {name}", subject.tolerance, problem.scale)
