@@ -27,8 +27,7 @@ class MaskedNode(NamedTuple):
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Split a tree into its leaves and its structure; None is a leaf, MaskedNode is none."""
     if torch.compiler.is_compiling():
-        structure = _TracedStructure(tree)
-        return structure.flatten_up_to(tree), structure
+        return _traced_leaves(tree), _TracedStructure(tree)
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -240,6 +239,11 @@ def _dotted(path: str, key: Any) -> str:
 
 def is_leaf(node: Tree) -> bool:
     """Tell whether this is no container, but a leaf; None is one."""
+    # These at once: what torch.compile would have to trace of optree for each of them, takes most of its time.
+    if node is None or type(node) in (torch.Tensor, torch.nn.Parameter):
+        return True
+    if type(node) in (dict, list, tuple):
+        return False
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -252,10 +256,16 @@ def _children(node: Tree) -> dict[Any, Tree]:
     if type(node) is dict:
         # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
         return {key: node[key] for key in optree.utils.total_order_sorted(node)}
+    if type(node) in (list, tuple):
+        return {i: node[i] for i in range(len(node))}
     if is_leaf(node):
         return {}
     children, _, keys, _ = _one_level(node)
     return dict(zip(getattr(node, "_fields", keys), children, strict=True))
+
+
+def _traced_leaves(node: Tree) -> list[Any]:
+    return [node] if is_leaf(node) else [leaf for child in _children(node).values() for leaf in _traced_leaves(child)]
 
 
 class _TracedStructure:
@@ -285,6 +295,8 @@ class _TracedStructure:
             rebuilt = {key: build(child) for key, child in _children(node).items()}
             if type(node) is dict:
                 return {key: rebuilt[key] for key in node}
+            if type(node) in (list, tuple):
+                return type(node)(rebuilt.values())
             _, metadata, _, unflatten_node = _one_level(node)
             return unflatten_node(metadata, list(rebuilt.values()))
 
