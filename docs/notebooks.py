@@ -2,12 +2,15 @@
 
 import base64
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 _NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+_LINK = re.compile(r"\]\(\.\./((?:\.\./)?notebooks/\w+)\.ipynb\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:
@@ -31,3 +34,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> None:
                     parts.append(f"![What the code drew]({picture}){{.drawn}}")
         parts.append(f"[This page as a notebook]({path.name})")
         files.append(File.generated(config, name.replace(".ipynb", ".md"), content="\n\n".join(parts)))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Link to the pages where other pages link to the notebooks."""
+    return _LINK.sub(r"](\1.md)", markdown)
