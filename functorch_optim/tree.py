@@ -1,6 +1,6 @@
 """Trees of tensors: what this library needs of pytrees, over optree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -27,7 +27,8 @@ class MaskedNode(NamedTuple):
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Split a tree into its leaves and its structure; None is a leaf, MaskedNode is none."""
     if torch.compiler.is_compiling():
-        return _traced_leaves(tree), _TracedStructure(tree)
+        structure = _TracedStructure(tree)
+        return structure.flatten_up_to(tree), structure
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -264,40 +265,49 @@ def _children(node: Tree) -> dict[Any, Tree]:
     return dict(zip(getattr(node, "_fields", keys), children, strict=True))
 
 
-def _traced_leaves(node: Tree) -> list[Any]:
-    return [node] if is_leaf(node) else [leaf for child in _children(node).values() for leaf in _traced_leaves(child)]
-
-
 class _TracedStructure:
-    """What optree's PyTreeSpec does, for what torch.compile cannot trace of it: dicts without tensors, as masks are."""
+    """What optree's PyTreeSpec does, for what torch.compile cannot trace of it: dicts without tensors, as masks are.
+
+    The keys are sorted once, and leaves are met without a call for each, for every instruction takes time to trace.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+        self._children = {
+            key: None if is_leaf(child) else _TracedStructure(child) for key, child in _children(tree).items()
+        }
 
     def flatten_up_to(self, other: Tree) -> list[Any]:
-        def walk(node: Tree, other: Tree) -> list[Any]:
-            if is_leaf(node):
-                return [other]
-            children, others = _children(node), _children(other)
-            dicts = isinstance(node, dict) and isinstance(other, dict)
-            if is_leaf(other) or set(children) != set(others) or not (dicts or type(node) is type(other)):
-                raise ValueError("the structures differ")
-            return [leaf for key, child in children.items() for leaf in walk(child, others[key])]
-
-        return walk(self._tree, other)
+        if is_leaf(self._tree):
+            return [other]
+        leaves: list[Any] = []
+        self._collect(other, leaves)
+        return leaves
 
     def unflatten(self, leaves: Sequence[Any]) -> Tree:
         remaining = iter(leaves)
+        return next(remaining) if is_leaf(self._tree) else self._build(remaining)
 
-        def build(node: Tree) -> Tree:
-            if is_leaf(node):
-                return next(remaining)
-            rebuilt = {key: build(child) for key, child in _children(node).items()}
-            if type(node) is dict:
-                return {key: rebuilt[key] for key in node}
-            if type(node) in (list, tuple):
-                return type(node)(rebuilt.values())
-            _, metadata, _, unflatten_node = _one_level(node)
-            return unflatten_node(metadata, list(rebuilt.values()))
+    def _collect(self, other: Tree, leaves: list[Any]) -> None:
+        dicts = isinstance(self._tree, dict) and isinstance(other, dict)
+        others = other if dicts else _children(other)
+        if len(others) != len(self._children) or not (dicts or type(self._tree) is type(other)):
+            raise ValueError("the structures differ")
+        for key, child in self._children.items():
+            if key not in others:
+                raise ValueError("the structures differ")
+            if child is None:
+                leaves.append(others[key])
+            else:
+                child._collect(others[key], leaves)
 
-        return build(self._tree)
+    def _build(self, remaining: Iterator[Any]) -> Tree:
+        rebuilt = {
+            key: next(remaining) if child is None else child._build(remaining) for key, child in self._children.items()
+        }
+        if type(self._tree) is dict:
+            return {key: rebuilt[key] for key in self._tree}
+        if type(self._tree) in (list, tuple):
+            return type(self._tree)(rebuilt.values())
+        _, metadata, _, unflatten_node = _one_level(self._tree)
+        return unflatten_node(metadata, list(rebuilt.values()))
