@@ -26,7 +26,8 @@ class StepState(NamedTuple):
     step: Tensor
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)  # a NamedTuple's properties cannot be traced by torch.compile in torch 2.10
+class Rule:
     """What `fo.leafwise` was told; its docstring explains the fields."""
 
     init: Callable[[Tensor], Any] | None

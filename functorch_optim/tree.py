@@ -262,7 +262,8 @@ def _children(node: Tree) -> dict[Any, Tree]:
     if is_leaf(node):
         return {}
     children, _, keys, _ = _one_level(node)
-    return dict(zip(getattr(node, "_fields", keys), children, strict=True))
+    names = optree.namedtuple_fields(type(node)) if optree.is_namedtuple(node) else keys
+    return dict(zip(names, children, strict=True))
 
 
 class _TracedStructure:

@@ -208,7 +208,20 @@ def test_zero_grad(name, set_to_none):
     assert_same(*pair)
 
 
+@pytest.fixture
+def late_states(name):
+    """Skip Adagrad where torch.optim makes its states in the constructor only, as in torch 2.10."""
+    if name == "Adagrad":
+        theirs = make_pair(name)[1]
+        theirs.state.clear()
+        try:
+            train([theirs], 1)
+        except KeyError:
+            pytest.skip("torch.optim.Adagrad of this torch makes no state for a parameter that comes later")
+
+
 @each
+@pytest.mark.usefixtures("late_states")
 def test_groups_added_in_mid_training(name):
     pair = make_pair(name)
     train(pair)
@@ -242,6 +255,7 @@ def test_data_that_is_replaced(name):
 
 
 @each
+@pytest.mark.usefixtures("late_states")
 def test_parameters_that_are_replaced(name):
     """A new tensor in the group has no state yet, and the old state stays where it is."""
     pair = make_pair(name)
