@@ -241,7 +241,7 @@ def _dotted(path: str, key: Any) -> str:
 def is_leaf(node: Tree) -> bool:
     """Tell whether this is no container, but a leaf; None is one."""
     # These at once: what torch.compile would have to trace of optree for each of them, takes most of its time.
-    if node is None or type(node) in (torch.Tensor, torch.nn.Parameter):
+    if node is None or type(node) in (torch.Tensor, torch.nn.Parameter, float, int, bool):
         return True
     if type(node) in (dict, list, tuple):
         return False

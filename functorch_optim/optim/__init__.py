@@ -19,7 +19,6 @@ from functorch_optim.optim.classes import (
     Adam,
     Adamax,
     AdamW,
-    Muon,
     NAdam,
     RAdam,
     RMSprop,
@@ -38,7 +37,6 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
-    "Muon",
     "NAdam",
     "Optimizer",
     "RAdam",
@@ -48,6 +46,11 @@ __all__ = [
     "lr_scheduler",
     "swa_utils",
 ]
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    from functorch_optim.optim.classes import Muon as Muon
+
+    __all__ += ["Muon"]
 
 if hasattr(torch.optim, "swap_in_optimizer_params_and_state"):  # older torch has it not
     from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state

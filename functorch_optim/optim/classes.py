@@ -291,30 +291,32 @@ class SparseAdam(TorchLike, torch.optim.SparseAdam):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
 
 
-class Muon(TorchLike, torch.optim.Muon):
-    """Train with `fo.muon`; all arguments are those of torch.optim.Muon, and `differentiable`. For matrices.
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
 
-    Example:
-        >>> import functorch_optim as fo, torch
-        >>> model = torch.nn.Linear(2, 3, bias=False)
-        >>> opt = fo.optim.Muon(model.parameters())
-        >>> model(torch.ones(1, 2)).sum().backward()
-        >>> opt.step()
-        >>> list(opt.state[model.weight])
-        ['momentum_buffer']
-    """
+    class Muon(TorchLike, torch.optim.Muon):
+        """Train with `fo.muon`; all arguments are those of torch.optim.Muon, and `differentiable`. For matrices.
 
-    __init__ = also(torch.optim.Muon.__init__, differentiable=False)
-    _transformation = staticmethod(muon)
-    _count = None
+        Example:
+            >>> import functorch_optim as fo, torch
+            >>> model = torch.nn.Linear(2, 3, bias=False)
+            >>> opt = fo.optim.Muon(model.parameters())
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> opt.step()
+            >>> list(opt.state[model.weight])
+            ['momentum_buffer']
+        """
 
-    def _check_gradient(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if p.is_complex():
-            raise RuntimeError("Muon does not support complex parameters")
-        super()._check_gradient(p, grad, group)
-        if group["ns_steps"] >= 100:
-            raise ValueError("Number of steps must be less than 100 for computational efficiency")
-        if p.ndim != 2:
-            raise ValueError("Param gradient must be a 2D matrix")
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        __init__ = also(torch.optim.Muon.__init__, differentiable=False)
+        _transformation = staticmethod(muon)
+        _count = None
+
+        def _check_gradient(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+            if p.is_complex():
+                raise RuntimeError("Muon does not support complex parameters")
+            super()._check_gradient(p, grad, group)
+            if group["ns_steps"] >= 100:
+                raise ValueError("Number of steps must be less than 100 for computational efficiency")
+            if p.ndim != 2:
+                raise ValueError("Param gradient must be a 2D matrix")
+            if len(group["ns_coefficients"]) != 3:
+                raise ValueError("Coefficients must be a tuple of exactly 3 values")
