@@ -272,7 +272,7 @@ def test_trees_of_any_kind():
         grads = fo.tree.map(torch.ones_like, params)
         expected = by_update(tx, grads, tx.init(params), params)
         assert_close(fo.step(tx, grads, tx.init(params), params), expected)
-        assert_close(fo.step_(tx, grads, tx.init(params), params), expected)
+        assert_close(fo.step_(tx=tx, grads=grads, state=tx.init(params), params=params), expected)
 
 
 def test_inference_mode():
