@@ -425,6 +425,19 @@ def test_states_and_parameters_that_do_not_fit():
     assert_untouched(before)
 
 
+@pytest.mark.parametrize("change", [lambda state: (*state, torch.ones(1)), lambda state: state[0]])
+def test_a_state_that_changes_its_structure(change):
+    tx = fo.GradientTransformation(
+        lambda params: (torch.ones(1),), lambda updates, state, params: (updates, change(state))
+    )
+    tx, params = fo.chain(tx, fo.sgd(0.1, momentum=0.9)), {"w": torch.ones(2)}
+    state = tx.init(params)
+    before = snapshot(params, state)
+    with pytest.raises(ValueError, match="the next state and the one given do not match: .*'0"):
+        fo.step_(tx, params, state, params)
+    assert_untouched(before)
+
+
 def test_fused_and_foreach_contradict_each_other():
     tx, params = fo.sgd(0.1), {"w": torch.ones(2)}
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
