@@ -89,7 +89,7 @@ def step_(
         Parameters, in the tensors that were given, and the next state, in its tensors where that is possible.
 
     Raises:
-        ValueError, TypeError: as `update` does.
+        ValueError, TypeError: as `update` does; or the next state is built differently than this one.
         RuntimeError: it is called inside of a function that torch.func or torch.compile transforms, which wants `step`;
             or a parameter cannot be written to.
 
@@ -123,7 +123,7 @@ def step_(
     kept = writing.unshared([*leaves, *gradients, *[t for t in tree.flatten(state)[0] if isinstance(t, Tensor)]])
     updates = [u if u is None else kept(u) for u in updates]
     old_tensors, state_structure = tree.flatten(state)
-    new_tensors = tree.flatten(new_state)[0]
+    new_tensors = tree.flatten_up_to(state_structure, new_state, "the next state", state, "the one given")
     new_tensors = [new if new is old else kept(new) for old, new in zip(old_tensors, new_tensors, strict=True)]
     for overwrite in donations.ready():
         overwrite()

@@ -132,17 +132,18 @@ def test_lbfgs(options, named, module):
 def test_optimizers_around_chains():
     """One transformation for all groups, with a norm, numbers that are carried on, and a function of the whole tree."""
 
-    def total(updates, params):
+    def halve(updates, params):
         return fo.tree.map(lambda g: g / 2, updates)
+
+    def accumulate(updates, state, params):
+        total = fo.tree.map(torch.add, state, updates)
+        return total, total
 
     def make_one():
         torch.manual_seed(0)
         params = [torch.randn(3).requires_grad_(), torch.randn(2, 2).requires_grad_()]
-        mean = fo.GradientTransformation(
-            lambda params: fo.tree.map(torch.zeros_like, params),
-            lambda updates, state, params: (updates, fo.tree.map(lambda s, g: s + g, state, updates)),
-        )
-        tx = fo.chain(fo.clip_by_global_norm(1.0), mean, fo.nadam(0.1), fo.stateless(total), fo.trace(0.5))
+        accumulated = fo.GradientTransformation(lambda params: fo.tree.map(torch.zeros_like, params), accumulate)
+        tx = fo.chain(fo.clip_by_global_norm(1.0), accumulated, fo.nadam(0.1), fo.stateless(halve), fo.trace(0.5))
         return fo.Optimizer([("b", params[0]), ("a", params[1])], tx)
 
     optimizer, twin = make_one(), make_one()

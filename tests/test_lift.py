@@ -189,7 +189,7 @@ def test_other_rules_see_complex_tensors_whole():
         seen.append((g.shape, g.dtype))
         return s * g, state
 
-    scale = fo.leafwise(None, update, lambda step: 2 * step)
+    scale = fo.leafwise(init=None, update=update, scalars=lambda step: 2 * step)
     g = torch.randn(2, 2, dtype=torch.complex64)
     updates, _ = scale.update(g, scale.init(g))
     assert seen == [((2, 2), torch.complex64)]

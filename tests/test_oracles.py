@@ -1,11 +1,12 @@
 """The same numbers as torch.optim and torch.nn.utils, step by step, and as the papers' formulas in numpy."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
 import torch
-from torch_like_cases import CASES, REAL, awkward_params, by_case, deviation, factory_of, parameters, run
+from torch_like_cases import CASES, REAL, awkward_params, by_case, deviation, each, factory_of, parameters, run
 
 import functorch_optim as fo
 from functorch_optim import testing
@@ -49,6 +50,14 @@ def both(tx, name, dtype, device="cpu", **options):
     own = torch.clone if options.get("fused") else copy.deepcopy  # torch's kernels take no gaps between the elements
     torch_params = [own(leaf).requires_grad_() for leaf in fo.tree.flatten(params)[0]]
     return Functional(tx, params), getattr(torch.optim, name)(torch_params, **options)
+
+
+@each
+def test_defaults_are_those_of_torch(name):
+    ours, theirs = [inspect.signature(f).parameters for f in (factory_of(name), getattr(torch.optim, name))]
+    shared = ours.keys() & theirs.keys()
+    assert "lr" in shared
+    assert {key: ours[key].default for key in shared} == {key: theirs[key].default for key in shared}
 
 
 @same

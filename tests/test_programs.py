@@ -282,6 +282,7 @@ SYNTHETIC = {
     "flag": (lambda g, state, p, s: (p + s * g, Two(s * p, ~s * p + g)), FLAG),
     "flag_off": (lambda g, state, p, s: (torch.where(s, g, p), Two(torch.where(s | FLAG, g, p), state.b)), ~FLAG),
     "bool": (lambda g, state, p, s: (p + s * g, state), True),
+    "bool_constant": (lambda g, state, p, s: (p + True * g, state), ()),
     "integer": (lambda g, state, p, s: (p + s * g, Two(p**s, state.b // s)), 3),
     "constant": (lambda g, state, p, s: (p + CONSTANT * g, Two(CONSTANT - g, torch.maximum(g, CONSTANT))), ()),
     "tensors_alone": (

@@ -272,7 +272,7 @@ def test_trees_of_any_kind():
         grads = fo.tree.map(torch.ones_like, params)
         expected = by_update(tx, grads, tx.init(params), params)
         assert_close(fo.step(tx, grads, tx.init(params), params), expected)
-        assert_close(fo.step_(tx, grads, tx.init(params), params), expected)
+        assert_close(fo.step_(tx=tx, grads=grads, state=tx.init(params), params=params), expected)
 
 
 def test_inference_mode():
@@ -422,6 +422,19 @@ def test_states_and_parameters_that_do_not_fit():
     expanded = {**params, "rest": [torch.ones(1, dtype=torch.float64).expand(3)]}
     with pytest.raises(RuntimeError, match="Elements of the parameter 'rest.0' share memory"):
         fo.step_(tx, grads, tx.init(params), expanded)
+    assert_untouched(before)
+
+
+@pytest.mark.parametrize("change", [lambda state: (*state, torch.ones(1)), lambda state: state[0]])
+def test_a_state_that_changes_its_structure(change):
+    tx = fo.GradientTransformation(
+        lambda params: (torch.ones(1),), lambda updates, state, params: (updates, change(state))
+    )
+    tx, params = fo.chain(tx, fo.sgd(0.1, momentum=0.9)), {"w": torch.ones(2)}
+    state = tx.init(params)
+    before = snapshot(params, state)
+    with pytest.raises(ValueError, match="the next state and the one given do not match: .*'0"):
+        fo.step_(tx, params, state, params)
     assert_untouched(before)
 
 

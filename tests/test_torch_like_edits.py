@@ -8,6 +8,8 @@ import torch
 from copies import through_a_file, through_pickle
 from torch_like_cases import NAMES, assert_same, deviation, each, make_pair, parameters, train
 
+import functorch_optim as fo
+
 # Edits. ---------------------------------------------------------------------------------------------------------------
 
 EDITS = [
@@ -70,6 +72,16 @@ def test_an_edit_changes_the_numbers(name):
         pair[0].param_groups[0]["step_sizes"] = (0.1, 0.2)
     train(pair, 3)
     assert deviation(*map(parameters, pair)) > 1e-9
+
+
+def test_a_schedule_where_torch_keeps_no_step():
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = fo.optim.SGD([p], lr=1.0)
+    optimizer.param_groups[0]["lr"] = fo.schedules.linear(1.0, 0.0, 4)
+    for _ in range(3):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    assert p.item() == -(1.0 + 0.75 + 0.5)
 
 
 def edited(optimizer):
