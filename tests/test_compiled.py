@@ -77,7 +77,6 @@ def test_derivatives_and_batches_of_numbers_that_are_computed_apart(monkeypatch)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_no_power_is_computed_for_each_element(monkeypatch):
     """Loops over elements are those of the names of tensors that are large."""
 

@@ -176,7 +176,6 @@ def test_a_backward_pass_through_what_was_compiled():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiles_by_default():
     row = next(row for row in CATALOGUE if row.name == "adam")
     assert_compiles_once(row, lambda total: torch.compile(torch.func.grad(total, (0, 1)), fullgraph=True))
