@@ -23,7 +23,7 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
 
     @pytest.fixture(autouse=True)
     def no_steps_are_compiled(monkeypatch):
-        """What `fused=True` compiles is a function of lists of tensors, of any sizes, which older torch can trace too."""
+        """What `fused=True` compiles is a function of lists of tensors, of any sizes; older torch traces it too."""
 
         def compile_kernel(*args, **options):
             if not options.get("dynamic"):

@@ -18,6 +18,7 @@ from torch_like_cases import (
     deviation,
     embedding_params,
     embeddings,
+    muon,
     pair,
     parameters,
     run,
@@ -121,6 +122,7 @@ def test_learning_rates_that_change(name, options, device):
     assert run(ours, theirs, each=edit) < 1e-12
 
 
+@muon
 def test_muon_in_bfloat16_keeps_its_momentum():
     """torch.optim.Muon without nesterov divides its buffer by its norm in place when it is in bfloat16 already."""
     p = torch.randn(4, 4, dtype=torch.bfloat16)

@@ -58,7 +58,7 @@ MOMENTUM |= {
 }
 """Those that drive momentum, or the first of betas, too."""
 
-WITH_MOMENTUM = ["SGD", "RMSprop", "Muon", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam"]
+WITH_MOMENTUM = ["SGD", "RMSprop", *({"Muon"} & set(NAMES)), "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam"]
 
 
 def advance(scheduler, t):

@@ -17,6 +17,7 @@ from torch_like_cases import (
     give_gradients,
     make_pair,
     make_params,
+    muon,
     outcome,
     outcomes,
     parameters,
@@ -94,6 +95,7 @@ def test_complex_parameters(name):
 MUON = [{"ns_steps": 100}, {"ns_coefficients": (1.0, 2.0)}]
 
 
+@muon
 @pytest.mark.parametrize("options", MUON, ids=str)
 def test_options_that_muon_checks_in_its_step(options):
     def run(module):
@@ -106,6 +108,7 @@ def test_options_that_muon_checks_in_its_step(options):
     assert ours == theirs
 
 
+@muon
 def test_muon_is_for_matrices_in_groups_that_are_added_too():
     def run(module):
         optimizer = module.Muon(make_params("Muon"))

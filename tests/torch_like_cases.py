@@ -63,6 +63,9 @@ OPTIONS = {
     ],
 }
 """Every option of every class for dense gradients."""
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+    del OPTIONS["Muon"]
+muon = pytest.mark.skipif("Muon" not in OPTIONS, reason="torch.optim has Muon from torch 2.9 on")
 
 EMBEDDINGS = [
     ("SGD", {"lr": 0.1}),
