@@ -104,26 +104,40 @@ def second(function):
     return torch.autograd.grad(gradient @ torch.linspace(-1, 1, len(z), dtype=z.dtype), z)[0]
 
 
-def along_each(function, h=1e-4):
-    """Return, for each argument, a random direction of it alone, and the derivative along that by finite differences.
+def directions_of(function):
+    """Return, for each argument, a random direction of it alone.
 
     A hyperparameter's direction is itself, so that steps are in proportion to it.
     """
     directions = torch.zeros(len(function.places), function.z.numel(), dtype=function.z.dtype)
     for row, (path, place) in zip(directions, function.places.items(), strict=True):
         row[place] = function.z[place] if path.startswith("hyperparameters") else torch.randn_like(function.z[place])
+    return directions
+
+
+def are_right(function, gradient, directions):
+    """Tell, for each of some directions, whether the derivative along it is that by finite differences."""
 
     def moved(t):
         return function((function.z + t @ directions).requires_grad_()).detach()
 
-    return directions, differences(moved, torch.zeros_like(directions[:, 0]), h, batched=False)
+    expected = differences(moved, torch.zeros_like(directions[:, 0]), batched=False)
+    return torch.isclose(directions @ gradient, expected, rtol=1e-6, atol=1e-9).tolist()
 
 
-def wrong(function, gradient, tolerance=1e-6, noise=1e-9):
+def wrong(function, gradient):
     """List the arguments by which a gradient differs from finite differences."""
-    directions, expected = along_each(function)
-    close = torch.isclose(directions @ gradient, expected, rtol=tolerance, atol=noise)
-    return [path for path, right in zip(function.places, close.tolist(), strict=True) if not right]
+    close = are_right(function, gradient, directions_of(function))
+    return [path for path, right in zip(function.places, close, strict=True) if not right]
+
+
+def is_right(function, gradient):
+    """Tell whether a gradient is that by finite differences along one direction of all arguments at once.
+
+    It takes a tenth of the time that `wrong` takes, and does not say by which.
+    """
+    [right] = are_right(function, gradient, directions_of(function).sum(0, keepdim=True))
+    return right
 
 
 def gradient_of(training, arguments):

@@ -44,8 +44,16 @@ def update_all(tx, params, state, history, names):
 
 
 @cases
-@pytest.mark.parametrize("module", [torch.optim, fo.optim], ids=["torch", "ours"])
-@pytest.mark.parametrize(("named", "groups", "late"), [(False, 1, False), (True, 1, True), (True, 2, True)])
+@pytest.mark.parametrize(
+    ("module", "named", "groups", "late"),
+    [
+        (torch.optim, False, 1, False),
+        (torch.optim, True, 1, True),
+        (torch.optim, True, 2, True),
+        (fo.optim, True, 2, True),
+    ],
+    ids=["torch", "torch-named", "torch-groups", "ours-groups"],
+)
 def test_there_and_back_with_the_same_numbers(name, options, module, named, groups, late):
     optimizer, twin = [make(module, name, options, named, groups) for _ in range(2)]
     first, second, third = [draw(8, parameters(optimizer), late), *[draw(6, parameters(optimizer))] * 2]

@@ -29,9 +29,9 @@ def rows(printed):
     return {cells[0].split()[0]: [float(cell) for cell in cells[1:] if cell.strip()] for cells in lines}
 
 
-def test_prints_a_table_and_draws_a_picture(tmp_path, capsys):
+def test_networks_recognize_test_digits_and_a_table_and_a_picture_show_it(tmp_path, capsys):
     directory = tmp_path / "new" / "pictures"
-    main(["--out", str(directory), "--epochs", "1"])
+    main(["--out", str(directory), "--epochs", "10"])
     printed = capsys.readouterr().out
 
     table = rows(printed)
@@ -40,7 +40,7 @@ def test_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     assert 1e-5 <= rate <= 1
     assert 0 < vote <= 1
     for accuracy in (table["functional"][1], table["stateful"][1], best):
-        assert 0.5 < accuracy <= 1  # one epoch is far better than chance
+        assert 0.96 <= accuracy <= 1
 
     assert "Gradients of 15 trainings by learning rate and momentum, through 36 steps each" in printed
     assert str(directory / PICTURE) in printed
@@ -50,14 +50,6 @@ def test_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     assert 1000 <= width <= 4000
     assert 400 <= height <= 2000
     assert len(picture) > 30_000  # not blank
-
-
-def test_networks_recognize_test_digits(tmp_path, capsys):
-    main(["--out", str(tmp_path), "--epochs", "10"])
-    table = rows(capsys.readouterr().out)
-    assert table["functional"][1] >= 0.96
-    assert table["stateful"][1] >= 0.96
-    assert table["ensemble"][1] >= 0.96
 
 
 def test_the_three_ways_take_the_same_steps():

@@ -52,7 +52,7 @@ def test_is_reverse_mode_and_finite_differences(row, name):
     f, number = outcome(row), numbers_of(row)[name]
     forward, reverse = [grad(lambda number: f({name: number}))(number) for grad in (forward_grad, torch.func.grad)]
     torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-13)
-    [expected] = differences(lambda z: f({name: z[0]}), number.reshape(1), batched=False)
+    [expected] = differences(lambda z: f({name: z[0]}), number.reshape(1))
     torch.testing.assert_close(forward, expected, rtol=1e-6, atol=1e-8)
     # Some have no effect: Rprop's bounds that are not met, machine epsilon.
     assert (forward != 0) == (expected != 0)
@@ -160,9 +160,9 @@ def test_memory_does_not_grow_with_the_steps(vectorize, requires_grad):
 
     short = peak(10)
     assert short > 0
-    assert peak(300) <= 1.01 * short
+    assert peak(50) <= 1.01 * short
     # Negative controls: the count sees what reverse mode keeps, and what autograd is told to record.
-    assert peak(60, torch.func.grad) > 3 * peak(10, torch.func.grad) > 3 * short
+    assert peak(50, torch.func.grad) > 3 * peak(10, torch.func.grad) > 3 * short
     recorded = [peak(steps, lambda f: forward_grad(f, vectorize=vectorize, create_graph=True)) for steps in (10, 40)]
     assert (recorded[1] > 3 * recorded[0]) == requires_grad
 

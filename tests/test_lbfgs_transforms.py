@@ -54,7 +54,7 @@ def test_a_batch_of_learning_rates_of_one_problem_equals_a_loop(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_iter": 3, "lr": 0.02, "history_size": 2}, {"max_iter": 2, "max_eval": 3, "history_size": 1, **WOLFE}],
+    [{"max_iter": 2, "lr": 0.02, "history_size": 2}, {"max_iter": 2, "max_eval": 3, "history_size": 1, **WOLFE}],
     ids=["fixed", "wolfe"],
 )
 def test_compiles_whole(options):

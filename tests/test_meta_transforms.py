@@ -75,16 +75,17 @@ def test_gradients_of_a_batch_of_parameters_equal_a_loop(row):
 @hyperparameters
 def test_derivatives_by_a_vector_of_hyperparameters_equal_a_loop(row, name):
     train, params, data, numbers = training_of(row)
-    values = numbers[name] * torch.tensor([0.9, 1.0, 1.01], dtype=torch.float64)
+    values = numbers[name] * torch.tensor([0.9, 1.01], dtype=torch.float64)
 
     def by_value(value):
         return train(params, data, {**numbers, name: value})
 
-    loop = torch.stack([torch.func.grad(by_value)(value) for value in values])
+    one = torch.ones((), dtype=torch.float64)
+    derivatives = [torch.func.jvp(torch.func.grad(by_value), (value,), (one,)) for value in values]
+    loop, second = [torch.stack(several) for several in zip(*derivatives, strict=True)]
     assert_equals(row, torch.func.grad(lambda values: torch.vmap(by_value)(values).sum())(values), loop)
     assert_equals(row, torch.vmap(torch.func.grad(by_value))(values), loop)
     assert_equals(row, torch.func.jacfwd(torch.vmap(by_value))(values), loop.diag())
-    second = torch.stack([torch.func.hessian(by_value)(value) for value in values])
     assert_equals(row, torch.vmap(torch.func.hessian(by_value))(values), second)
 
 

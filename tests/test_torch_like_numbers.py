@@ -27,6 +27,8 @@ from torch_like_cases import (
 
 import functorch_optim as fo
 
+STEPS = 60  # of what docs/torch-optim.md says
+
 
 @cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -34,7 +36,7 @@ def test_double_precision(name, options, dtype, device):
     if dtype.is_complex and name in REAL:
         pytest.skip("torch.optim has it for real numbers only")
     ours, theirs = pair(name, awkward_params(name, dtype, device), options)
-    assert run(ours, theirs) < 1e-12
+    assert run(ours, theirs, STEPS) < 1e-12
     assert_same_state(ours, theirs, 1e-10)
 
 
@@ -42,7 +44,7 @@ def test_double_precision(name, options, dtype, device):
 def test_single_precision(name, options, device):
     ours, theirs = pair(name, awkward_params(name, torch.float32, device), options)
     # Gradients up to 10: larger ones would move parameters up and down by more than they keep digits.
-    assert run(ours, theirs, scale=0.01) < 60 * 4 * torch.finfo(torch.float32).eps
+    assert run(ours, theirs, STEPS, scale=0.01) < STEPS * 4 * torch.finfo(torch.float32).eps
     assert_same_state(ours, theirs, 1e-4)
 
 
@@ -53,7 +55,7 @@ def test_half_precision(name, options, dtype, device):
     params = awkward_params(name, dtype, device)
     ours, theirs = pair(name, params, options)
     _, exact = pair(name, [p.double() for p in params], options)
-    for _ in range(60):
+    for _ in range(STEPS):
         for p, q, r in zip(parameters(ours), parameters(theirs), parameters(exact), strict=True):
             q.grad = torch.randn_like(q.detach())
             p.grad, r.grad = q.grad.clone(), q.grad.double()
@@ -91,7 +93,7 @@ def test_mixed_dtypes(name, options, device):
     if name == "Adafactor" and "eps" not in options:
         params = params[:2]  # torch takes the first parameter's machine epsilon for all
     ours, theirs = pair(name, params, options)
-    assert run(ours, theirs, scale=0.01) < 60 * 4 * torch.finfo(torch.float32).eps
+    assert run(ours, theirs, scale=0.01) < 36 * 4 * torch.finfo(torch.float32).eps
     assert deviation(parameters(ours)[:2], parameters(theirs)[:2]) < 1e-12
     assert_same_state(ours, theirs, 1e-4)
 
@@ -138,7 +140,7 @@ def test_muon_in_bfloat16_keeps_its_momentum():
 @embeddings
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_sparse_gradients(name, options, dtype, tolerance, device):
-    assert run_sparse(*pair(name, embedding_params(dtype, device), options)) < tolerance
+    assert run_sparse(*pair(name, embedding_params(dtype, device), options), STEPS) < tolerance
 
 
 def test_sparse_gradients_touch_no_other_entry():
@@ -165,11 +167,11 @@ def measure(name, dtype, scale):
     worst = 0.0
     for options in OPTIONS.get(name, []):
         torch.manual_seed(0)
-        worst = max(worst, run(*pair(name, awkward_params(name, dtype), options), scale=scale))
+        worst = max(worst, run(*pair(name, awkward_params(name, dtype), options), STEPS, scale=scale))
     for sparse, options in EMBEDDINGS:
         if sparse == name:
             torch.manual_seed(0)
-            worst = max(worst, run_sparse(*pair(name, embedding_params(dtype), options)))
+            worst = max(worst, run_sparse(*pair(name, embedding_params(dtype), options), STEPS))
     return worst
 
 
@@ -180,7 +182,7 @@ def measure_lbfgs(dtype):
         torch.manual_seed(0)
         params = [torch.randn(shape, dtype=dtype) for shape in ((3,), (), (2, 2))]
         ours, theirs = [Training(module.LBFGS, params, **options) for module in MODULES]
-        for _ in range(60):
+        for _ in range(STEPS):
             ours.step()
             theirs.step()
             worst = max(worst, deviation_of_training(ours, theirs))
@@ -193,4 +195,4 @@ if __name__ == "__main__":
     rows = {name: [measure(name, *kind) for kind in kinds] for name in NAMES}
     rows["LBFGS"] = [measure_lbfgs(dtype) for dtype, _ in kinds]
     for name, (double, single) in rows.items():
-        print(f"| `{name}` | {double:.0e} | {single:.0e} | {single / torch.finfo(torch.float32).eps / 60:.2f} |")
+        print(f"| `{name}` | {double:.0e} | {single:.0e} | {single / torch.finfo(torch.float32).eps / STEPS:.2f} |")

@@ -227,12 +227,16 @@ def compiled_closure(optimizer, model, backend):
     return with_data
 
 
+WAYS = [compiled_step, step_in_a_compiled_function, compiled_training, compiled_closure]
+COMPILED = [
+    *[(name, WAYS[i % 4]) for i, name in enumerate(DENSE)],
+    *[(name, way) for name in ("SGD", "Adam") for way in WAYS],
+]
+
+
 @pytest.mark.parametrize(
-    "way",
-    [compiled_step, step_in_a_compiled_function, compiled_training, compiled_closure],
-    ids=lambda way: way.__name__,
+    ("name", "way"), dict.fromkeys(COMPILED), ids=lambda value: value if isinstance(value, str) else value.__name__
 )
-@pytest.mark.parametrize("name", DENSE)
 def test_compiled(name, way):
     """The same numbers, no recompilation after the second step, and groups that stay as they are."""
     made = make_models(name)

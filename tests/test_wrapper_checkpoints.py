@@ -117,9 +117,9 @@ def test_factories_and_classes_load_what_the_other_saved(name, options, module):
         for p, q in zip(parameters(target), parameters(source), strict=True):
             p.data.copy_(q)
     torch.manual_seed(1)
-    run(*pair)
+    run(*pair, steps=20)
     torch.manual_seed(1)
-    run(*others)
+    run(*others, steps=20)
     # When loading, torch.optim's NAdam casts its product from float32 to float64, and goes on in that; fo.optim's too.
     for other in others:
         tolerance = 1e-5 if name == "NAdam" and type(other) is not fo.Optimizer else 1e-12
@@ -191,7 +191,7 @@ def test_distributed_state_dicts(name, options, flat):
                 model, optimizer, model_state_dict=both[0], optim_state_dict=both[1], options=how
             )
         assert_same_dicts(*[optimizer.state_dict() for _, optimizer in resumed])
-        train_models(resumed, 20)
+        train_models(resumed, 8)
         assert_same_dicts(*[model.state_dict() for model, _ in resumed], tolerance=1e-12)
 
 
@@ -206,7 +206,7 @@ def test_distributed_state_dicts_of_the_wrapper(name):
         for new in resumed:
             both = through_a_file(saved)
             distributed.set_state_dict(*new, model_state_dict=both[0], optim_state_dict=both[1])
-        train_models(resumed, 20)
+        train_models(resumed, 8)
         # torch.optim's NAdam casts its product to the parameters' dtype when it is loaded.
         tolerance = 1e-6 if name == "NAdam" else 1e-12
         assert_same_dicts(*[new.state_dict() for new, _ in resumed], tolerance=tolerance)

@@ -14,7 +14,7 @@ from wrapper_cases import ADADELTA, ADAM, ADAMW, SGD, assert_same, make_both, tr
 import functorch_optim as fo
 
 
-def assert_trains_the_same(pairs, steps=60, schedulers=()):
+def assert_trains_the_same(pairs, steps=40, schedulers=()):
     """Train a model with our optimizer and one with torch's, and compare after each step."""
     model, optimizer = pairs[0]
     assert all("lr" in group for group in optimizer.param_groups)
@@ -107,9 +107,17 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("make_lr", [float, partial(torch.tensor, dtype=torch.float64)], ids=["number", "tensor"])
-@pytest.mark.parametrize("base", [SGD, ADAM], ids=["sgd", "adam"])
-@pytest.mark.parametrize("make_scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+LRS = {"number": float, "tensor": partial(torch.tensor, dtype=torch.float64)}
+BASES = {"sgd": SGD, "adam": ADAM}
+# Each scheduler with both optimizers and both kinds of learning rate, and either two of them together.
+SCHEDULED = [
+    pytest.param(make, BASES[base], LRS[("number", "tensor")[(i + j) % 2]], id=f"{kind}-{base}")
+    for i, (kind, make) in enumerate(SCHEDULERS.items())
+    for j, base in enumerate(BASES)
+]
+
+
+@pytest.mark.parametrize(("make_scheduler", "base", "make_lr"), SCHEDULED)
 def test_schedulers_do_what_they_do_to_torch(make_scheduler, base, make_lr, device):
     base = base._replace(override={**base.override, "lr": make_lr(0.02)})
     momentum = {"momentum": 0.9} if base.factory is fo.sgd else {}

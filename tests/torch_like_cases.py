@@ -168,8 +168,11 @@ def gradient(p, step, scale):
     return torch.zeros_like(p) if step % 5 == 2 else scale * 10 ** (step % 7 - 3) * torch.randn_like(p.detach())
 
 
-def run(ours, theirs, steps=60, scale=1.0, missing=lambda step, i: False, each=lambda step: None):
-    """Train both on the same gradients; return the largest relative deviation of a parameter in any step."""
+def run(ours, theirs, steps=36, scale=1.0, missing=lambda step, i: False, each=lambda step: None):
+    """Train both on the same gradients; return the largest relative deviation of a parameter in any step.
+
+    After 35 steps, sizes and zeros of gradients come as they came before.
+    """
     worst = 0.0
     for step in range(steps):
         for i, (p, q) in enumerate(zip(parameters(ours), parameters(theirs), strict=True)):
@@ -182,7 +185,7 @@ def run(ours, theirs, steps=60, scale=1.0, missing=lambda step, i: False, each=l
     return worst
 
 
-def run_sparse(ours, theirs, steps=60):
+def run_sparse(ours, theirs, steps=36):
     """Train both on the same sparse gradients; return the largest relative deviation of a parameter in any step."""
     worst = 0.0
     for step in range(steps):
