@@ -26,7 +26,7 @@ class StepState(NamedTuple):
     step: Tensor
 
 
-@dataclass(frozen=True)  # a NamedTuple's properties cannot be traced by torch.compile in torch 2.10
+@dataclass(frozen=True)
 class Rule:
     """What `fo.leafwise` was told; its docstring explains the fields."""
 
