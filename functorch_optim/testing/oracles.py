@@ -51,6 +51,7 @@ def check_against(
 
     Example:
         >>> import functorch_optim as fo
+        >>> import torch
         >>> from functorch_optim import testing
         >>> def momentum(p, grads, lr, mu):
         ...     v = 0 * p

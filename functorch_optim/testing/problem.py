@@ -198,13 +198,13 @@ def problems(
 
     Args:
         draw: given by hypothesis.
-        params: what to draw parameters from; None: `trees` in float64, with at least one number.
+        params: what to draw parameters from; None: `trees` in float64. Those without any number are left out.
         missing: whether gradients may be None.
         extra: see `Problem`.
         least: how many steps, at least.
         most: how many steps, at most.
     """
-    drawn = draw(trees(dtypes=[torch.float64]).filter(has_elements) if params is None else params)
+    drawn = draw((trees(dtypes=[torch.float64]) if params is None else params).filter(has_elements))
     history = draw(histories(drawn, draw(st.integers(least, most)), missing=missing))
     return Problem(drawn, history, extra or {})
 

@@ -50,11 +50,12 @@ def check_transformation(
             hyperparameters; choose values at which all of them matter, such as `eps=1e-3`.
         skip: names of properties that it need not have.
         params: strategy for the parameters, tensors in float64, for a transformation that is for certain trees;
-            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`.
+            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`. Trees without
+            any number are left out.
         extra: what `update` declares by keyword, besides `value`, the loss, and `value_fn`, a function of the
             parameters, which are there.
         tolerance: of rounding in float64, relative.
-        examples: how many trees each property is tried on.
+        examples: how many trees each property is tried on; the last three, which take long, are on one.
 
     Raises:
         PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
