@@ -289,6 +289,17 @@ def test_the_smallest_tree_is_reported():
     assert len(caught.value.on.history) == 1
 
 
+def test_derivatives_are_of_parameters_that_have_numbers():
+    """And of gradients that finite differences can tell: those of very different sizes are rounded to nothing."""
+    params = st.dictionaries(
+        st.sampled_from("ab"), testing.tensors([torch.float64], [(0,), (2,)])
+    )  # {} is the simplest
+    skip = only("derivatives")
+    testing.check_transformation(momentum, {"lr": 0.1, "beta": 0.9}, params=params, skip=skip)
+    with pytest.raises(testing.PropertyError, match="is something detached?"):
+        testing.check_transformation(detached_momentum, {"lr": 0.1}, params=params, skip=skip)
+
+
 def test_what_depends_on_earlier_calls_is_reported_as_that():
     calls = []
 

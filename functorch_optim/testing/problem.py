@@ -12,7 +12,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
 from functorch_optim.testing.comparison import assert_same, tensors_of
-from functorch_optim.testing.strategies import histories, trees
+from functorch_optim.testing.strategies import gradients, histories, trees
 from functorch_optim.tree import Tree
 
 
@@ -191,7 +191,6 @@ def problems(
     *,
     missing: bool = False,
     extra: Mapping[str, Any] | None = None,
-    least: int = 1,
     most: int = 3,
 ) -> Problem:
     """Draw parameters and gradients of some steps.
@@ -201,12 +200,18 @@ def problems(
         params: what to draw parameters from; None: `trees` in float64. Those without any number are left out.
         missing: whether gradients may be None.
         extra: see `Problem`.
-        least: how many steps, at least.
         most: how many steps, at most.
     """
     drawn = draw((trees(dtypes=[torch.float64]) if params is None else params).filter(has_elements))
-    history = draw(histories(drawn, draw(st.integers(least, most)), missing=missing))
+    history = draw(histories(drawn, draw(st.integers(1, most)), missing=missing))
     return Problem(drawn, history, extra or {})
+
+
+@st.composite
+def moderate(draw: st.DrawFn, params: st.SearchStrategy[Tree], extra: Mapping[str, Any] | None = None) -> Problem:
+    """Draw parameters and gradients of three steps, all of one magnitude: so that finite differences can tell."""
+    drawn = draw(params.filter(has_elements))
+    return Problem(drawn, [draw(gradients(drawn)) for _ in range(3)], extra or {})
 
 
 def standard(steps: int = 3, extra: Mapping[str, Any] | None = None) -> Problem:

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from functorch_optim.base import GradientTransformation
-from functorch_optim.testing.problem import Subject, awkward, problems, standard
+from functorch_optim.testing.problem import Subject, awkward, moderate, problems, standard
 from functorch_optim.testing.properties import INCOMPLETE, PROPERTIES, SLOW
 from functorch_optim.testing.report import falsify, reported, to_check
 from functorch_optim.tree import Tree
@@ -87,4 +87,4 @@ def check_transformation(
             with reported(check, standard(extra=extra)) as problem:
                 check(subject, problem)
         else:
-            falsify(check, subject, problems(params, extra=extra, least=3), 1)
+            falsify(check, subject, moderate(params, extra), 1)
