@@ -29,10 +29,22 @@ def test_names_of_properties():
             assert check.__doc__
 
 
+def test_calls_that_are_wrong():
+    check, zeros = testing.check_transformation, torch.zeros(2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        check(fo.sgd, {"rate": 0.1})
+    with pytest.raises(TypeError, match="is no GradientTransformation; give one, .* is for check_optimizer_class"):
+        check(torch.optim.SGD, {"params": [zeros], "lr": 0.1})
+    with pytest.raises(TypeError, match="params is a dict; give a hypothesis strategy, .*just\\(tree\\)"):
+        check(fo.sgd(0.1), params={"w": zeros})
+    with pytest.raises(TypeError, match="The strategy params draws torch.float32 at 'w'; give float64"):
+        testing.check_against(fo.sgd(0.1), lambda p, grads: grads, params=st.just({"w": zeros}))
+
+
 def test_hyperparameters_are_the_floats_of_a_tree():
     subject = testing.Subject(dict, {"lr": 0.1, "betas": (0.9, 0.99), "nesterov": True, "steps": 3})
     assert subject.numbers == {"betas.0": 0.9, "betas.1": 0.99, "lr": 0.1}
-    assert subject({"betas.1": 0.5}) == {"lr": 0.1, "betas": (0.9, 0.5), "nesterov": True, "steps": 3}
+    assert subject.given({"betas.1": 0.5}) == {"lr": 0.1, "betas": (0.9, 0.5), "nesterov": True, "steps": 3}
 
 
 # References. ----------------------------------------------------------------------------------------------------------
