@@ -10,8 +10,7 @@ from copies import through_a_file
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from strategies import trees
-from test_random_chains import LINKS
+from strategies import LINKS, trees
 
 import functorch_optim as fo
 from functorch_optim import execution, testing
@@ -23,10 +22,6 @@ CHAINS = st.lists(LINKS | st.sampled_from(ROWS).map(lambda row: row()), min_size
     lambda some: fo.chain(*some) if len(some) > 1 else some[0]
 )
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-
-
-def tensor_leaves(tree):
-    return [leaf for leaf in fo.tree.flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def without_tensors(tree):
@@ -75,11 +70,10 @@ class Ways(RuleBasedStateMachine):
 
     def compare(self, grads, step):
         """Make the step, which changes nothing that it is given, and go on from what it returns."""
-        given = tensor_leaves([grads, self.state, self.params])
-        before = [(tensor, tensor._version) for tensor in given]
-        expected = self.expected(grads)
-        self.params, self.state = step(grads, self.state, self.params)
-        assert all(tensor._version == version for tensor, version in before)
+        with testing.unmodified(gradient=grads, state=self.state, parameter=self.params):
+            expected = self.expected(grads)
+            new = step(grads, self.state, self.params)
+        self.params, self.state = new
         assert_close((self.params, self.state), expected)
 
     @rule(data=st.data())
@@ -122,7 +116,7 @@ class Ways(RuleBasedStateMachine):
             new = torch.vmap(one)(*[torch.stack([a, b]) for a, b in zip(leaves, others, strict=True)])
             return structures[0]([leaf[0] for leaf in new])
 
-        if tensor_leaves(self.params):
+        if without_tensors(self.params)[0]:
             self.compare(self.gradients(data), step)
 
     @precondition(

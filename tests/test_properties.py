@@ -1,7 +1,7 @@
 """Properties that hold of every transformation, tested of every row of the catalogue: those of the test kit.
 
 Those of derivatives and compilation are tested at length in test_derivatives.py, test_finite_derivatives.py and
-test_meta_transforms.py; test_testing.py has what the properties notice.
+test_meta_transforms.py; test_testing_transformations.py has what the properties notice.
 """
 
 import pytest

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import trees
+from strategies import LINKS, trees
 
 import functorch_optim as fo
 from functorch_optim import execution
@@ -14,34 +14,6 @@ from functorch_optim.layout import nest
 from functorch_optim.testing import assert_same, gradients, histories
 from functorch_optim.testing.strategies import SCALES
 
-
-def not_scalars(params):
-    return fo.tree.map(lambda p: p.ndim > 0, params)
-
-
-LINKS = st.sampled_from(
-    [
-        fo.identity(),
-        fo.scale(-0.7),
-        fo.maximize(),
-        fo.zero_nans(),
-        fo.clip(0.5),
-        fo.clip_by_norm(0.5),
-        fo.clip_by_global_norm(0.5),
-        fo.add_decayed_weights(0.1),
-        fo.scale_by_schedule(fo.schedules.cosine(1.0, 3)),
-        fo.trace(0.8, 0.1),
-        fo.trace(0.8, nesterov=True),
-        fo.scale_by_adam(eps=1e-3),
-        fo.scale_by_adam(eps=1e-3, amsgrad=True),
-        fo.scale_by_adadelta(eps=1e-3),
-        fo.sgd(0.1, 0.9),
-        fo.adamw(0.1, eps=1e-3),
-        fo.stateless(lambda updates, params: fo.tree.map(torch.sin, updates)),
-        fo.masked(fo.trace(0.9), not_scalars),
-        fo.partition({True: fo.chain(fo.clip_by_global_norm(0.5), fo.sgd(0.1)), False: fo.adam(0.1)}, not_scalars),
-    ]
-)
 CHAINS = st.recursive(LINKS, lambda links: st.lists(links, max_size=4).map(lambda some: fo.chain(*some)), max_leaves=8)
 
 

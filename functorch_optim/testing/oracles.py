@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
 from functorch_optim.testing.comparison import assert_same
-from functorch_optim.testing.problem import Problem, Subject, problems
+from functorch_optim.testing.problem import Problem, Subject, parameters, problems
 from functorch_optim.testing.report import falsify
 from functorch_optim.tree import Tree
 
@@ -48,9 +48,11 @@ def check_against(
     Raises:
         PropertyError: they differ. The message says at which step and where, for the smallest tree that hypothesis
             finds.
+        TypeError: no transformation is given or made, or `params` is no strategy for tensors in float64.
 
     Example:
         >>> import functorch_optim as fo
+        >>> import torch
         >>> from functorch_optim import testing
         >>> def momentum(p, grads, lr, mu):
         ...     v = 0 * p
@@ -93,8 +95,9 @@ def check_against(
                 what = f"after step {k + 1} the parameter {path!r}" if path else f"after step {k + 1} the parameter"
                 assert_same(p, torch.as_tensor(e), what, subject.tolerance, problem.scale)
 
-    subject = Subject(make, hyperparameters or {}, tolerance)
-    falsify(against_reference, subject, problems(params, most=steps), examples)
+    subject, drawn = Subject(make, hyperparameters or {}, tolerance), parameters(params)
+    subject()  # what is wrong with the call is no property
+    falsify(against_reference, subject, problems(drawn, most=steps), examples)
 
 
 def _after(k: int, run: list[Any]) -> Any:

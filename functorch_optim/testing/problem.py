@@ -12,7 +12,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
 from functorch_optim.testing.comparison import assert_same, tensors_of
-from functorch_optim.testing.strategies import histories, trees
+from functorch_optim.testing.strategies import gradients, histories, trees
 from functorch_optim.tree import Tree
 
 
@@ -59,8 +59,17 @@ class Subject:
         return given
 
     def __call__(self, changed: Mapping[str, Any] | None = None) -> GradientTransformation:
-        """Make the transformation; see `given`."""
-        made: GradientTransformation = self.make(**self.given(changed))
+        """Make the transformation; see `given`.
+
+        Raises:
+            TypeError: what is made is something else.
+        """
+        made = self.make(**self.given(changed))
+        if not isinstance(made, GradientTransformation):
+            raise TypeError(
+                f"{made!r} is no GradientTransformation; give one, or a function that makes one, such as fo.adam. "
+                "An optimizer class is for check_optimizer_class"
+            )
         return made
 
     @property
@@ -184,29 +193,61 @@ def has_elements(params: Tree) -> bool:
     return any(leaf.numel() for leaf in tensors_of(params).values())
 
 
+def parameters(given: st.SearchStrategy[Tree] | None) -> st.SearchStrategy[Tree]:
+    """Return a strategy for parameters in float64 with at least one number.
+
+    Args:
+        given: what the user gives; None: `trees`.
+
+    Raises:
+        TypeError: it is no strategy, or, when it is drawn from, a tensor is of another dtype.
+    """
+    drawn = trees(dtypes=[torch.float64]) if given is None else given
+    if not isinstance(drawn, st.SearchStrategy):
+        raise TypeError(
+            f"params is a {type(drawn).__name__}; give a hypothesis strategy, for a single tree "
+            "params=hypothesis.strategies.just(tree)"
+        )
+    return drawn.map(_in_double).filter(has_elements)
+
+
+def _in_double(params: Tree) -> Tree:
+    for path, leaf in tensors_of(params).items():
+        if leaf.dtype != torch.float64:
+            raise TypeError(
+                f"The strategy params draws {leaf.dtype} at {path!r}; give float64, which other dtypes are made of"
+            )
+    return params
+
+
 @st.composite
 def problems(
     draw: st.DrawFn,
-    params: st.SearchStrategy[Tree] | None = None,
+    params: st.SearchStrategy[Tree],
     *,
     missing: bool = False,
     extra: Mapping[str, Any] | None = None,
-    least: int = 1,
     most: int = 3,
 ) -> Problem:
     """Draw parameters and gradients of some steps.
 
     Args:
         draw: given by hypothesis.
-        params: what to draw parameters from; None: `trees` in float64, with at least one number.
+        params: what to draw parameters from, see `parameters`.
         missing: whether gradients may be None.
         extra: see `Problem`.
-        least: how many steps, at least.
         most: how many steps, at most.
     """
-    drawn = draw(trees(dtypes=[torch.float64]).filter(has_elements) if params is None else params)
-    history = draw(histories(drawn, draw(st.integers(least, most)), missing=missing))
+    drawn = draw(params)
+    history = draw(histories(drawn, draw(st.integers(1, most)), missing=missing))
     return Problem(drawn, history, extra or {})
+
+
+@st.composite
+def moderate(draw: st.DrawFn, params: st.SearchStrategy[Tree], extra: Mapping[str, Any] | None = None) -> Problem:
+    """Draw parameters and gradients of three steps, all of one magnitude: so that finite differences can tell."""
+    drawn = draw(params)
+    return Problem(drawn, [draw(gradients(drawn)) for _ in range(3)], extra or {})
 
 
 def standard(steps: int = 3, extra: Mapping[str, Any] | None = None) -> Problem:

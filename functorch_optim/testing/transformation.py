@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from functorch_optim.base import GradientTransformation
-from functorch_optim.testing.problem import Subject, awkward, problems, standard
+from functorch_optim.testing.problem import Subject, awkward, moderate, parameters, problems, standard
 from functorch_optim.testing.properties import INCOMPLETE, PROPERTIES, SLOW
 from functorch_optim.testing.report import falsify, reported, to_check
 from functorch_optim.tree import Tree
@@ -50,16 +50,18 @@ def check_transformation(
             hyperparameters; choose values at which all of them matter, such as `eps=1e-3`.
         skip: names of properties that it need not have.
         params: strategy for the parameters, tensors in float64, for a transformation that is for certain trees;
-            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`.
+            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`. Trees without
+            any number are left out.
         extra: what `update` declares by keyword, besides `value`, the loss, and `value_fn`, a function of the
             parameters, which are there.
         tolerance: of rounding in float64, relative.
-        examples: how many trees each property is tried on.
+        examples: how many trees each property is tried on; the last three, which take long, are on one.
 
     Raises:
         PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
             that hypothesis finds.
         ValueError: a name in `skip` is none of a property.
+        TypeError: no transformation is given or made, or `params` is no strategy for tensors in float64.
 
     Example:
         >>> import functorch_optim as fo
@@ -75,15 +77,16 @@ def check_transformation(
         functorch_optim.testing.report.PropertyError: ...
     """
     make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
-    subject = Subject(make, hyperparameters or {}, tolerance)
+    subject, drawn = Subject(make, hyperparameters or {}, tolerance), parameters(params)
+    subject()  # what is wrong with the call is no property
     for name in to_check(PROPERTIES, skip):
         check = PROPERTIES[name]
         missing = check in INCOMPLETE and "missing_gradients" not in skip
         if check not in SLOW:
             first = awkward(missing, extra) if params is None else None
-            falsify(check, subject, problems(params, missing=missing, extra=extra), examples, first)
+            falsify(check, subject, problems(drawn, missing=missing, extra=extra), examples, first)
         elif params is None:
             with reported(check, standard(extra=extra)) as problem:
                 check(subject, problem)
         else:
-            falsify(check, subject, problems(params, extra=extra, least=3), 1)
+            falsify(check, subject, moderate(drawn, extra), 1)

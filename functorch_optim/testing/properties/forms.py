@@ -73,8 +73,6 @@ def stateful(subject: Subject, problem: Problem) -> None:
     """
     expected = tree.flatten(problem.train(subject())[0])[0]
     listed = problem.restructured(list)
-    if not listed.params:
-        return  # torch.optim takes no empty list
     with double_by_default():  # fo.Optimizer keeps the numbers that scalars carry on in it, as torch.optim does
         trained = _trained_by_optimizer(subject, listed)
     for path, p, e in zip(tree.paths(problem.params), trained, expected, strict=True):

@@ -12,11 +12,7 @@ from functorch_optim import tree
 from functorch_optim.base import GradientTransformation
 from functorch_optim.testing.comparison import assert_same
 from functorch_optim.testing.derivatives import OfVector, assert_finite, check_first_derivatives
-from functorch_optim.testing.problem import (
-    Problem,
-    Subject,
-    assert_same_training,
-)
+from functorch_optim.testing.problem import Problem, Subject, assert_same_training
 from functorch_optim.testing.report import first_line
 from functorch_optim.tree import Tree
 
@@ -24,8 +20,6 @@ VALUES = (
     "it takes a value out of a tensor (.item(), float(), bool(), `if x > 0`), which is not there yet when it is "
     "batched or compiled; use torch.where, and tensors for numbers"
 )
-
-
 FACTORS = torch.tensor([1.0, -0.5], dtype=torch.float64)
 
 
@@ -34,8 +28,6 @@ def vmap_parameters(subject: Subject, problem: Problem) -> None:
 
     The first is an ensemble; the second are tasks with shared parameters.
     """
-    if not tree.flatten(problem.params)[0]:
-        return  # torch.vmap takes no arguments without tensors
     batch = problem.map(lambda leaf: torch.stack([factor * leaf for factor in FACTORS.to(leaf.dtype)]))
     tx = subject()
 
