@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
-from copies import through_a_file
 from fault_cases import OPTIMIZERS, each_optimizer, nothing_changes, trained
 from torch import nn
 from torch_like_cases import parameters
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 NAN, INF = math.nan, math.inf
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from copies import through_a_file, through_pickle
 from lbfgs_problems import (
     DOUBLE,
     FEW,
@@ -24,6 +23,7 @@ from lbfgs_problems import (
 
 import functorch_optim as fo
 from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
 # Numbers. -------------------------------------------------------------------------------------------------------------
 

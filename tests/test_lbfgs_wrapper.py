@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from copies import through_a_file
 from lbfgs_problems import DOUBLE, WOLFE, Theirs, deviation, leaves_of, make, rosenbrock
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 
 def make_params():

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from catalogue import assert_close, loss, make_params
-from copies import through_a_file
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 F64 = torch.float64
 

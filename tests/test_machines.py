@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from copies import through_a_file, through_pickle
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +21,7 @@ from torch.optim import lr_scheduler
 from torch_like_cases import OPTIONS, WITH_FUSED, factory_of, outcome, parameters
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -6,7 +6,6 @@ from unittest import mock
 
 import torch
 from catalogue import CATALOGUE
-from copies import through_a_file
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -16,6 +15,7 @@ import functorch_optim as fo
 from functorch_optim import execution, testing
 from functorch_optim.links import select
 from functorch_optim.rule import TreeRule
+from functorch_optim.testing.copies import through_a_file
 
 ROWS = [row for row in CATALOGUE if not row.name.startswith("lbfgs")]  # which is given functions
 CHAINS = st.lists(LINKS | st.sampled_from(ROWS).map(lambda row: row()), min_size=1, max_size=4).map(

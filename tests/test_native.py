@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from copies import through_a_file
 from torch_like_cases import CASES, WITH_FUSED, assert_same_state, by_case, deviation, gradient, pair, parameters, run
 
 import functorch_optim as fo
 from functorch_optim.execution import in_place
 from functorch_optim.optim import native
+from functorch_optim.testing.copies import through_a_file
 
 KERNELS = {
     "SGD": "_fused_sgd_",

@@ -8,7 +8,7 @@ import re
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-README = pathlib.Path(__file__).parents[1] / "README.md"
+SITE = pathlib.Path(__file__).parents[1] / "mkdocs.yml"
 LINES = 150
 MACHINE = re.compile(r"/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\|site-packages|ipykernel_")
 
@@ -44,10 +44,10 @@ def test_a_notebook_has_its_results(path):
     assert list(faults(json.loads(path.read_text()))) == []
 
 
-def test_notebooks_are_numbered_and_in_readme():
+def test_notebooks_are_numbered_and_on_the_site():
     assert [int(path.name[:2]) for path in NOTEBOOKS] == list(range(1, len(NOTEBOOKS) + 1))
-    linked = re.findall(r"notebooks/(\w+)\.ipynb", README.read_text())
-    assert sorted(linked) == [path.stem for path in NOTEBOOKS]
+    shown = re.findall(r"notebooks/(\w+)\.md", SITE.read_text())
+    assert shown == [path.stem for path in NOTEBOOKS]
     assert NOTEBOOKS
 
 

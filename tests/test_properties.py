@@ -7,10 +7,10 @@ test_meta_transforms.py; test_testing_transformations.py has what the properties
 import pytest
 import torch
 from catalogue import assert_close, hyperparameters, make_params, make_problem, rows, step, train
-from copies import through_pickle
 
 import functorch_optim as fo
 from functorch_optim import execution
+from functorch_optim.testing.copies import through_pickle
 from functorch_optim.testing.properties import COMPLETE, INCOMPLETE
 
 properties = pytest.mark.parametrize("check", [*COMPLETE, *INCOMPLETE], ids=lambda check: check.__name__)

@@ -4,9 +4,9 @@ import optree
 import pytest
 import torch
 from catalogue import CATALOGUE, assert_close, make_params, rows, train
-from copies import through_a_file
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 
 @rows

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from copies import through_pickle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functorch_optim as fo
 from functorch_optim.optim.steady import Steady
+from functorch_optim.testing.copies import through_pickle
 
 pytestmark = pytest.mark.usefixtures("double")
 

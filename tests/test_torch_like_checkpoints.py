@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from checkpoint_cases import assert_same_dicts, in_order, make
-from copies import through_a_file
 from torch_like_cases import (
     MODULES,
     OPTIONS,
@@ -22,6 +21,7 @@ from torch_like_cases import (
 )
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 sources = pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
 

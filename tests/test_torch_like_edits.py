@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from copies import through_a_file, through_pickle
 from torch_like_cases import NAMES, assert_same, deviation, each, make_pair, parameters, train
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
 # Edits. ---------------------------------------------------------------------------------------------------------------
 

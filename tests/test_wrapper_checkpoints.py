@@ -5,7 +5,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from checkpoint_cases import assert_same_dicts, in_order, make
-from copies import through_a_file
 from torch.distributed.checkpoint import state_dict as distributed
 from torch_like_cases import (
     OPTIONS,
@@ -21,6 +20,7 @@ from torch_like_cases import (
 from wrapper_cases import summing
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 NAMES = ["matrix", "vector", "scalar", "frozen"]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from catalogue import CATALOGUE, rows
-from copies import through_a_file, through_pickle
 from derivatives import RELU, UNITS, OfVector, begun, differences, errors
 from memory import Alive
 from stateful_training import (
@@ -23,6 +22,7 @@ from stateful_training import (
 )
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
 pytestmark = [pytest.mark.usefixtures("double")]
 F64 = {"dtype": torch.float64}

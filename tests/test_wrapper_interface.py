@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from copies import through_a_file
 from hooks import calls_of_hooks
 from torch import nn, optim
 from torch.optim import swa_utils
@@ -25,6 +24,7 @@ from wrapper_cases import (
 )
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file
 
 BASES = [
     SGD._replace(hyperparameters={"lr": 0.1, "momentum": 0.9, "dampening": 0.4}),

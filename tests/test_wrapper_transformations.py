@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from copies import through_pickle
 from wrapper_cases import make_vectors, summing
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_pickle
 
 
 def scaled_by_value(lr, on=True):

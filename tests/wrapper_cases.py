@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from copies import through_a_file, through_pickle
 from torch import nn, optim
 
 import functorch_optim as fo
+from functorch_optim.testing.copies import through_a_file, through_pickle
 
 LATE = 20  # the step at which the parameter `late` gets its first gradient
 
