@@ -102,7 +102,12 @@ def test_map(tree, leaves, names):
 
 @of_each
 def test_map_in_a_compiled_function(tree, leaves, names):
-    mapped = torch.compile(lambda tree: fo.tree.map(lambda x: x + 1, tree), backend="eager", fullgraph=True)
+    def function(tree):
+        mask = fo.tree.map(lambda x: x.ndim == 0, tree)  # has no tensors, which dynamo makes a constant
+        assert all(flag is not False for flag in broadcast_prefix(mask, tree, "mask"))
+        return fo.tree.map(lambda x, scalar: x + scalar, tree, mask)
+
+    mapped = torch.compile(function, backend="eager", fullgraph=True)
     tensor_tree = fo.tree.map(torch.tensor, tree)
     found, structure = flatten(mapped(tensor_tree))
     assert structure == flatten(tree)[1]
