@@ -91,7 +91,7 @@ def step_(
     Raises:
         ValueError, TypeError: as `update` does; or the next state is built differently than this one.
         RuntimeError: it is called inside of a function that torch.func or torch.compile transforms, which wants `step`;
-            or a parameter cannot be written to.
+            or a parameter cannot be written to, or is given under two names.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -114,7 +114,9 @@ def step_(
     gradients = tree.flatten_up_to(structure, grads, "updates", params, "params")
     check_updates(gradients, leaves, lambda i: tree.paths(params)[i])
     moving = [i for i, g in enumerate(gradients) if g is not None]
-    writing.check_writable([leaves[i] for i in moving], lambda k: tree.paths(params)[moving[k]])
+    moved = [leaves[i] for i in moving]
+    writing.check_writable(moved, lambda k: tree.paths(params)[moving[k]])
+    writing.check_apart(moved, lambda k: tree.paths(params)[moving[k]])
     donations = Donations(functools.partial(InPlace, way=way_of(options)))
     # The last link of the chain is added by what is donated.
     computed, new_states = lift.update(links[:-1], grads, states[:-1], params, extra, donations)
