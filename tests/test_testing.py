@@ -381,6 +381,22 @@ def test_a_row_of_the_catalogue_passes():
     testing.check_transformation(row.make, row.hyperparameters, **options)
 
 
+@pytest.mark.parametrize("check", [testing.check_transformation, lambda *of: testing.check_against(of[0], None, of[1])])
+@pytest.mark.parametrize(
+    ("transformation", "hyperparameters", "message"),
+    [
+        (fo.sgd, {"rate": 0.1}, "unexpected keyword argument 'rate'"),
+        (fo.sgd(0.1), {"lr": 0.1}, r"^sgd\(0.1\) has its hyperparameters already; give what makes it, as in sgd, {"),
+        (lambda lr: None, {"lr": 0.1}, "^None is not a GradientTransformation; as in: check_transformation"),
+        ("sgd", None, "^'sgd' is not a GradientTransformation"),
+    ],
+)
+def test_what_is_no_transformation(check, transformation, hyperparameters, message):
+    """It is the call that is wrong, and no property that does not hold."""
+    with pytest.raises(TypeError, match=message):
+        check(transformation, hyperparameters)
+
+
 def test_names_of_properties():
     with pytest.raises(ValueError, match="There is no property 'purity' to skip; known are pure, kept"):
         testing.check_transformation(fo.sgd(0.1), skip={"purity"})

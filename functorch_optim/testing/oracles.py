@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
 from functorch_optim.testing.comparison import assert_same
-from functorch_optim.testing.problem import Problem, Subject, problems
+from functorch_optim.testing.problem import Problem, Subject, problems, subject_of
 from functorch_optim.testing.report import falsify
 from functorch_optim.tree import Tree
 
@@ -48,6 +48,7 @@ def check_against(
     Raises:
         PropertyError: they differ. The message says at which step and where, for the smallest tree that hypothesis
             finds.
+        TypeError: the function cannot be called with the hyperparameters, or does not make a transformation.
 
     Example:
         >>> import functorch_optim as fo
@@ -71,7 +72,6 @@ def check_against(
         ...         yield p.detach().clone()
         >>> testing.check_against(fo.adam, torchs, {"lr": 0.1})
     """
-    make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
 
     def against_reference(subject: Subject, problem: Problem) -> None:
         """Each step gives what the reference gives."""
@@ -93,7 +93,7 @@ def check_against(
                 what = f"after step {k + 1} the parameter {path!r}" if path else f"after step {k + 1} the parameter"
                 assert_same(p, torch.as_tensor(e), what, subject.tolerance, problem.scale)
 
-    subject = Subject(make, hyperparameters or {}, tolerance)
+    subject = subject_of(transformation, hyperparameters, tolerance)
     falsify(against_reference, subject, problems(params, most=steps), examples)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim.base import GradientTransformation, apply_updates
+from functorch_optim.combine import check_transformation
 from functorch_optim.testing.comparison import assert_same, tensors_of
 from functorch_optim.testing.strategies import histories, trees
 from functorch_optim.tree import Tree
@@ -66,6 +67,22 @@ class Subject:
     @property
     def _leaves(self) -> list[Any]:
         return tree.flatten(dict(self.hyperparameters))[0]
+
+
+def subject_of(transformation: Any, hyperparameters: Mapping[str, Any] | None, tolerance: float) -> Subject:
+    """Make a subject of a transformation, or of a function that makes one of hyperparameters.
+
+    Raises:
+        TypeError: the function cannot be called with them, or does not make one; or a transformation comes with some.
+    """
+    if hyperparameters and isinstance(transformation, GradientTransformation):
+        raise TypeError(
+            f"{transformation!r} has its hyperparameters already; give what makes it, as in sgd, {{'lr': 0.1}}"
+        )
+    make = transformation if callable(transformation) else lambda: transformation
+    subject = Subject(make, hyperparameters or {}, tolerance)
+    check_transformation(subject(), "check_transformation(sgd, {'lr': 0.1})")
+    return subject
 
 
 @dataclass(frozen=True)

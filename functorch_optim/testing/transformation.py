@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from functorch_optim.base import GradientTransformation
-from functorch_optim.testing.problem import Subject, awkward, problems, standard
+from functorch_optim.testing.problem import awkward, problems, standard, subject_of
 from functorch_optim.testing.properties import INCOMPLETE, PROPERTIES, SLOW
 from functorch_optim.testing.report import falsify, reported, to_check
 from functorch_optim.tree import Tree
@@ -60,6 +60,7 @@ def check_transformation(
         PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
             that hypothesis finds.
         ValueError: a name in `skip` is none of a property.
+        TypeError: the function cannot be called with the hyperparameters, or does not make a transformation.
 
     Example:
         >>> import functorch_optim as fo
@@ -74,8 +75,7 @@ def check_transformation(
         ...
         functorch_optim.testing.report.PropertyError: ...
     """
-    make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
-    subject = Subject(make, hyperparameters or {}, tolerance)
+    subject = subject_of(transformation, hyperparameters, tolerance)
     for name in to_check(PROPERTIES, skip):
         check = PROPERTIES[name]
         missing = check in INCOMPLETE and "missing_gradients" not in skip
