@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import lift, tree
-from functorch_optim.base import GradientTransformation
+from functorch_optim.base import GradientTransformation, check_transformation
 from functorch_optim.checks import check_updates
 from functorch_optim.execution import writing
 from functorch_optim.execution.in_place import ADD, InPlace, check_options, way_of
@@ -143,6 +143,7 @@ def step_(
 
 def _links(tx: GradientTransformation, state: Any, params: Tree, extra: dict[str, Any]) -> tuple[list[Link], list[Any]]:
     """Return the links of a transformation and their states, and the one that adds updates to parameters."""
+    check_transformation(tx, "step(sgd(0.1), grads, state, params)")
     if params is None:
         raise ValueError("A step needs the parameters: params, state = step(tx, grads, state, params)")
     check_extras([link.rule for link in tx._links], extra)

@@ -415,6 +415,8 @@ def test_states_and_parameters_that_do_not_fit():
         fo.step(tx, grads, tx.init(params), None)
     with pytest.raises(ValueError, match="needs the parameters"):
         fo.step_(tx, grads, tx.init(params), None)
+    with pytest.raises(TypeError, match=r"^adam is not a GradientTransformation; call it: step\(sgd\(0.1\), grads"):
+        fo.step(fo.adam, grads, tx.init(params), params)
     other = fo.sgd(0.1, momentum=0.9).init(params)
     before = snapshot(params, other)
     with pytest.raises(ValueError, match="belongs to another transformation|another"):

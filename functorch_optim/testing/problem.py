@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.base import GradientTransformation, apply_updates
-from functorch_optim.combine import check_transformation
+from functorch_optim.base import GradientTransformation, apply_updates, check_transformation
 from functorch_optim.testing.comparison import assert_same, tensors_of
 from functorch_optim.testing.strategies import histories, trees
 from functorch_optim.tree import Tree
