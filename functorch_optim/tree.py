@@ -13,7 +13,7 @@ Tree: TypeAlias = Any
 # Dataclasses and other nodes registered globally with optree, or in this namespace, are trees.
 NAMESPACE = "functorch_optim"
 
-_DICTS = (dict, OrderedDict, defaultdict)  # to which classes derived from them do not belong: they are leaves
+_DICTS = (dict, OrderedDict, defaultdict)  # what is derived from them is a leaf, or a node of its own
 
 
 class MaskedNode(NamedTuple):
@@ -219,7 +219,7 @@ def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -
         here = f"at {path!r}" if path else "at the root"
         if is_leaf(left):
             return None
-        dicts = isinstance(left, dict) and isinstance(right, dict)  # any kind of dict matches any other
+        dicts = type(left) in _DICTS and type(right) in _DICTS  # any kind of dict matches any other
         if is_leaf(right) or not (dicts or type(left) is type(right)):
             return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
         lefts, rights = _children(left), _children(right)
