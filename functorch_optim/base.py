@@ -111,6 +111,14 @@ class GradientTransformation(Recorded):
         return iter((self.init, self.update))
 
 
+def check_transformation(transformation: Any, example: str) -> None:
+    """Raise unless this is a transformation; `example` is a call that would be right."""
+    if not isinstance(transformation, GradientTransformation):
+        hint = "call it" if callable(transformation) else "as in"
+        name = getattr(transformation, "__name__", None) or repr(transformation)
+        raise TypeError(f"{name} is not a GradientTransformation; {hint}: {example}")
+
+
 def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, GradientTransformation]:
     """Let transformations that `function` makes print and pickle as the call that made them.
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_optim.stand_in import StandIn
+
 Path = Callable[[int], str]
 HALF = (torch.float16, torch.bfloat16)
 
@@ -51,6 +53,14 @@ def check_updates(
                 f"{name} have shape {tuple(leaf.shape)} and dtype {leaf.dtype} at {path(i)!r}, but {other_name} there "
                 f"has shape {tuple(other.shape)} and dtype {other.dtype}; they must be the same"
             )
+
+
+def check_pair(what: str, first: str, returned: Any) -> None:
+    """Raise unless what is to return an update and a state has returned a pair."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        found = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+        found = "a tensor" if isinstance(returned, Tensor | StandIn) else found
+        raise TypeError(f"{what} must return a pair, ({first}, state), but it returned {found}")
 
 
 def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> None:

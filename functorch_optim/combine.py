@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from functorch_optim.base import GradientTransformation, factory
+from functorch_optim.base import GradientTransformation, check_transformation, factory
 from functorch_optim.layout import shift
 from functorch_optim.links import Link, Selection
 from functorch_optim.tree import Tree
@@ -155,11 +155,3 @@ def _combined(
         layout[name] = shift(part._layout, len(links))
         links += part._links
     return GradientTransformation._of(links, tuple(layout.values()) if container is tuple else layout)
-
-
-def check_transformation(transformation: Any, example: str) -> None:
-    """Raise unless this is a transformation; `example` is a call that would be right."""
-    if not isinstance(transformation, GradientTransformation):
-        hint = "call it" if callable(transformation) else "as in"
-        name = getattr(transformation, "__name__", None) or repr(transformation)
-        raise TypeError(f"{name} is not a GradientTransformation; {hint}: {example}")

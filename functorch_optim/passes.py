@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import execution, tree
-from functorch_optim.checks import Path, check_kept, check_present, check_state, check_updates
+from functorch_optim.checks import Path, check_kept, check_pair, check_present, check_state, check_updates
 from functorch_optim.execution.in_place import can_donate
 from functorch_optim.known import Known, settled
 from functorch_optim.links import Link
@@ -289,7 +289,9 @@ def _run_tree_rule(
     rule: Any = link.rule
     given = arranged(updates)
     params = None if leaves.params is None else arranged(leaves.params)
-    returned, new_state = rule.update(given, state, params, **rule.extras.wanted(extras))
+    pair = rule.update(given, state, params, **rule.extras.wanted(extras))
+    check_pair(f"The update of {rule.name}", "updates", pair)
+    returned, new_state = pair
     old_leaves, structure = tree.flatten(given)
     name = f"the updates from {link.rule.name}"
     new_leaves = tree.flatten_up_to(structure, returned, name, given, "updates")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import lift, tree
-from functorch_optim.base import GradientTransformation
+from functorch_optim.base import GradientTransformation, check_transformation
 from functorch_optim.checks import check_updates
 from functorch_optim.execution import writing
 from functorch_optim.execution.in_place import ADD, InPlace, check_options, way_of
@@ -91,7 +91,7 @@ def step_(
     Raises:
         ValueError, TypeError: as `update` does; or the next state is built differently than this one.
         RuntimeError: it is called inside of a function that torch.func or torch.compile transforms, which wants `step`;
-            or a parameter cannot be written to.
+            or a parameter cannot be written to, or is given under two names.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -114,7 +114,9 @@ def step_(
     gradients = tree.flatten_up_to(structure, grads, "updates", params, "params")
     check_updates(gradients, leaves, lambda i: tree.paths(params)[i])
     moving = [i for i, g in enumerate(gradients) if g is not None]
-    writing.check_writable([leaves[i] for i in moving], lambda k: tree.paths(params)[moving[k]])
+    moved = [leaves[i] for i in moving]
+    writing.check_writable(moved, lambda k: tree.paths(params)[moving[k]])
+    writing.check_apart(moved, lambda k: tree.paths(params)[moving[k]])
     donations = Donations(functools.partial(InPlace, way=way_of(options)))
     # The last link of the chain is added by what is donated.
     computed, new_states = lift.update(links[:-1], grads, states[:-1], params, extra, donations)
@@ -141,6 +143,7 @@ def step_(
 
 def _links(tx: GradientTransformation, state: Any, params: Tree, extra: dict[str, Any]) -> tuple[list[Link], list[Any]]:
     """Return the links of a transformation and their states, and the one that adds updates to parameters."""
+    check_transformation(tx, "step(sgd(0.1), grads, state, params)")
     if params is None:
         raise ValueError("A step needs the parameters: params, state = step(tx, grads, state, params)")
     check_extras([link.rule for link in tx._links], extra)

@@ -1,5 +1,6 @@
 """Trees of tensors: what this library needs of pytrees, over optree."""
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,8 @@ Tree: TypeAlias = Any
 
 # Dataclasses and other nodes registered globally with optree, or in this namespace, are trees.
 NAMESPACE = "functorch_optim"
+
+_DICTS = (dict, OrderedDict, defaultdict)  # what is derived from them is a leaf, or a node of its own
 
 
 class MaskedNode(NamedTuple):
@@ -216,7 +219,7 @@ def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -
         here = f"at {path!r}" if path else "at the root"
         if is_leaf(left):
             return None
-        dicts = isinstance(left, dict) and isinstance(right, dict)  # any kind of dict matches any other
+        dicts = type(left) in _DICTS and type(right) in _DICTS  # any kind of dict matches any other
         if is_leaf(right) or not (dicts or type(left) is type(right)):
             return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
         lefts, rights = _children(left), _children(right)
@@ -243,7 +246,7 @@ def is_leaf(node: Tree) -> bool:
     # These at once: what torch.compile would have to trace of optree for each of them, takes most of its time.
     if node is None or type(node) in (torch.Tensor, torch.nn.Parameter, float, int, bool):
         return True
-    if type(node) in (dict, list, tuple):
+    if type(node) in (dict, defaultdict, list, tuple):
         return False
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
 
@@ -254,7 +257,7 @@ def _one_level(node: Tree) -> Any:
 
 def _children(node: Tree) -> dict[Any, Tree]:
     """Return the children of a node by key, in the order of `flatten`; none for a leaf."""
-    if type(node) is dict:
+    if type(node) in (dict, defaultdict):
         # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
         return {key: node[key] for key in optree.utils.total_order_sorted(node)}
     if type(node) in (list, tuple):
@@ -290,7 +293,7 @@ class _TracedStructure:
         return next(remaining) if is_leaf(self._tree) else self._build(remaining)
 
     def _collect(self, other: Tree, leaves: list[Any]) -> None:
-        dicts = isinstance(self._tree, dict) and isinstance(other, dict)
+        dicts = type(self._tree) in _DICTS and type(other) in _DICTS
         others = other if dicts else _children(other)
         if len(others) != len(self._children) or not (dicts or type(self._tree) is type(other)):
             raise ValueError("the structures differ")
@@ -306,8 +309,9 @@ class _TracedStructure:
         rebuilt = {
             key: next(remaining) if child is None else child._build(remaining) for key, child in self._children.items()
         }
-        if type(self._tree) is dict:
-            return {key: rebuilt[key] for key in self._tree}
+        if type(self._tree) in (dict, defaultdict):
+            filled = {key: rebuilt[key] for key in self._tree}
+            return filled if type(self._tree) is dict else defaultdict(self._tree.default_factory, filled)
         if type(self._tree) in (list, tuple):
             return type(self._tree)(rebuilt.values())
         _, metadata, _, unflatten_node = _one_level(self._tree)

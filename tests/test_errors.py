@@ -229,6 +229,20 @@ def test_rules_that_return_something_else(update, message, params):
         tx.update(params, tx.init(params))
 
 
+@pytest.mark.parametrize(
+    ("update", "found"),
+    [
+        (lambda updates, state, params: updates, "a dict"),
+        (lambda updates, state, params: (updates, state, 1), "a tuple of 3"),
+        (lambda updates, state, params: None, "a NoneType"),
+    ],
+)
+def test_functions_of_trees_that_return_something_else(update, found):
+    tx, params = fo.GradientTransformation(lambda params: (), update), {"a": ones(1), "b": ones(2)}
+    with pytest.raises(TypeError, match=rf"update of <lambda> must return a pair, \(updates, state\).* {found}$"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_modules_are_not_trees():
     model = torch.nn.Linear(2, 2)
     for thing in (model, model.parameters()):

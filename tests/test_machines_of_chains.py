@@ -119,9 +119,7 @@ class Ways(RuleBasedStateMachine):
         if without_tensors(self.params)[0]:
             self.compare(self.gradients(data), step)
 
-    @precondition(
-        lambda self: self.compilations and "defaultdict" not in repr(self.params)
-    )  # which dynamo cannot trace
+    @precondition(lambda self: self.compilations)
     @rule(data=st.data())
     def compiled(self, data):
         self.compilations -= 1

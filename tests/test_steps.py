@@ -415,6 +415,8 @@ def test_states_and_parameters_that_do_not_fit():
         fo.step(tx, grads, tx.init(params), None)
     with pytest.raises(ValueError, match="needs the parameters"):
         fo.step_(tx, grads, tx.init(params), None)
+    with pytest.raises(TypeError, match=r"^adam is not a GradientTransformation; call it: step\(sgd\(0.1\), grads"):
+        fo.step(fo.adam, grads, tx.init(params), params)
     other = fo.sgd(0.1, momentum=0.9).init(params)
     before = snapshot(params, other)
     with pytest.raises(ValueError, match="belongs to another transformation|another"):
@@ -422,6 +424,12 @@ def test_states_and_parameters_that_do_not_fit():
     expanded = {**params, "rest": [torch.ones(1, dtype=torch.float64).expand(3)]}
     with pytest.raises(RuntimeError, match="Elements of the parameter 'rest.0' share memory"):
         fo.step_(tx, grads, tx.init(params), expanded)
+    tied = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(0), "d": torch.ones(0)}
+    tied["b"] = tied["a"].view(3)
+    with pytest.raises(RuntimeError, match="The parameters 'a' and 'b' share memory, so that both of their updates"):
+        fo.step_(tx, fo.tree.map(torch.ones_like, tied), tx.init(tied), tied)
+    moved, _ = fo.step_(fo.sgd(1.0), {**tied, "b": None}, fo.sgd(1.0).init(tied), tied)
+    assert moved["b"].tolist() == [0.0, 0.0, 0.0]  # one update for both is no mistake
     assert_untouched(before)
 
 

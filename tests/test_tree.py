@@ -46,6 +46,18 @@ class Bag:
 
 optree.register_pytree_node(Bag, lambda bag: (bag.children, None), lambda _, c: Bag(*c), namespace="functorch_optim")
 
+
+class Registered(dict):
+    """A dict that is registered, and matches its like only."""
+
+
+optree.register_pytree_node(
+    Registered,
+    lambda node: (list(node.values()), list(node), list(node)),
+    lambda keys, children: Registered(zip(keys, children, strict=True)),
+    namespace="functorch_optim",
+)
+
 # Name -> tree, its leaves in order, and their paths. Dicts are sorted; the others have an order of their own.
 TREES = {
     "leaf": (1, [1], [""]),
@@ -102,7 +114,12 @@ def test_map(tree, leaves, names):
 
 @of_each
 def test_map_in_a_compiled_function(tree, leaves, names):
-    mapped = torch.compile(lambda tree: fo.tree.map(lambda x: x + 1, tree), backend="eager", fullgraph=True)
+    def function(tree):
+        mask = fo.tree.map(lambda x: x.ndim == 0, tree)  # has no tensors, which dynamo makes a constant
+        assert all(flag is not False for flag in broadcast_prefix(mask, tree, "mask"))
+        return fo.tree.map(lambda x, scalar: x + scalar, tree, mask)
+
+    mapped = torch.compile(function, backend="eager", fullgraph=True)
     tensor_tree = fo.tree.map(torch.tensor, tree)
     found, structure = flatten(mapped(tensor_tree))
     assert structure == flatten(tree)[1]
@@ -245,6 +262,7 @@ def test_either_a_prefix_fits_or_the_error_says_where_it_does_not(prefix, tree):
         ({"a": Pair([1], 2)}, {"a": Pair(1, 2)}, "at 'a.left', left has a list and right has a int"),
         # What differs, not that one dict is an ordered one: those match.
         ({"a": 1, "b": {"c": 2}}, OrderedDict(a=1, b={}), "'b.c' is missing from right"),
+        ({"a": 1}, Registered(a=1), "at the root, left has a dict and right has a Registered"),
         (OrderedDict(a=[1]), defaultdict(list, a=(1,)), "at 'a', left has a list and right has a tuple"),
         ({"a": Named(1, "first")}, {"a": Named(1, "second")}, "at 'a'"),
     ],

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from functorch_optim.checks import check_pair
 from functorch_optim.execution.representation import Columns, map_columns, row
 from functorch_optim.rule import Rule
 
@@ -36,8 +37,7 @@ def applied(rule: Rule, g: Any, state: Any, p: Any, s: Any) -> tuple[Any, Any]:
         TypeError: it does not return a pair of an update and a state like the one it was given.
     """
     returned = rule.update(g, state, p, s)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(f"The rule of {rule.name} must return a pair, (update, state), but it returned {returned!r}")
+    check_pair(f"The rule of {rule.name}", "update", returned)
     if not isinstance(returned[1], tuple) or len(returned[1]) != len(state):
         raise TypeError(
             f"The rule of {rule.name} must return a state like the one it was given, with "

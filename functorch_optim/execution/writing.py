@@ -66,6 +66,23 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
             raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")
 
 
+def check_apart(params: list[Tensor], path: Callable[[int], str]) -> None:
+    """Raise when two parameters begin at the same place: what is added to one would be added to the other too.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    places: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if type(p) in PLAIN and p.numel() and not p.is_meta:
+            first = places.setdefault(p.data_ptr(), i)
+            if first != i:
+                raise RuntimeError(
+                    f"The parameters {path(first)!r} and {path(i)!r} share memory, so that both of their updates would "
+                    "be added to it: leave one of them out, as named_parameters() does, or give p.clone()"
+                )
+
+
 def unshared(given: list[Any]) -> Callable[[Any], Any]:
     """Return a function that clones a tensor that shares memory with a given one, which is about to change."""
     plain = [tensor for tensor in given if type(tensor) in PLAIN and tensor.layout == torch.strided]

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, apply_updates
-from functorch_optim.combine import check_transformation
+from functorch_optim.base import GradientTransformation, apply_updates, check_transformation
 from functorch_optim.rule import with_loss
 
 

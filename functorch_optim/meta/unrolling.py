@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.base import GradientTransformation, apply_updates
-from functorch_optim.combine import check_transformation
+from functorch_optim.base import GradientTransformation, apply_updates, check_transformation
 from functorch_optim.hyperparameters import check_integer
 from functorch_optim.meta.capture import computed
 from functorch_optim.meta.derivative import replaced, split
