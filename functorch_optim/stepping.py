@@ -75,6 +75,9 @@ def step_(
     So nothing is allocated but what a block of elements needs, as with jax.jit's donated arguments. What can fail for
     the arguments' sake fails before anything is written.
 
+    Half-precision parameters are rounded once by elementwise transformations; the updates of others, `muon` say, are
+    rounded before they are added.
+
     Args:
         tx: transformation.
         grads: tree of gradients; None leaves a parameter as it is.
