@@ -225,6 +225,15 @@ def test_errors(error, message, lr):
         fo.sgd(lr).update(PARAMS, fo.sgd(0.1).init(PARAMS))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda value: fo.muon(momentum={"w": value}), lambda value: fo.clip_by_norm({"w": value})]
+)
+def test_a_rule_that_sees_its_tensor_whole_takes_one_number_for_it(make):
+    params, tx = {"w": torch.ones(2, 3)}, make(torch.full((2, 3), 0.9))
+    with pytest.raises(ValueError, match=r"for 'w' has shape \(2, 3\), but this one cannot differ between elements"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_a_single_tensor_is_a_tree():
     params, lr = torch.ones(2, 3), torch.rand(2, 3)
     tx = fo.sgd(lr)

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import optree
 import pytest
 import torch
 from catalogue import CATALOGUE
@@ -153,6 +154,32 @@ def with_buffer(lr):
     return fo.stateless(function)
 
 
+@optree.dataclasses.dataclass(namespace="functorch_optim")
+class Hidden:
+    m: Any
+
+
+def hidden_state(lr):
+    def update(updates, state, params):
+        return fo.tree.map(lambda g: -lr * g, updates), state
+
+    return fo.GradientTransformation(lambda params: Hidden(fo.tree.map(torch.zeros_like, params)), update)
+
+
+def forgetful(lr):
+    """Keep the state of those parameters only that have a gradient."""
+
+    def begin(params):
+        return {"m": dict(zip(fo.tree.paths(params), map(torch.zeros_like, fo.tree.flatten(params)[0]), strict=True))}
+
+    def update(updates, state, params):
+        grads = dict(zip(fo.tree.paths(updates), fo.tree.flatten(updates)[0], strict=True))
+        left = {path: m for path, m in state["m"].items() if grads[path] is not None}
+        return fo.tree.map(lambda g: -lr * g, updates), {"m": left}
+
+    return fo.GradientTransformation(begin, update)
+
+
 def decaying_without_gradient(lr):
     def update(updates, state, params):
         m = fo.tree.map(lambda m, g: 0.9 * m if g is None else 0.9 * m + g, state, updates)
@@ -219,8 +246,10 @@ WRONG = [
     (in_a_closure, "pure", "the updates of the same call, made again, is .*, and should be"),
     (python_count, "kept", "the state has a int at '', 0, where a tensor belongs: keep numbers as 0-dim tensors"),
     (growing_state, "kept", "the state changes its structure"),
+    (hidden_state, "kept", "the state's 'm.*' is in a container that torch.func does not see into; use dicts, tuples"),
     (narrow_updates, "kept", "have shape .* and dtype torch.float16 at .*, but the one it was given there has"),
     (in_single_precision, "kept", "the state at 'm.*' was of .* torch.float32, .*, and is of .* torch.float64"),
+    (forgetful, "missing_gradients", "the state's 'm.*', of a parameter without a gradient, is gone"),
     (decaying_without_gradient, "missing_gradients", "the state's '.*', of a parameter without a gradient, is"),
     (zero_without_gradient, "missing_gradients", "have a tensor at .*, but the one it was given there is None"),
     (by_order, "leaves", "the parameter '.*', with leaves renamed and in reverse order, is .*, and should be"),
