@@ -117,9 +117,8 @@ def step_(
     gradients = tree.flatten_up_to(structure, grads, "updates", params, "params")
     check_updates(gradients, leaves, lambda i: tree.paths(params)[i])
     moving = [i for i, g in enumerate(gradients) if g is not None]
-    moved = [leaves[i] for i in moving]
-    writing.check_writable(moved, lambda k: tree.paths(params)[moving[k]])
-    writing.check_apart(moved, lambda k: tree.paths(params)[moving[k]])
+    for check in (writing.check_writable, writing.check_apart):
+        check([leaves[i] for i in moving], lambda k: tree.paths(params)[moving[k]])
     donations = Donations(functools.partial(InPlace, way=way_of(options)))
     # The last link of the chain is added by what is donated.
     computed, new_states = lift.update(links[:-1], grads, states[:-1], params, extra, donations)

@@ -14,6 +14,10 @@ Tree: TypeAlias = Any
 NAMESPACE = "functorch_optim"
 
 _DICTS = (dict, OrderedDict, defaultdict)  # what is derived from them is a leaf, or a node of its own
+# Known at once: what torch.compile would have to trace of optree for each of these, takes most of its time.
+_LEAVES = (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool)
+_SORTED = (dict, defaultdict)
+_LISTS = (list, tuple)
 
 
 class MaskedNode(NamedTuple):
@@ -243,10 +247,9 @@ def _dotted(path: str, key: Any) -> str:
 
 def is_leaf(node: Tree) -> bool:
     """Tell whether this is no container, but a leaf; None is one."""
-    # These at once: what torch.compile would have to trace of optree for each of them, takes most of its time.
-    if node is None or type(node) in (torch.Tensor, torch.nn.Parameter, float, int, bool):
+    if type(node) in _LEAVES:
         return True
-    if type(node) in (dict, defaultdict, list, tuple):
+    if type(node) in _SORTED or type(node) in _LISTS:
         return False
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
 
@@ -257,10 +260,10 @@ def _one_level(node: Tree) -> Any:
 
 def _children(node: Tree) -> dict[Any, Tree]:
     """Return the children of a node by key, in the order of `flatten`; none for a leaf."""
-    if type(node) in (dict, defaultdict):
+    if type(node) in _SORTED:
         # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
         return {key: node[key] for key in optree.utils.total_order_sorted(node)}
-    if type(node) in (list, tuple):
+    if type(node) in _LISTS:
         return {i: node[i] for i in range(len(node))}
     if is_leaf(node):
         return {}
@@ -309,10 +312,10 @@ class _TracedStructure:
         rebuilt = {
             key: next(remaining) if child is None else child._build(remaining) for key, child in self._children.items()
         }
-        if type(self._tree) in (dict, defaultdict):
+        if type(self._tree) in _SORTED:
             filled = {key: rebuilt[key] for key in self._tree}
             return filled if type(self._tree) is dict else defaultdict(self._tree.default_factory, filled)
-        if type(self._tree) in (list, tuple):
+        if type(self._tree) in _LISTS:
             return type(self._tree)(rebuilt.values())
         _, metadata, _, unflatten_node = _one_level(self._tree)
         return unflatten_node(metadata, list(rebuilt.values()))
