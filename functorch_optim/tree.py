@@ -300,6 +300,9 @@ class _TracedStructure:
         others = other if dicts else _children(other)
         if len(others) != len(self._children) or not (dicts or type(self._tree) is type(other)):
             raise ValueError("the structures differ")
+        by_hand = dicts or type(other) in _LISTS
+        if not by_hand and _one_level(self._tree)[1] != _one_level(other)[1]:
+            raise ValueError("the structures differ")
         for key, child in self._children.items():
             if key not in others:
                 raise ValueError("the structures differ")

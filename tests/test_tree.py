@@ -13,7 +13,16 @@ from strategies import Layer, Pair, trees
 
 import functorch_optim as fo
 from functorch_optim.testing import gradients
-from functorch_optim.tree import MaskedNode, broadcast_prefix, first_difference, flatten, paths, unflatten
+from functorch_optim.tree import (
+    MaskedNode,
+    broadcast_prefix,
+    first_difference,
+    flatten,
+    insertion_order,
+    paths,
+    unflatten,
+)
+from functorch_optim.tree import _TracedStructure as TracedStructure
 
 
 @optree.dataclasses.dataclass(namespace=optree.registry.__GLOBAL_NAMESPACE)
@@ -110,6 +119,16 @@ def test_map(tree, leaves, names):
     assert flatten(sums)[0] == [leaf if leaf is None else 12 * leaf for leaf in leaves]
     assert flatten(sums)[1] == flatten(tree)[1]
     assert flatten(tree)[0] == leaves
+
+
+@of_each
+def test_what_torch_compile_traces_does_what_optree_does(tree, leaves, names):
+    structure = TracedStructure(tree)
+    assert structure.flatten_up_to(tree) == leaves
+    rebuilt = structure.unflatten(leaves)
+    assert type(rebuilt) is type(tree)
+    assert rebuilt == tree
+    assert insertion_order(rebuilt) == insertion_order(tree)
 
 
 @of_each
@@ -247,6 +266,7 @@ def test_either_a_prefix_fits_or_the_error_says_where_it_does_not(prefix, tree):
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1]}}, "'a.b.1' is missing from right"),
         ({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, "'a.b.1' is missing from left"),
         ({1: 2}, {3: 2}, "'1' is missing from right"),
+        ({"a": 1}, defaultdict(int, b=1), "'a' is missing from right"),
         ([1], (1,), "at the root, left has a list and right has a tuple"),
         ([1], 1, "at the root, left has a list and right has a int"),
         ({"a": (1, [2])}, {"a": (1, {"b": 2})}, "at 'a.1', left has a list and right has a dict"),
@@ -273,6 +293,8 @@ def test_mismatches(left, right, message):
     message = message.replace("from right", "from tree 3").replace("from left", "from the first tree")
     with pytest.raises(ValueError, match=f"tree 3 and the first tree do not match: .*{re.escape(message)}"):
         fo.tree.map(lambda *leaves: leaves, left, left, right)
+    with pytest.raises(ValueError, match="the structures differ"):
+        TracedStructure(left).flatten_up_to(right)
 
 
 PARAMS = {"a": {"w": 1, "b": 2}, "c": [3]}
