@@ -1,7 +1,12 @@
 """Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
 
 from functorch_optim import meta, optim, schedules, tree
-from functorch_optim.base import (
+from functorch_optim._core.combine import chain, masked, named_chain, partition
+from functorch_optim._core.hyperparameters import Hyperparameter, at
+from functorch_optim._core.rule import EmptyState, StepState, leaf_state
+from functorch_optim._core.saving import load_state_dict, state_dict
+from functorch_optim._core.stepping import step, step_
+from functorch_optim._core.transformation import (
     GradientTransformation,
     apply_updates,
     factory,
@@ -9,11 +14,9 @@ from functorch_optim.base import (
     leafwise,
     stateless,
 )
-from functorch_optim.combine import chain, masked, named_chain, partition
-from functorch_optim.convert import from_torch, to_torch
-from functorch_optim.hyperparameters import Hyperparameter, at
-from functorch_optim.numerics import debias, safe_norm, safe_sqrt
-from functorch_optim.optim.wrapper import Optimizer
+from functorch_optim._numerics import debias, safe_norm, safe_sqrt
+from functorch_optim.optim._convert import from_torch, to_torch
+from functorch_optim.optim._wrapper import Optimizer
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
@@ -27,9 +30,6 @@ from functorch_optim.optimizers.radam import radam, scale_by_radam
 from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
-from functorch_optim.rule import EmptyState, StepState, leaf_state
-from functorch_optim.saving import load_state_dict, state_dict
-from functorch_optim.stepping import step, step_
 from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.momentum import trace
@@ -37,6 +37,8 @@ from functorch_optim.transforms.plateau import ReduceOnPlateauState, reduce_on_p
 from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
+
+from functorch_optim import _former  # isort: skip  # noqa: F401 - after all that it names
 
 __version__ = "0.1.0"
 

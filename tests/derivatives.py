@@ -12,7 +12,7 @@ import torch
 from catalogue import step
 
 import functorch_optim as fo
-from functorch_optim.testing.derivatives import OfVector, differences, error, errors
+from functorch_optim.testing._derivatives import OfVector, differences, error, errors
 
 __all__ = ["OfVector", "differences", "error", "errors"]  # functions of one vector, as the test kit has them
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import functorch_optim as fo
+from functorch_optim.optimizers._limited_memory import Settings, minimize, new_memory
 from functorch_optim.optimizers.lbfgs import lbfgs
-from functorch_optim.optimizers.limited_memory import Settings, minimize, new_memory
 
 DOUBLE = {"dtype": torch.float64}
 WOLFE = {"line_search_fn": "strong_wolfe"}

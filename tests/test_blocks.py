@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functorch_optim as fo
-from functorch_optim import execution
-from functorch_optim.execution import blocks
-from functorch_optim.execution.blocks import Blocks, Room, empty_like, flat, layout_of, lies
+from functorch_optim import _execution as execution
+from functorch_optim._execution import blocks
+from functorch_optim._execution.blocks import Blocks, Room, empty_like, flat, layout_of, lies
 
 
 class Mixed(NamedTuple):

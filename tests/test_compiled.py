@@ -10,7 +10,7 @@ from catalogue import assert_close
 from torch._inductor.utils import run_and_get_code
 
 import functorch_optim as fo
-from functorch_optim import execution
+from functorch_optim import _execution as execution
 
 SIZE = 1 << 15
 TX = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.exponential(0.1, 0.9)))

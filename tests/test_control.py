@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from functorch_optim.control import cond, select, while_loop
+from functorch_optim._control import cond, select, while_loop
 
 
 class Point(NamedTuple):

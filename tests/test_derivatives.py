@@ -10,7 +10,7 @@ import torch
 from catalogue import rows
 from derivatives import OfVector, begun, continued, differences, error, errors
 
-from functorch_optim.testing.derivatives import check_first_derivatives
+from functorch_optim.testing._derivatives import check_first_derivatives
 
 starts = pytest.mark.parametrize("start", [begun, continued], ids=lambda start: start.__name__)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import functorch_optim as fo
-from functorch_optim import execution
-from functorch_optim.execution.tensor_list import TensorList
+from functorch_optim import _execution as execution
+from functorch_optim._execution.tensor_list import TensorList
 
 GROUPS = [(2, 3), (), (0,), (4,)]
 

@@ -200,7 +200,7 @@ def test_memory_that_runs_out_in_place(foreach):
 def test_memory_that_runs_out_between_batches_of_foreach(monkeypatch):
     """Batches are written one after the other; each is whole, and none is counted."""
     monkeypatch.setattr(
-        "functorch_optim.execution.in_place._batches", lambda tensors: [[i] for i in range(len(tensors))]
+        "functorch_optim._execution.in_place._batches", lambda tensors: [[i] for i in range(len(tensors))]
     )
 
     def make():

@@ -22,7 +22,7 @@ from derivatives import (
 
 import functorch_optim as fo
 from functorch_optim.optimizers import adam
-from functorch_optim.testing.derivatives import assert_finite
+from functorch_optim.testing._derivatives import assert_finite
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 ADAFACTOR = {row.name for row in CATALOGUE if row.name.startswith("adafactor")}

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 import functorch_optim as fo
-from functorch_optim import execution
+from functorch_optim import _execution as execution
 
-FLAT = sys.modules["functorch_optim.execution.flat"]
+FLAT = sys.modules["functorch_optim._execution.flat"]
 
 
 class MeanState(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 from torch_like_cases import parameters
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 NAN, INF = math.nan, math.inf
 

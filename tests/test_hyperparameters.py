@@ -10,7 +10,7 @@ import torch
 
 import functorch_optim as fo
 from functorch_optim import schedules
-from functorch_optim.hyperparameters import at, check, check_betas, is_zero
+from functorch_optim._core.hyperparameters import at, check, check_betas, is_zero
 
 
 def double(x):

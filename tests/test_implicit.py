@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import functorch_optim as fo
-from functorch_optim.control import while_loop
+from functorch_optim._control import while_loop
 from functorch_optim.meta import (
     custom_fixed_point,
     custom_root,

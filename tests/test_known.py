@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import functorch_optim as fo
-from functorch_optim.known import _FUNCTIONS, Known, as_tensor, where
+from functorch_optim._core.known import _FUNCTIONS, Known, as_tensor, where
 
 BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge", "eq", "ne"]
 UNARY = ["neg", "abs", "sqrt", "exp", "log", "cos", "floor", "isfinite", "ones_like", "zeros_like"]

@@ -23,7 +23,7 @@ from lbfgs_problems import (
 
 import functorch_optim as fo
 from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 # Numbers. -------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch_like_cases import outcome
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 SOME = [{"max_iter": 3, "lr": 0.03, "history_size": 5}, {"max_iter": 2, **WOLFE}, {"max_iter": 1, "lr": 0.03}]
 each = pytest.mark.parametrize("options", SOME, ids=["fixed", "wolfe", "single"])

@@ -20,11 +20,11 @@ from lbfgs_problems import (
 from torch.optim.lbfgs import _strong_wolfe
 
 import functorch_optim as fo
-from functorch_optim.control import while_loop
-from functorch_optim.optimizers import line_search
+from functorch_optim._control import while_loop
+from functorch_optim.optimizers import _line_search as line_search
+from functorch_optim.optimizers._limited_memory import from_torch, to_torch
+from functorch_optim.optimizers._line_search import Point
 from functorch_optim.optimizers.lbfgs import lbfgs, pack, unpack
-from functorch_optim.optimizers.limited_memory import from_torch, to_torch
-from functorch_optim.optimizers.line_search import Point
 
 
 @options

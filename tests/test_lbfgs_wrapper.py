@@ -7,7 +7,7 @@ import torch
 from lbfgs_problems import DOUBLE, WOLFE, Theirs, deviation, leaves_of, make, rosenbrock
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 
 def make_params():

@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from catalogue import assert_close, loss, make_params
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 F64 = torch.float64
 

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from torch_like_cases import OPTIONS, WITH_FUSED, factory_of, outcome, parameters
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 pytestmark = pytest.mark.usefixtures("double")
 

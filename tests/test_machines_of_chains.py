@@ -12,10 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from strategies import LINKS, trees
 
 import functorch_optim as fo
-from functorch_optim import execution, testing
-from functorch_optim.links import select
-from functorch_optim.rule import TreeRule
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim import _execution as execution
+from functorch_optim import testing
+from functorch_optim._core.links import select
+from functorch_optim._core.rule import TreeRule
+from functorch_optim.testing._copies import through_a_file
 
 ROWS = [row for row in CATALOGUE if not row.name.startswith("lbfgs")]  # which is given functions
 CHAINS = st.lists(LINKS | st.sampled_from(ROWS).map(lambda row: row()), min_size=1, max_size=4).map(

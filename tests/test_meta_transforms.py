@@ -9,7 +9,7 @@ from catalogue import CATALOGUE, assert_close, hyperparameters, make_problem, ro
 from derivatives import SMOOTH, OfVector, begun, make_data, make_network, training_of_tasks
 
 import functorch_optim as fo
-from functorch_optim.testing.properties.transforms import check_compiles_once, compiled
+from functorch_optim.testing._properties.transforms import check_compiles_once, compiled
 
 TASKS = 3
 

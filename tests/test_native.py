@@ -7,9 +7,9 @@ import torch
 from torch_like_cases import CASES, WITH_FUSED, assert_same_state, by_case, deviation, gradient, pair, parameters, run
 
 import functorch_optim as fo
-from functorch_optim.execution import in_place
-from functorch_optim.optim import native
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim._execution import in_place
+from functorch_optim.optim import _native as native
+from functorch_optim.testing._copies import through_a_file
 
 KERNELS = {
     "SGD": "_fused_sgd_",

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import functorch_optim as fo
 from functorch_optim import tree
-from functorch_optim.execution.in_place import ADD
-from functorch_optim.execution.kernel import kernel, pure
-from functorch_optim.execution.program import _programs, record
-from functorch_optim.execution.representation import cast
-from functorch_optim.passes import Bucket, scalars_of
-from functorch_optim.rule import Rule
+from functorch_optim._core.passes import Bucket, scalars_of
+from functorch_optim._core.rule import Rule
+from functorch_optim._execution.in_place import ADD
+from functorch_optim._execution.kernel import kernel, pure
+from functorch_optim._execution.program import _programs, record
+from functorch_optim._execution.representation import cast
 
 
 class Two(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 from catalogue import assert_close, hyperparameters, make_params, make_problem, rows, step, train
 
 import functorch_optim as fo
-from functorch_optim import execution
-from functorch_optim.testing.copies import through_pickle
-from functorch_optim.testing.properties import COMPLETE, INCOMPLETE
+from functorch_optim import _execution as execution
+from functorch_optim.testing._copies import through_pickle
+from functorch_optim.testing._properties import COMPLETE, INCOMPLETE
 
 properties = pytest.mark.parametrize("check", [*COMPLETE, *INCOMPLETE], ids=lambda check: check.__name__)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import LINKS, trees
 
 import functorch_optim as fo
-from functorch_optim import execution
-from functorch_optim.layout import nest
+from functorch_optim import _execution as execution
+from functorch_optim._core.layout import nest
 from functorch_optim.testing import assert_same, gradients, histories
 from functorch_optim.testing.strategies import SCALES
 

@@ -10,9 +10,9 @@ from catalogue import CATALOGUE, assert_close, loss, make_params, rows, step
 from torch.utils.checkpoint import checkpoint
 
 import functorch_optim as fo
-from functorch_optim import execution
+from functorch_optim import _execution as execution
 
-MODULE = sys.modules["functorch_optim.execution.recomputed"]
+MODULE = sys.modules["functorch_optim._execution.recomputed"]
 F64 = torch.float64
 
 

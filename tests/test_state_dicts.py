@@ -6,7 +6,7 @@ import torch
 from catalogue import CATALOGUE, assert_close, make_params, rows, train
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 
 @rows

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functorch_optim as fo
-from functorch_optim.optim.steady import Steady
-from functorch_optim.testing.copies import through_pickle
+from functorch_optim.optim._steady import Steady
+from functorch_optim.testing._copies import through_pickle
 
 pytestmark = pytest.mark.usefixtures("double")
 

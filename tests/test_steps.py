@@ -9,7 +9,7 @@ import torch
 from catalogue import assert_close, loss, make_params, rows
 
 import functorch_optim as fo
-from functorch_optim.execution import in_place
+from functorch_optim._execution import in_place
 
 WAYS = {
     "blocks": {},

@@ -21,7 +21,7 @@ from torch_like_cases import (
 )
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 sources = pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
 

@@ -8,7 +8,7 @@ import torch
 from torch_like_cases import NAMES, assert_same, deviation, each, make_pair, parameters, train
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 # Edits. ---------------------------------------------------------------------------------------------------------------
 

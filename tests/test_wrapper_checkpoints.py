@@ -20,7 +20,7 @@ from torch_like_cases import (
 from wrapper_cases import summing
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 NAMES = ["matrix", "vector", "scalar", "frozen"]
 

@@ -22,7 +22,7 @@ from stateful_training import (
 )
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 pytestmark = [pytest.mark.usefixtures("double")]
 F64 = {"dtype": torch.float64}

@@ -24,7 +24,7 @@ from wrapper_cases import (
 )
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 BASES = [
     SGD._replace(hyperparameters={"lr": 0.1, "momentum": 0.9, "dampening": 0.4}),

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler, swa_utils
 from wrapper_cases import ADADELTA, ADAM, ADAMW, SGD, assert_same, make_both, train
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file
+from functorch_optim.testing._copies import through_a_file
 
 
 def assert_trains_the_same(pairs, steps=40, schedulers=()):

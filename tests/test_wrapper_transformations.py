@@ -8,7 +8,7 @@ import torch
 from wrapper_cases import make_vectors, summing
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_pickle
+from functorch_optim.testing._copies import through_pickle
 
 
 def scaled_by_value(lr, on=True):

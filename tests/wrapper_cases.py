@@ -10,7 +10,7 @@ import torch
 from torch import nn, optim
 
 import functorch_optim as fo
-from functorch_optim.testing.copies import through_a_file, through_pickle
+from functorch_optim.testing._copies import through_a_file, through_pickle
 
 LATE = 20  # the step at which the parameter `late` gets its first gradient
 

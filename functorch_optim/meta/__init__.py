@@ -1,10 +1,10 @@
 """Optimization of what an optimization depends on."""
 
-from functorch_optim.meta.fast_weights import inner_loop
-from functorch_optim.meta.forward import forward_grad
-from functorch_optim.meta.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
-from functorch_optim.meta.rematerialization import checkpoint
-from functorch_optim.meta.solvers import (
+from functorch_optim.meta._fast_weights import inner_loop
+from functorch_optim.meta._forward import forward_grad
+from functorch_optim.meta._implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
+from functorch_optim.meta._rematerialization import checkpoint
+from functorch_optim.meta._solvers import (
     solve_bicgstab,
     solve_cg,
     solve_dense,
@@ -12,8 +12,8 @@ from functorch_optim.meta.solvers import (
     solve_neumann,
     solve_normal_cg,
 )
-from functorch_optim.meta.unrolling import Unrolled, unroll
-from functorch_optim.meta.zero_order import zero_order_grad
+from functorch_optim.meta._unrolling import Unrolled, unroll
+from functorch_optim.meta._zero_order import zero_order_grad
 
 __all__ = [
     "Unrolled",

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch.optim import Optimizer, lr_scheduler, optimizer, swa_utils
 
-from functorch_optim.optim.classes import (
+from functorch_optim.optim._classes import (
     ASGD,
     SGD,
     Adadelta,
@@ -25,7 +25,7 @@ from functorch_optim.optim.classes import (
     Rprop,
     SparseAdam,
 )
-from functorch_optim.optim.lbfgs import LBFGS
+from functorch_optim.optim._lbfgs import LBFGS
 
 __all__ = [
     "ASGD",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
-    from functorch_optim.optim.classes import Muon as Muon
+    from functorch_optim.optim._classes import Muon as Muon
 
     __all__ += ["Muon"]
 

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_betas
-from functorch_optim.numerics import debias, safe_sqrt
-from functorch_optim.optimizers.descent import descent
-from functorch_optim.rule import leaf_state
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
+from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._numerics import debias, safe_sqrt
+from functorch_optim.optimizers._descent import descent
 from functorch_optim.tree import Tree
 
 

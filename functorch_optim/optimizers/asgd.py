@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check
-from functorch_optim.optimizers.descent import uphill_or_down
-from functorch_optim.rule import leaf_state
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 
 

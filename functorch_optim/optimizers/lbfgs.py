@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.base import GradientTransformation, factory
-from functorch_optim.control import is_known, is_masked
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_integer, check_number
-from functorch_optim.optimizers.limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
+from functorch_optim._control import is_known, is_masked
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_integer, check_number
+from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim.optimizers._limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
 from functorch_optim.tree import Tree
-from functorch_optim.vector import common_dtype, flattened, unflattened
 
 
 class LBFGSState(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_each, check_integer
-from functorch_optim.optimizers.descent import descent
-from functorch_optim.rule import leaf_state
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_each, check_integer
+from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim.optimizers._descent import descent
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: chosen by Jordan for a large slope at zero."""

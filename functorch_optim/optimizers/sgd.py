@@ -1,8 +1,8 @@
 """Stochastic gradient descent."""
 
-from functorch_optim.base import GradientTransformation, factory
-from functorch_optim.hyperparameters import Hyperparameter, is_zero
-from functorch_optim.optimizers.descent import descent
+from functorch_optim._core.hyperparameters import Hyperparameter, is_zero
+from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim.optimizers._descent import descent
 from functorch_optim.transforms.momentum import trace
 
 

@@ -21,10 +21,10 @@ Example:
     (tensor(0., dtype=torch.float64), tensor(0.0050, dtype=torch.float64))
 """
 
-from functorch_optim.schedules.combine import join, product
-from functorch_optim.schedules.cycles import cosine_annealing, cosine_warm_restarts, cyclic, cyclic_momentum
-from functorch_optim.schedules.decay import cosine, exponential, linear, linear_factor, polynomial, swa
-from functorch_optim.schedules.phases import (
+from functorch_optim.schedules._combine import join, product
+from functorch_optim.schedules._cycles import cosine_annealing, cosine_warm_restarts, cyclic, cyclic_momentum
+from functorch_optim.schedules._decay import cosine, exponential, linear, linear_factor, polynomial, swa
+from functorch_optim.schedules._phases import (
     inverse_sqrt,
     one_cycle,
     one_cycle_momentum,
@@ -32,8 +32,8 @@ from functorch_optim.schedules.phases import (
     warmup_cosine,
     warmup_stable_decay,
 )
-from functorch_optim.schedules.schedule import Schedule
-from functorch_optim.schedules.stairs import constant, constant_factor, multi_step, piecewise_constant, step, table
+from functorch_optim.schedules._schedule import Schedule
+from functorch_optim.schedules._stairs import constant, constant_factor, multi_step, piecewise_constant, step, table
 
 __all__ = [
     "Schedule",

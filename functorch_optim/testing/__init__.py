@@ -13,14 +13,14 @@ try:
 except ImportError as error:
     raise ImportError("functorch_optim.testing needs hypothesis: pip install hypothesis") from error
 
-from functorch_optim.testing.comparison import assert_same, unmodified
-from functorch_optim.testing.optimizer_class import OPTIMIZER_PROPERTIES, check_optimizer_class
-from functorch_optim.testing.oracles import check_against
-from functorch_optim.testing.problem import Problem, Subject
-from functorch_optim.testing.properties import PROPERTIES
-from functorch_optim.testing.report import PropertyError
+from functorch_optim.testing._comparison import assert_same, unmodified
+from functorch_optim.testing._optimizer_class import OPTIMIZER_PROPERTIES, check_optimizer_class
+from functorch_optim.testing._oracles import check_against
+from functorch_optim.testing._problem import Problem, Subject
+from functorch_optim.testing._properties import PROPERTIES
+from functorch_optim.testing._report import PropertyError
 from functorch_optim.testing.strategies import gradients, histories, hyperparameters, tensors, trees
-from functorch_optim.testing.transformation import check_transformation
+from functorch_optim.testing._transformation import check_transformation
 
 __all__ = [
     "OPTIMIZER_PROPERTIES",

@@ -5,11 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.execution.foreach import norms
-from functorch_optim.hyperparameters import Hyperparameter, at, check, check_choice, check_number
-from functorch_optim.known import alike, where
-from functorch_optim.numerics import safe_norm
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
+from functorch_optim._core.known import alike, where
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._execution.foreach import norms
+from functorch_optim._numerics import safe_norm
 
 
 @factory

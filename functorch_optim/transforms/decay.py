@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.combine import masked
-from functorch_optim.hyperparameters import Hyperparameter, at, check, is_zero
+from functorch_optim._core.combine import masked
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim.tree import Tree
 
 

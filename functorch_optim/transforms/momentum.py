@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check, is_zero
-from functorch_optim.rule import leaf_state
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
+from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 
 
 @leaf_state

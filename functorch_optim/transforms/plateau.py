@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim.base import GradientTransformation, factory
-from functorch_optim.checks import HALF
-from functorch_optim.hyperparameters import at, check, check_choice
+from functorch_optim._core.checks import HALF
+from functorch_optim._core.hyperparameters import at, check, check_choice
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.tree import Tree
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 
 
 def _multiply(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:

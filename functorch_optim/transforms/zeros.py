@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim.base import GradientTransformation, factory, leafwise
-from functorch_optim.combine import masked
+from functorch_optim._core.combine import masked
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim.tree import Tree
 
 

@@ -1,0 +1,95 @@
+"""Checks of trees, shapes and dtypes, whose errors name the path."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim._core.stand_in import StandIn
+
+Path = Callable[[int], str]
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_params(leaves: Sequence[Any], path: Path) -> None:
+    """Raise unless every leaf is a tensor that can be optimized, or None."""
+    for i, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"The parameter at {path(i) or 'the root'!r} is a {type(leaf).__name__}, not a tensor; "
+                "give a tree of tensors, such as dict(model.named_parameters())"
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"The parameter at {path(i)!r} has dtype {leaf.dtype}, which cannot be optimized; "
+                "convert it with .float(), or leave it out of the tree"
+            )
+
+
+def check_updates(
+    leaves: Sequence[Any],
+    others: Sequence[Any] | None,
+    path: Path,
+    name: str = "the updates",
+    other_name: str = "the parameter",
+) -> None:
+    """Raise unless every update is None or a tensor with the shape and dtype of its parameter, or of another update."""
+    for i, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} have a {type(leaf).__name__} at {path(i)!r}, not a tensor")
+        if others is None:
+            continue
+        other = others[i]
+        if not isinstance(other, Tensor):
+            what = "None" if other is None else f"a {type(other).__name__}"
+            raise ValueError(f"{name} have a tensor at {path(i)!r}, but {other_name} there is {what}")
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+            raise ValueError(
+                f"{name} have shape {tuple(leaf.shape)} and dtype {leaf.dtype} at {path(i)!r}, but {other_name} there "
+                f"has shape {tuple(other.shape)} and dtype {other.dtype}; they must be the same"
+            )
+
+
+def check_pair(what: str, first: str, returned: Any) -> None:
+    """Raise unless what is to return an update and a state has returned a pair."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        found = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+        found = "a tensor" if isinstance(returned, Tensor | StandIn) else found
+        raise TypeError(f"{what} must return a pair, ({first}, state), but it returned {found}")
+
+
+def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> None:
+    """Raise when a leaf has an update but no state."""
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"The state's {field} for {name} has nothing at {path(i)!r}: the parameter was None or masked out in "
+                "tx.init(params), and now there is an update for it. Masks must not change"
+            )
+
+
+def check_state(name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path) -> None:
+    """Raise unless the state of an elementwise rule has the shapes of the updates, and their dtypes or float32."""
+    for i, (tensor, update) in enumerate(zip(tensors, updates, strict=True)):
+        precise = tensor.dtype == torch.float32 and update.dtype in HALF
+        if tensor.shape != update.shape or not (tensor.dtype == update.dtype or precise):
+            raise ValueError(
+                f"The state's {field} for {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} at "
+                f"{path(i)!r}, but the update has shape {tuple(update.shape)} and dtype {update.dtype}. The state "
+                "belongs to other parameters, or they were converted since: make it anew, with tx.init(params)"
+            )
+
+
+def check_kept(what: str, new: Sequence[Tensor], old: Sequence[Tensor], path: Path) -> None:
+    """Raise unless a rule has kept shapes."""
+    for i, (after, before) in enumerate(zip(new, old, strict=True)):
+        if after.shape != before.shape:
+            raise ValueError(
+                f"{what} has shape {tuple(after.shape)} at {path(i)!r}, but the one before has {tuple(before.shape)}. "
+                "A rule must keep shapes"
+            )

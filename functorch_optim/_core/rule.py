@@ -1,0 +1,256 @@
+"""A rule: an optimizer's algorithm for one tensor, and the state it keeps for it."""
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim._core.per_parameter import check_shared
+
+
+class EmptyState(NamedTuple):
+    """The state of a transformation that keeps none."""
+
+
+class StepState(NamedTuple):
+    """The state of a transformation that only counts.
+
+    Attributes:
+        step: number of updates done: 0-dim int64 tensor.
+    """
+
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What `fo.leafwise` was told; its docstring explains the fields."""
+
+    init: Callable[[Tensor], Any] | None
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    scalars: Callable[..., Any] | None = None
+    carry: Callable[[], Any] | None = None
+    elementwise: bool = False
+    needs_params: bool = False
+    sparse: Literal["touched", "dense"] | None = None
+    state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
+    carried_type: Any = None  # the NamedTuple that `carry` makes
+
+    @property
+    def extras(self) -> "Extras":
+        """What `scalars` wants to be told besides the step."""
+        return _NO_EXTRAS if self.scalars is None else extras_of(self.scalars)
+
+    @property
+    def sees_tree(self) -> bool:
+        """Tell whether the scalars depend on all updates of the tree, as a global norm does."""
+        return "updates" in self.extras.names
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function that made the rule, for messages."""
+        return _name(self.update)
+
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """Name what the state holds once for all tensors: the step, and the numbers that scalars carry on."""
+        return () if self.scalars is None else ("step", *getattr(self.carried_type, "_fields", ()))
+
+    def init_leaf(self, p: Tensor) -> Any:
+        """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""
+        if self.init is None:
+            return ()
+        if not (self.elementwise and p.is_complex()):
+            return self.init(p)
+        state = self.init(torch.view_as_real(p.resolve_conj()))
+        return type(state)(*map(torch.view_as_complex, state)) if state else state
+
+    def carried(self) -> Any:
+        """Make the numbers that scalars carry on, before the first update."""
+        numbers = self.carry() if self.carry is not None else ()
+        check_shared(self.name, self.counters[1:], numbers)
+        return numbers
+
+
+@dataclass(frozen=True)
+class TreeRule:
+    """A transformation given as two functions of whole trees.
+
+    Attributes:
+        init: params -> state.
+        update: (updates, state, params, **extras) -> (updates, state).
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+    # What a rule for one tensor may have and this has not.
+    scalars: ClassVar[None] = None
+    carry: ClassVar[None] = None
+    counters: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
+    needs_params: ClassVar[bool] = False
+    sees_tree: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function that made the transformation, for messages."""
+        return _name(self.update)
+
+    @property
+    def extras(self) -> "Extras":
+        """What `update` wants to be told by keyword."""
+        return extras_of(self.update)
+
+
+def _name(update: Any) -> str:
+    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
+
+
+class Extras(NamedTuple):
+    """The keyword-only parameters of a function.
+
+    Attributes:
+        names: what they are called.
+        any: whether the function takes `**anything` besides.
+        required: those that have no default.
+    """
+
+    names: frozenset[str]
+    any: bool
+    required: frozenset[str]
+
+    def wanted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Pick from what was given what the function takes."""
+        return dict(given) if self.any else {name: given[name] for name in self.names if name in given}
+
+    def missing(self, given: Collection[str]) -> frozenset[str]:
+        """Name the parameters that have no default and were not given."""
+        return self.required - frozenset(given) - {"updates"}  # the lift gives the updates
+
+
+_NO_EXTRAS = Extras(frozenset(), False, frozenset())
+
+
+def extras_of(function: Any) -> Extras:
+    """Read a function's extras off its signature."""
+    code = getattr(function, "__code__", None)
+    if code is not None and not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
+        return _NO_EXTRAS
+    if code is not None:  # torch.compile cannot trace inspect.signature
+        if code.co_flags & inspect.CO_VARKEYWORDS and hasattr(function, "__wrapped__"):
+            return extras_of(function.__wrapped__)  # a decorator that passes everything on
+        names = frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
+        # What a function made in a trace has for defaults cannot be asked there.
+        optional = names if torch.compiler.is_compiling() else frozenset(function.__kwdefaults__ or ())
+        return Extras(names, bool(code.co_flags & inspect.CO_VARKEYWORDS), names - optional)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    required = frozenset([p.name for p in parameters if p.default is p.empty])
+    return Extras(frozenset([p.name for p in parameters]), takes_any, required)
+
+
+def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:
+    """Raise when an extra was given that no rule declares, or one is missing that a rule needs."""
+    declared = [rule.extras for rule in rules]
+    names = {name for some in declared for name in some.names} - {"updates"}
+    for name in extras:
+        if name not in names and not any(some.any for some in declared):
+            known = ", ".join(sorted(names)) or "none"
+            raise TypeError(
+                f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
+                "A transformation declares an extra as a keyword-only parameter of its update or scalars"
+            )
+    for rule, some in zip(rules, declared, strict=True):
+        for name in sorted(some.missing(extras)):
+            raise TypeError(f"{rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")
+
+
+def with_loss(rules: Sequence[Any], loss: Any, extras: dict[str, Any]) -> dict[str, Any]:
+    """Give the loss as the extra `value` where a rule declares that and the caller gave none."""
+    wanted = any(rule.extras.any or "value" in rule.extras.names for rule in rules)
+    return {"value": loss, **extras} if wanted else extras
+
+
+def leaf_state(state_type: type, carried: type | None = None) -> type:
+    """Declare a NamedTuple as the state that a rule keeps for one tensor.
+
+    The state for a tree is then a NamedTuple of the same name, whose fields are trees like the parameters, with `step`
+    before them when the rule has scalars. Undeclared NamedTuples work as well; the declaration is what allows a
+    transformation to be made for the first time inside a function that `torch.compile` traces.
+
+    Args:
+        state_type: NamedTuple class, one field for each tensor of the state.
+        carried: NamedTuple class of the numbers that the rule's scalars carry on, where there are any; see `leafwise`.
+
+    Returns:
+        The same class.
+
+    Raises:
+        TypeError: the class is no NamedTuple, or has a field named `step`.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> from typing import NamedTuple
+        >>> @fo.leaf_state
+        ... class MeanState(NamedTuple):
+        ...     exp_avg: torch.Tensor
+    """
+    fields = getattr(state_type, "_fields", None)
+    if fields is None:
+        raise TypeError(
+            f"The state of a rule must be a NamedTuple, got {state_type.__name__}. "
+            "Write: class MyState(NamedTuple): momentum_buffer: Tensor"
+        )
+    if "step" in fields:
+        raise TypeError(
+            f"{state_type.__name__} has a field 'step', but the step is counted for all tensors at once: "
+            "leave it out and use the argument of scalars(step)"
+        )
+    make_type: Any = namedtuple
+    counted = ("step", *getattr(carried, "_fields", ()))
+    lifted = dict(getattr(state_type, "_lifted", {}))
+    for counters in ((), ("step",), counted):
+        tree_type: Any = make_type(state_type.__name__, (*counters, *fields))
+        tree_type.__module__ = state_type.__module__
+        tree_type.__doc__ = state_type.__doc__
+        tree_type._leaf_type = state_type
+        tree_type._counters = counters
+        tree_type.__reduce__ = _reduce
+        lifted.setdefault(counters, tree_type)
+    setattr(state_type, "_lifted", lifted)  # noqa: B010 - mypy knows no such attribute
+    return state_type
+
+
+def tree_state_type(state_type: Any, counters: tuple[str, ...]) -> Any:
+    """Return the NamedTuple that holds the states of a whole tree of tensors.
+
+    Args:
+        state_type: the NamedTuple for one tensor; tuple where nothing is kept for each.
+        counters: what is kept once for all tensors.
+    """
+    if state_type is tuple and len(counters) < 2:
+        return StepState if counters else EmptyState
+    if state_type is tuple:
+        state_type = EmptyState
+    if counters not in getattr(state_type, "_lifted", {}):
+        leaf_state(state_type, namedtuple("Carried", counters[1:]) if counters else None)
+    return state_type._lifted[counters]
+
+
+def _reduce(state: Any) -> tuple[Any, ...]:
+    # The class was made here and cannot be imported, but the one it was made from can.
+    return _rebuild, (type(state)._leaf_type, type(state)._counters, tuple(state))
+
+
+def _rebuild(state_type: Any, counters: tuple[str, ...], fields: tuple[Any, ...]) -> Any:
+    return tree_state_type(state_type, counters)(*fields)
+
+
+def step_dtype() -> torch.dtype:
+    """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

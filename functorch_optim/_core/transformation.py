@@ -1,0 +1,298 @@
+"""Gradient transformations: pure (init, update) pairs over trees of tensors."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, ParamSpec
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core import lift, passes
+from functorch_optim._core.checks import check_updates
+from functorch_optim._core.layout import nest, unnest
+from functorch_optim._core.links import Link
+from functorch_optim._core.passes import Bucket, Leaves
+from functorch_optim._core.recorded import Recorded
+from functorch_optim._core.rule import EmptyState, Rule, TreeRule, check_extras
+from functorch_optim._execution.in_place import ADD
+from functorch_optim.tree import Tree
+
+_P = ParamSpec("_P")
+
+
+class GradientTransformation(Recorded):
+    """Transform gradients into updates: a pure pair of functions, `init, update = tx`.
+
+    Make one from two functions over whole trees, or with `fo.leafwise` from a rule for one tensor. Transformations are
+    immutable, print as the call that made them, and pickle when their arguments do.
+
+    Args:
+        init: `init(params) -> state`. The state is any tree of tensors.
+        update: `update(updates, state, params, *, name, ...) -> (updates, state)`. It must not modify its arguments.
+            `params` is None when the caller gave none, and so is the update of a leaf without a gradient, whose state
+            must stay: `fo.tree.map(lambda m, g: m if g is None else m + g, state, updates)`. Its keyword-only
+            parameters are the extras it declares; `**extra` declares any.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> def init(params):
+        ...     return ()
+        >>> def update(updates, state, params):
+        ...     return fo.tree.map(torch.sign, updates), state
+        >>> tx = fo.chain(fo.GradientTransformation(init, update), fo.scale_by_learning_rate(0.1))
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0, -5.0])}, tx.init(params))
+        >>> updates
+        {'w': tensor([-0.1000,  0.1000])}
+    """
+
+    def __init__(self, init: Callable[[Tree], Any], update: Callable[..., tuple[Tree, Any]]) -> None:
+        for name, function in (("init", init), ("update", update)):
+            if not callable(function):
+                raise TypeError(
+                    f"GradientTransformation needs two functions, but {name} is a {type(function).__name__}; "
+                    "write GradientTransformation(init, update)"
+                )
+        self._links: tuple[Link, ...] = (Link(TreeRule(init, update)),)
+        self._layout: Any = 0
+        self._call = (GradientTransformation, (init, update), {})
+
+    @classmethod
+    def _of(cls, links: Sequence[Link], layout: Any) -> "GradientTransformation":
+        """Make a transformation of links whose states nest as the indices in `layout` do."""
+        made = cls.__new__(cls)
+        made._links = tuple(links)
+        made._layout = layout
+        made._call = (cls._of, (links, layout), {})
+        return made
+
+    def init(self, params: Tree) -> Any:
+        """Make the state for these parameters.
+
+        Args:
+            params: tree of floating-point or complex tensors; None where a parameter is missing.
+
+        Returns:
+            The state: a NamedTuple of tensors and trees of them for each rule; a tuple of states for a chain; a dict of
+            states for named parts.
+
+        Raises:
+            TypeError: a leaf is no tensor, or a tensor of integers.
+            ValueError: a mask or the labels of a partition do not fit the parameters.
+        """
+        return nest(self._layout, lift.init(self._links, params))
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
+        """Transform updates, gradients at first; no argument is modified.
+
+        Args:
+            updates: tree of tensors built like the parameters; None where there is no gradient: that parameter and its
+                state stay as they are. The step counts for the whole tree, so that the bias correction of a parameter
+                whose gradients begin late is that of a late step; `fo.Optimizer` counts for each parameter.
+            state: what `init` or the last `update` returned.
+            params: the parameters; may be left out when nothing in the chain needs them.
+            **extra: by name, what some transformation in the chain declares, such as `value`.
+
+        Returns:
+            Updates to add to the parameters (see `fo.apply_updates`), and the next state. They may share memory with
+            each other and with the arguments: do not modify them in place.
+
+        Raises:
+            ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
+            TypeError: an extra that nothing declares, or one that is missing.
+        """
+        check_extras([link.rule for link in self._links], extra)
+        states = unnest(self._layout, state)
+        new_updates, new_states = lift.update(self._links, updates, states, params, extra)
+        return new_updates, nest(self._layout, new_states)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """Unpack as a pair: init, update = tx."""
+        return iter((self.init, self.update))
+
+
+def check_transformation(transformation: Any, example: str) -> None:
+    """Raise unless this is a transformation; `example` is a call that would be right."""
+    if not isinstance(transformation, GradientTransformation):
+        hint = "call it" if callable(transformation) else "as in"
+        name = getattr(transformation, "__name__", None) or repr(transformation)
+        raise TypeError(f"{name} is not a GradientTransformation; {hint}: {example}")
+
+
+def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, GradientTransformation]:
+    """Let transformations that `function` makes print and pickle as the call that made them.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> @fo.factory
+        ... def clipped_sgd(lr, max_norm=1.0):
+        ...     return fo.chain(fo.clip_by_global_norm(max_norm), fo.sgd(lr))
+        >>> clipped_sgd(0.1)
+        clipped_sgd(0.1)
+    """
+
+    @functools.wraps(function)
+    def make(*args: _P.args, **kwargs: _P.kwargs) -> GradientTransformation:
+        made = function(*args, **kwargs)
+        named = GradientTransformation._of(made._links, made._layout)
+        named._call = (make, args, kwargs)
+        return named
+
+    return make
+
+
+@factory
+def leafwise(
+    init: Callable[[Any], Any] | type | None,
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    scalars: Callable[..., Any] | None = None,
+    *,
+    carry: Callable[[], Any] | None = None,
+    elementwise: bool = False,
+    needs_params: bool = False,
+    sparse: Literal["touched", "dense"] | None = None,
+) -> GradientTransformation:
+    """Lift a rule for one tensor to trees of tensors.
+
+    The rule is run over all leaves in whatever way is fastest for them; it is given tensors or things that answer to
+    torch functions and operators as tensors do. It must be pure: no in-place operation, no `.item()`, no branching on
+    values; and it must take every number from `scalars`, so that one compiled kernel serves a whole run.
+
+    Args:
+        init: `init(p) -> state` makes the state for one parameter, a NamedTuple of tensors. Or the NamedTuple class
+            itself: every field then starts at `zeros_like(p)`. None: the rule keeps no state.
+        update: `update(g, state, p, s) -> (g, state)` transforms the gradient of one parameter, keeping its shape. `p`
+            is None when the caller gave no parameters; `s` is what `scalars` returned, and `()` without it; `state` is
+            `()` when the rule keeps none. An elementwise rule sees complex tensors as pairs of reals, `(..., 2)`;
+            every rule sees float16 and bfloat16 as float32.
+        scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs, from the
+            0-dim float64 tensor `step`, 1 at the first update: 0-dim tensors or numbers in any tree. Use
+            `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
+            rule declares; the one named `updates` is not an extra but the list of all tensors that the rule is about
+            to transform, for numbers like a global norm. A number may be a function of the dtype of the parameter, as
+            machine epsilon is. None: the rule needs no numbers.
+        carry: `carry() -> numbers` makes numbers that `scalars` carries from step to step: a NamedTuple of numbers or
+            0-dim tensors, float64 in the state. It is then called as `scalars(step, carried) -> (s, carried)`.
+        elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
+            at will. Leave it False when the rule looks at shapes or reduces over elements.
+        needs_params: whether the rule uses `p`.
+        sparse: what to do with sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on the entries
+            that they have, so that all others keep their state. "dense": make them dense. None: refuse them.
+
+    Returns:
+        Transformation whose state is a NamedTuple: `step` (0-dim int64, when there are scalars), the numbers that are
+        carried, then the fields of the rule's state, each a tree like the parameters.
+
+    Raises:
+        ValueError: `carry` comes without `scalars`; `sparse` is none of the three, or "touched" with a rule that is not
+            elementwise.
+
+    Example:
+        Sign descent with momentum, in the letters of its paper.
+
+        >>> import functorch_optim as fo, torch
+        >>> from typing import NamedTuple
+        >>> class SignumState(NamedTuple):
+        ...     momentum_buffer: torch.Tensor
+        >>> def scale_by_signum(momentum=0.9):
+        ...     def scalars(step):
+        ...         return 1 - fo.at(momentum, step)
+        ...     def update(g, state, p, weight):
+        ...         m = torch.lerp(state.momentum_buffer, g, weight)
+        ...         return torch.sign(m), SignumState(m)
+        ...     return fo.leafwise(SignumState, update, scalars, elementwise=True)
+        >>> tx = fo.chain(scale_by_signum(), fo.scale_by_learning_rate(0.1))
+        >>> params = {"w": torch.zeros(2)}
+        >>> updates, state = tx.update({"w": torch.tensor([3.0, -3.0])}, tx.init(params))
+        >>> updates, state[0].step
+        ({'w': tensor([-0.1000,  0.1000])}, tensor(1))
+    """
+    state_type: Any = init if isinstance(init, type) else _returned(init)
+    make_state: Any = init
+    if isinstance(init, type):
+        count = len(getattr(init, "_fields", ()))
+
+        def make_state(p: Tensor) -> Any:
+            return state_type(*[torch.zeros_like(p) for _ in range(count)])
+
+    if carry is not None and scalars is None:
+        raise ValueError("carry needs scalars(step, carried) -> (s, carried), which carries its numbers on")
+    if sparse not in ("touched", "dense", None) or (sparse == "touched" and not elementwise):
+        raise ValueError(
+            f"Invalid sparse: {sparse!r}; give 'touched', for an elementwise rule only, 'dense', or None to refuse"
+        )
+    carried_type = None if carry is None else _returned(carry) or type(carry())
+    rule = Rule(make_state, update, scalars, carry, elementwise, needs_params, sparse, state_type, carried_type)
+    return GradientTransformation._of((Link(rule),), 0)
+
+
+def _returned(function: Any) -> Any:
+    """Return the NamedTuple that a function says it returns, or None."""
+    declared = getattr(function, "__annotations__", {}).get("return")
+    return declared if hasattr(declared, "_fields") else None
+
+
+@factory
+def identity() -> GradientTransformation:
+    """Pass updates through unchanged.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.identity()
+        >>> tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
+        ({'w': tensor([1.])}, EmptyState())
+    """
+    return leafwise(None, lambda g, state, p, s: (g, state), elementwise=True, sparse="touched")
+
+
+@factory
+def stateless(function: Callable[[Tree, Tree], Tree]) -> GradientTransformation:
+    """Make a transformation of a pure function of updates and parameters.
+
+    Args:
+        function: `function(updates, params) -> updates`, over whole trees. `params` is None when the caller gave none;
+            an update is None where there is no gradient, which `fo.tree.map` passes over.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.stateless(lambda updates, params: fo.tree.map(torch.sign, updates))
+        >>> tx.update({"w": torch.tensor([5.0])}, tx.init({"w": torch.ones(1)}))
+        ({'w': tensor([1.])}, EmptyState())
+    """
+
+    def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+        return function(updates, params), state
+
+    return GradientTransformation(lambda params: EmptyState(), update)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Add updates to parameters and return new parameters.
+
+    Args:
+        params: tree of tensors.
+        updates: tree built like it; None leaves a parameter as it is.
+
+    Returns:
+        Tree like `params`, of the same dtypes.
+
+    Raises:
+        ValueError: trees, shapes or dtypes do not match.
+        TypeError: an update is no tensor.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
+        {'w': tensor([1.5000, 0.0000])}
+    """
+    leaves, structure = tree.flatten(params)
+    update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
+    check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
+    count = len(leaves)
+    over = Leaves(structure, lambda i: tree.paths(params)[i], leaves, [[True] * count])
+    added, _ = passes.run([_ADD], over, [Bucket(range(count), [None], [()])], update_leaves, [()], {})[:2]
+    return tree.unflatten(structure, [p if new is None else new for p, new in zip(leaves, added, strict=True)])
+
+
+_ADD = Link(ADD)

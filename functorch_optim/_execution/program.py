@@ -1,0 +1,295 @@
+"""Elementwise rules as programs: straight lines of torch functions, recorded once.
+
+A program is what is left of rules when their Python is gone. It is recorded before anything is written to, so that a
+rule which raises leaves everything as it was; and what runs it knows which of its numbers are needed no longer.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.rule import Rule
+from functorch_optim._core.stand_in import StandIn
+from functorch_optim._execution.reference import applied
+
+
+class Name(str):
+    """A value in a program: an input, a number, or what an instruction computes."""
+
+    __slots__ = ()
+
+
+class Instruction(NamedTuple):
+    """One call.
+
+    Attributes:
+        function: a torch function, an operator, or a method of Tensor.
+        args: names and constants.
+        kwargs: the same, as pairs of keyword and value.
+        result: name of what it returns.
+        dtype: of the result; None for a number, which is the same for all elements.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    result: Name
+    dtype: torch.dtype | None
+
+    @property
+    def names(self) -> list[Name]:
+        """List the values that it reads."""
+        return [value for value in (*self.args, *dict(self.kwargs).values()) if isinstance(value, Name)]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Rules, one after the other, for one tensor.
+
+    Attributes:
+        inputs: names of what differs between elements: "g", the parameter "p" where it is given, and the states.
+        numbers: names of the scalars; they begin with n, as do those of what is computed from numbers alone.
+        instructions: in order.
+        outputs: the transformed update, and the new states in the order of the inputs.
+        dtype: of inputs and outputs.
+        device: the same.
+    """
+
+    inputs: tuple[Name, ...]
+    numbers: tuple[Name, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[Name, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        lines = [f"{i.result} = {_name(i.function)}({', '.join(map(str, i.args))})" for i in self.instructions]
+        return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
+
+
+def record(rules: Sequence[Rule], states: Sequence[Any], with_params: bool, scalars: Any, like: Tensor) -> Program:
+    """Run rules on names instead of tensors, and write down what they do.
+
+    Args:
+        rules: elementwise ones.
+        states: for each, any instance of the NamedTuple that holds its state.
+        with_params: whether parameters are given.
+        scalars: the numbers of a step, for each rule.
+        like: a tensor of the dtype and device that all have.
+
+    Raises:
+        TypeError, AttributeError: a rule is not what a rule must be.
+    """
+    found = _programs.get(rules, states, with_params, scalars, like)
+    if found is not None:
+        return found
+    recording = _Recording(like)
+    g = recording.input("g")
+    p = recording.input("p") if with_params else None
+    symbols = [
+        type(state)(*[recording.input(f"x{k}_{j}") for j in range(len(state))]) if state else ()
+        for k, state in enumerate(states)
+    ]
+    numbers = tree.map(recording.number, list(scalars))
+    outputs: list[Any] = []
+    for rule, state, s in zip(rules, symbols, numbers, strict=True):
+        g, new_state = applied(rule, g, state, p, s)
+        outputs += new_state
+    program = recording.finished(rules[-1].name, [g, *outputs])
+    _programs.put(program, rules, states, with_params, scalars, like)
+    return program
+
+
+class _Symbol(StandIn):
+    """A name that answers like a tensor, by writing down what is asked of it."""
+
+    def __init__(self, recording: "_Recording", name: Name, sample: Any) -> None:
+        self.recording, self.name, self.sample = recording, name, sample
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Write down a call."""
+        symbols = [value for value in _values(args, kwargs or {}) if isinstance(value, _Symbol)]
+        return symbols[0].recording.call(function, tuple(args), kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer a method or property of Tensor."""
+        if name in ("device", "dtype"):
+            return getattr(self.sample, name)
+        if name not in _OF_SHAPES:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                pass
+        raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("An elementwise rule must not pick elements; declare it with elementwise=False")
+
+    def __bool__(self) -> bool:
+        raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
+
+    def __float__(self) -> float:
+        raise TypeError("A rule must not look at values: a number that it needs is computed in scalars(step)")
+
+
+_LENGTH = 5
+"""Of samples: more than one element, so that a sum over all does not look like them."""
+_OF_VALUES = {"lt", "le", "gt", "ge", "eq", "ne", "equal", "allclose", "is_nonzero"}
+_OF_SHAPES = {"shape", "ndim", "dim", "size", "numel", "nelement", "stride", "item", "tolist", "ndimension"}
+
+
+class _Recording:
+    """A program in the making. Each call is tried on samples of a few elements, which tell dtypes and shapes."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.inputs: list[Name] = []
+        self.numbers: list[Name] = []
+        self.instructions: list[Instruction] = []
+
+    def input(self, name: str) -> _Symbol:
+        self.inputs.append(Name(name))
+        return _Symbol(self, self.inputs[-1], torch.ones(_LENGTH, dtype=self.like.dtype, device=self.like.device))
+
+    def number(self, value: Any) -> _Symbol:
+        self.numbers.append(Name(f"n{len(self.numbers)}{_mark(value)}"))
+        return _Symbol(self, self.numbers[-1], value)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = str(getattr(function, "__name__", function))
+        if (name.endswith("_") and not name.endswith("__")) and name.strip("_") not in ("and", "or"):
+            raise TypeError(f"A rule must not modify its arguments: use {name.strip('_')}() in place of {name}()")
+        if "out" in kwargs:
+            raise TypeError(f"A rule must not modify its arguments: call {name} without out")
+        values = list(_values(args, kwargs))
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise TypeError("A tensor that requires grad is a number of the rule: compute it in scalars(step)")
+        several = f"An elementwise rule cannot use {name}, of several tensors in one; declare elementwise=False"
+        lists = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple | list)]
+        if any(isinstance(item, _Symbol) for value in lists for item in value):
+            raise TypeError(several)
+        sample = function(*map(_sample, args), **{key: _sample(value) for key, value in kwargs.items()})
+        if isinstance(sample, bool) and name in _OF_VALUES:
+            raise TypeError(f"A rule must not look at values, as {name} does: compute what it needs in scalars(step)")
+        if isinstance(sample, tuple | list):
+            raise TypeError(several)
+        if not isinstance(sample, Tensor | int | float) or isinstance(sample, bool):
+            return sample  # what it says of the dtype or device is true of all
+        elements = sample if isinstance(sample, Tensor) and sample.ndim > 0 else None
+        dtype = None if elements is None else elements.dtype
+        if elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
+            raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; declare elementwise=False")
+        place = None if elements is None else elements.data_ptr()
+        seen = [v for v in values if _differs(v) and v.sample.data_ptr() == place]
+        if seen and seen[0].sample.dtype == dtype:
+            return seen[0]  # such as detach: in a kernel, views would change when the value is overwritten
+        if seen:
+            function = _copying(function)
+        result = Name(f"{'v' if dtype else 'n_'}{len(self.instructions)}{'' if dtype else _mark(sample)}")
+        written = tuple([_written(value) for value in args])
+        written_kwargs = tuple([(key, _written(value)) for key, value in kwargs.items()])
+        self.instructions.append(Instruction(function, written, written_kwargs, result, dtype))
+        return _Symbol(self, result, sample)
+
+    def finished(self, name: str, outputs: list[Any]) -> Program:
+        names = []
+        for output in outputs:
+            if not isinstance(output, _Symbol) or not isinstance(output.sample, Tensor) or output.sample.ndim == 0:
+                raise TypeError(f"The rule of {name} must return tensors like those it was given, got {output!r}")
+            if output.sample.dtype != self.like.dtype:
+                raise TypeError(
+                    f"The rule of {name} must keep dtypes: it was given {self.like.dtype} and returned "
+                    f"{output.sample.dtype}"
+                )
+            names.append(output.name)
+        return Program(
+            tuple(self.inputs),
+            tuple(self.numbers),
+            needed(self.instructions, names),
+            tuple(names),
+            self.like.dtype,
+            self.like.device,
+        )
+
+
+def needed(instructions: Sequence[Instruction], outputs: Sequence[Name]) -> tuple[Instruction, ...]:
+    """Leave out what no output depends on."""
+    names, kept = set(outputs), []
+    for instruction in reversed(instructions):
+        if instruction.result in names:
+            names.update(instruction.names)
+            kept.append(instruction)
+    return tuple(reversed(kept))
+
+
+def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    for value in (*args, *kwargs.values()):
+        yield from value if isinstance(value, tuple | list) else (value,)
+
+
+def _sample(value: Any) -> Any:
+    return value.sample if isinstance(value, _Symbol) else value
+
+
+def _differs(value: Any) -> bool:
+    return isinstance(value, _Symbol) and isinstance(value.sample, Tensor) and value.sample.ndim > 0
+
+
+def _mark(number: Any) -> str:
+    flag = isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool)
+    return "_flag" if flag else ""
+
+
+def _copying(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs).clone()
+
+    return copied
+
+
+def _written(value: Any) -> Any:
+    return value.name if isinstance(value, _Symbol) else value
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", function))
+
+
+class _Programs:
+    """Programs that were recorded, for as long as the functions live that they were recorded of."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Any, Any] = {}
+
+    def _key(self, rules: Sequence[Rule], states: Any, with_params: bool, scalars: Any, like: Tensor) -> Any:
+        kinds = tuple([type(scalar) for scalar in tree.flatten(list(scalars))[0]])
+        updates = tuple([(id(rule.update), len(state)) for rule, state in zip(rules, states, strict=True)])
+        return updates, with_params, kinds, like.dtype, like.device
+
+    def get(self, rules: Sequence[Rule], *rest: Any) -> Program | None:
+        program, functions = self.programs.get(self._key(rules, *rest), (None, ()))
+        return program if all(f() is rule.update for f, rule in zip(functions, rules, strict=False)) else None
+
+    def put(self, program: Program, rules: Sequence[Rule], *rest: Any) -> None:
+        key = self._key(rules, *rest)
+
+        def forget(_: Any) -> None:
+            self.programs.pop(key, None)
+
+        try:
+            self.programs[key] = program, [weakref.ref(rule.update, forget) for rule in rules]
+        except TypeError:  # a function without weak references, such as a builtin
+            self.programs.pop(key, None)
+
+
+_programs = _Programs()

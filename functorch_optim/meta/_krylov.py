@@ -1,0 +1,215 @@
+"""Linear solvers for one real vector, and an operator A that is known only as the function x -> A x.
+
+Loops end early where values are known. Where they are not, under vmap and compile, members of a batch that have
+converged wait for the others: so that what is computed of them meanwhile is finite, 0 / 0 is 0 here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._control import is_known, while_loop
+from functorch_optim._core.checks import Path, check_updates
+from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim.tree import Tree
+
+Apply: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Limits(NamedTuple):
+    """When to stop.
+
+    Attributes:
+        tol: relative tolerance: a fraction of |b|.
+        atol: absolute tolerance.
+        max_iter: largest number of iterations.
+    """
+
+    tol: float
+    atol: Tensor
+    max_iter: int
+
+
+class Run(NamedTuple):
+    """A solver under way.
+
+    Attributes:
+        x: the solution so far.
+        r: b - A x, the residual.
+        rr: r'r.
+        more: what else the method carries.
+    """
+
+    x: Tensor
+    r: Tensor
+    rr: Tensor
+    more: Any = ()
+
+
+def cg(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
+    """Run conjugate gradients from x; see `solve_cg`."""
+
+    def step(run: Run) -> Run:
+        p = run.more
+        v = apply(p)
+        alpha = _ratio(run.rr, p.dot(v))
+        r = run.r - alpha * v
+        rr = r.dot(r)
+        return Run(run.x + alpha * p, r, rr, r + _ratio(rr, run.rr) * p)
+
+    r = b - apply(x)
+    return _iterated(step, Run(x, r, r.dot(r), r), b, limits)
+
+
+def normal_cg(apply: Apply, b: Tensor, x: Tensor, limits: Limits, ridge: Any) -> Run:
+    """Run conjugate gradients on the normal equations; see `solve_normal_cg`."""
+    transposed = torch.func.vjp(apply, torch.zeros_like(b))[1]
+    return cg(lambda p: transposed(apply(p))[0] + ridge * p, transposed(b)[0], x, limits)
+
+
+def bicgstab(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
+    """Run stabilized biconjugate gradients from x; see `solve_bicgstab`."""
+
+    def step(run: Run) -> Run:
+        p, v, rho_old, alpha, omega = run.more
+        rho = q.dot(run.r)
+        p = run.r + _ratio(rho, rho_old) * _ratio(alpha, omega) * (p - omega * v)
+        v = apply(p)
+        alpha = _ratio(rho, q.dot(v))
+        s = run.r - alpha * v
+        t = apply(s)
+        omega = _ratio(t.dot(s), t.dot(t))
+        r = s - omega * t
+        return Run(run.x + alpha * p + omega * s, r, r.dot(r), (p, v, rho, alpha, omega))
+
+    q = r = b - apply(x)
+    one, zero = torch.ones_like(r.sum()), torch.zeros_like(r)
+    return _iterated(step, Run(x, r, r.dot(r), (zero, zero, one, one, one)), b, limits)
+
+
+def richardson(apply: Apply, b: Tensor, x: Tensor, limits: Limits, step_size: Any) -> Run:
+    """Go down the residual; see `solve_neumann`."""
+
+    def step(run: Run) -> Run:
+        x = run.x + step_size * run.r
+        r = b - apply(x)
+        return Run(x, r, r.dot(r))
+
+    r = b - apply(x)
+    return _iterated(step, Run(x, r, r.dot(r)), b, limits)
+
+
+def gmres(apply: Apply, b: Tensor, x: Tensor, limits: Limits, restart: int) -> Run:
+    """Run generalized minimal residuals from x; see `solve_gmres`."""
+    restart = min(restart, b.numel())
+    tolerance = _tolerance(b, limits)
+
+    def cycle(run: Run) -> Run:
+        size = run.rr.sqrt()
+        basis = [run.r * _ratio(torch.ones_like(size), size)]
+        columns: list[Tensor] = []
+        for m in range(1, restart + 1):
+            v = apply(basis[-1])
+            whole = torch.linalg.vector_norm(v)
+            rows = torch.stack(basis)
+            h = rows @ v
+            v = v - h @ rows
+            more = rows @ v  # once more: after one pass rounding leaves the basis far from orthogonal
+            v = v - more @ rows
+            length = torch.linalg.vector_norm(v)
+            # Where nothing but rounding is left of v, the space is complete. Zeros go on from there.
+            length = length.masked_fill(length <= 10 * torch.finfo(b.dtype).eps * whole, 0)
+            basis.append(v * _ratio(torch.ones_like(length), length))
+            columns.append(torch.cat([h + more, length[None], h.new_zeros(restart - m)]))
+            if is_known(length):
+                y, rest = _least_squares(columns, size)
+                if not rest > tolerance:
+                    break
+        else:
+            y, _ = _least_squares(columns, size)
+        x = run.x + y @ torch.stack(basis[: len(columns)])
+        r = b - apply(x)
+        return Run(x, r, r.dot(r))
+
+    r = b - apply(x)
+    cycles = -(-limits.max_iter // restart)
+    return _iterated(cycle, Run(x, r, r.dot(r)), b, limits._replace(max_iter=cycles))
+
+
+def _least_squares(columns: list[Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimize |size e_1 - H y| for the H of these columns, and tell how small it became."""
+    H = torch.stack(columns, dim=-1)  # noqa: N806 - it is what the field calls it
+    H = H.where(H.isfinite(), 0)  # noqa: N806 - the residual will tell; LAPACK would raise
+    goal = torch.cat([size[None], size.new_zeros(H.shape[0] - 1)])
+    y = torch.linalg.pinv(H) @ goal  # of least norm: zero for the columns of zeros after a complete space
+    return y, torch.linalg.vector_norm(goal - H @ y)
+
+
+def dense(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
+    """Make the matrix and solve; see `solve_dense`."""
+    matrix = torch.vmap(apply, out_dims=1)(torch.eye(b.numel(), dtype=b.dtype, device=b.device))
+    return Run(torch.linalg.solve(matrix, b), b, b.dot(b))
+
+
+def _iterated(step: Callable[[Run], Run], run: Run, b: Tensor, limits: Limits) -> Run:
+    square = _tolerance(b, limits) ** 2
+    return while_loop(lambda run: run.rr > square, step, run, limits.max_iter)
+
+
+def _tolerance(b: Tensor, limits: Limits) -> Tensor:
+    return torch.maximum(limits.tol * torch.linalg.vector_norm(b), limits.atol)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    zero = b == 0
+    ratio: Tensor = (a / b.masked_fill(zero, 1)).masked_fill(zero, 0)
+    return ratio
+
+
+# Trees as vectors. ----------------------------------------------------------------------------------------------------
+
+
+def over_trees(
+    method: Callable[..., Run],
+    matvec: Callable[[Tree], Tree],
+    b: Tree,
+    init: Tree,
+    ridge: Any,
+    tol: float,
+    atol: float,
+    max_iter: int | None,
+) -> Tree:
+    """Run a method on the numbers of trees, as one vector; `solve_cg` explains the arguments."""
+    leaves, structure = tree.flatten(b)
+    vector = flattened(leaves, common_dtype(leaves))
+    if not vector.numel():
+        return b
+
+    def numbers(other: Tree, name: str) -> Tensor:
+        others = tree.flatten_up_to(structure, other, name, b, "b")
+        check_alike(others, leaves, lambda i: tree.paths(b)[i], name, "b")
+        return flattened(others, vector.dtype)
+
+    def apply(x: Tensor) -> Tensor:
+        product = numbers(matvec(tree.unflatten(structure, unflattened(x, leaves))), "the results of matvec")
+        return torch.add(product, ridge * x)
+
+    # In units of the largest number in b, squares of tiny numbers do not vanish, nor do those of large ones overflow.
+    largest = vector.abs().amax()
+    unit = largest.masked_fill(largest == 0, 1)
+    x = torch.zeros_like(vector) if init is None else numbers(init, "init") / unit
+    limits = Limits(tol, atol / unit, 10 * vector.numel() if max_iter is None else max_iter)
+    run = method(apply, vector / unit, x, limits)
+    x = (run.x * unit).masked_fill(run.rr.isnan(), torch.nan)  # no loop goes on with NaN: it would not change x
+    return tree.unflatten(structure, unflattened(x, leaves))
+
+
+def check_alike(values: Sequence[Any], leaves: Sequence[Any], path: Path, name: str, other_name: str) -> None:
+    """Raise unless tensors have the same shapes and dtypes, and None stands in the same places."""
+    for i, (value, leaf) in enumerate(zip(values, leaves, strict=True)):
+        if value is None and leaf is not None:
+            raise ValueError(f"{name} have None at {path(i)!r}, but {other_name} there has a tensor")
+    check_updates(values, leaves, path, name, other_name)

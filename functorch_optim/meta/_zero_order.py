@@ -1,0 +1,125 @@
+"""Gradients from values alone."""
+
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.checks import HALF, check_params
+from functorch_optim._core.hyperparameters import check_number
+from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim.tree import Tree
+
+ESTIMATORS = ("naive", "forward", "antithetic")
+
+
+def zero_order_grad(
+    function: Callable[..., Tensor | float],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    estimator: Literal["naive", "forward", "antithetic"] = "antithetic",
+    samples: int = 1,
+    sigma: float = 0.01,
+    sampler: Callable[..., Tensor] = torch.randn,
+    generator: torch.Generator | None = None,
+    vectorize: bool = False,
+) -> Callable[..., Tree]:
+    """Estimate the gradient of a function from its values: that of E[f(x + sigma z)], for random z.
+
+        naive:          mean of f(x + sigma z) z / sigma
+        forward:        mean of (f(x + sigma z) - f(x)) z / sigma
+        antithetic:     mean of (f(x + sigma z) - f(x - sigma z)) z / (2 sigma)
+
+    All have that gradient as their expectation when z is normal; for a quadratic f it is the gradient of f itself. The
+    variance of "naive" grows as f(x)^2 / sigma^2; subtracting f(x) takes that away, for one evaluation more, and
+    "antithetic" also takes away what the even derivatives of f add, for twice the evaluations.
+
+    Args:
+        function: f, of which only values are used: it may have jumps, call `.item()`, or train a network. Returns a
+            number or a 0-dim tensor.
+        argnums: which of its positional arguments to differentiate, as in `torch.func.grad`: trees of floating-point
+            or complex tensors; None where one is missing.
+        estimator: "naive", "forward" or "antithetic".
+        samples: number of z, >= 1. The variance falls as 1 / samples.
+        sigma: how far to go, > 0: a larger one smoothes f, a smaller one has more of its rounding, and in half
+            precision must not vanish beside the parameters.
+        sampler: `sampler(shape, generator=, dtype=, device=)` draws z, of mean 0 and covariance 1.
+        generator: where random numbers come from; None is torch's own.
+        vectorize: whether f is evaluated at all points at once, by `torch.vmap`, with the same numbers. Otherwise at
+            one after the other, as a function needs that branches on values in python; memory is then that of one z.
+
+    Returns:
+        A function of the arguments of `function` that returns a tree like the argument, or a tuple of trees for a tuple
+        of `argnums`. It computes in float32 where the argument has half precision. What it returns has no derivative.
+
+    Raises:
+        ValueError: `estimator` is none of the three; `samples` or `sigma` is out of range; the values are not numbers.
+        TypeError: there is something else than floating-point or complex tensors in the argument.
+
+    Source: Nesterov & Spokoiny, Random Gradient-Free Minimization of Convex Functions, Foundations of Computational
+    Mathematics 17, 2017; Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement Learning,
+    arXiv:1703.03864.
+
+    Example:
+        >>> import torch
+        >>> from functorch_optim.meta import zero_order_grad
+        >>> stairs = lambda params: (10 * params["w"]).round().square().sum() / 100
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> grad = zero_order_grad(stairs, samples=100_000, sigma=0.1, generator=generator, vectorize=True)
+        >>> grad({"w": torch.tensor([1.0, 2.0])})["w"].round(decimals=1)
+        tensor([2., 4.])
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"Invalid estimator: {estimator!r}; give 'naive', 'forward' or 'antithetic'")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"Invalid samples: {samples!r}; it needs an integer >= 1")
+    check_number("sigma", sigma, "value > 0")
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def grad(*args: Any, **kwargs: Any) -> Tree:
+        chosen = tuple([args[place] for place in places])
+        leaves, structure = tree.flatten(chosen)
+        check_params(leaves, lambda i: tree.paths(chosen)[i])
+        x = flattened(leaves, common_dtype(leaves)).detach()
+
+        def value(x: Tensor) -> Tensor:
+            given = list(args)
+            for place, moved in zip(places, tree.unflatten(structure, unflattened(x, leaves)), strict=True):
+                given[place] = moved
+            return _number(function(*given, **kwargs))
+
+        def weight(z: Tensor) -> Tensor:
+            ahead = value(x + sigma * z)
+            if estimator == "antithetic":
+                return ((ahead - value(x - sigma * z)) / (2 * sigma)).to(x)
+            return ((ahead - base) / sigma).to(x)
+
+        def draws() -> Iterator[Tensor]:
+            for _ in range(samples):
+                yield sampler(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+        base = value(x) if estimator == "forward" else 0.0
+        if vectorize:
+            z = torch.stack(list(draws()))
+            total = torch.vmap(weight, randomness="different")(z) @ z
+        else:
+            total = torch.zeros_like(x)
+            for z in draws():
+                total = total + weight(z) * z
+        estimate = tree.unflatten(structure, unflattened(total / samples, leaves))
+        return estimate[0] if isinstance(argnums, int) else estimate
+
+    return grad
+
+
+def _number(value: Any) -> Tensor:
+    """Make a number a tensor, as precise as it is: differences of them are taken."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value.detach().float() if value.dtype in HALF else value.detach()
+    if isinstance(value, Real):
+        return torch.tensor(float(value), dtype=torch.float64)
+    what = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"The function must return a number or a 0-dim tensor, got a {what}")

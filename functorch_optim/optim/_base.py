@@ -1,0 +1,317 @@
+"""What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from functorch_optim import tree
+from functorch_optim._core import saving
+from functorch_optim._core.passes import Donations, Work
+from functorch_optim._core.rule import TreeRule, check_extras, with_loss
+from functorch_optim._core.saving import REST
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._execution import writing
+from functorch_optim._execution.in_place import InPlace, way_of
+from functorch_optim.optim import _factories as factories
+from functorch_optim.optim._loading import checked_state
+from functorch_optim.optim._plan import Plan
+from functorch_optim.optim._steady import Steady
+
+
+class OptimizerBase(torch.optim.Optimizer):
+    """A torch.optim.Optimizer whose step is a transformation's update. It has no constructor of its own."""
+
+    state: dict[Any, Any]  # type: ignore[assignment]
+
+    _transformation: Any  # transformation, or factory of one
+    _count: type | None = Tensor  # how `state[p]` keeps the step, see Plan
+    _live = False  # whether the factory may be given functions that read numbers from the group at every step
+
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again, calls backward, and returns the loss. The loss is also what a
+                transformation that declares the extra `value` is given.
+            **extra: by name, what some transformation declares.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
+            TypeError: an extra that nothing declares.
+        """
+        loss = None
+        if closure is not None:
+            _untraced(self._with_loss, extra, "the loss, to come")
+            with torch.enable_grad():
+                loss = closure()
+        _untraced(self._update, loss, extra)
+        return loss
+
+    def _with_loss(self, extra: dict[str, Any], loss: Any) -> dict[str, Any]:
+        """Add the loss, unless it is None, to the extras where something declares `value`.
+
+        Raises:
+            TypeError: an extra is given that nothing declares, or not given that something needs.
+        """
+        plans = [self._plan(index) for index in range(self._number_of_trees)]
+        rules = [link.rule for plan in plans for link in plan.links]
+        extra = extra if loss is None else with_loss(rules, loss, extra)
+        check_extras(rules, extra)
+        return extra
+
+    def _update(self, loss: Any, extra: dict[str, Any]) -> None:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "A CUDA graph would repeat the numbers of this very step. Capture the functional step, whose "
+                    "counter is on the device: params, state = fo.step(tx, grads, state, params)"
+                )
+            self._check_gradients()
+            plans = [self._plan(index) for index in range(self._number_of_trees)]
+            if extra or any(plan.asks for plan in plans):
+                extra = self._with_loss(extra, loss)
+            # Everything is computed, or at least ready, before anything is changed.
+            steps = [self._prepare(index, plan, extra) for index, plan in enumerate(plans)]
+            for step in steps:
+                step()
+
+    def _prepare(self, index: int, plan: Plan, extra: dict[str, Any]) -> Callable[[], None]:
+        """Make ready for the step of a tree; change nothing.
+
+        Returns:
+            What makes the step.
+        """
+        if plan.steady is not None and not torch.is_grad_enabled() and plan.steady.fits(self.state):
+            again: Callable[[], None] = plan.steady.prepare(extra)
+            return again
+        donations = Donations(functools.partial(self._work, index))
+        updates, states, tree_states = self._compute(index, plan, extra, donations)
+        overwrites = donations.ready()
+
+        def commit() -> None:
+            for overwrite in overwrites:
+                overwrite()
+            moved = [i for i, update in enumerate(updates) if update is not None]
+            writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
+            self._write_states(plan.params, states)
+            if tree_states:
+                self.state[REST] = {**self.state.get(REST, {}), **tree_states}
+            # It takes time to see whether the next step will be like this one; two of a kind are a sign of that.
+            again, plan.steady = plan.stepped, None
+            plan.stepped = True
+            if again and not torch.is_grad_enabled():
+                plan.steady = Steady.after(plan, donations, self.state)
+
+        return commit
+
+    def _work(
+        self, index: int, rules: Sequence[Any], params: list[Tensor], states: Sequence[Any], scalars: Sequence[Any]
+    ) -> Work:
+        """Make what overwrites parameters of a tree and their states."""
+        group = self.param_groups[index] if self._has_factory else self.defaults
+        return InPlace(rules, params, states, scalars, way_of(group))
+
+    def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""
+        old, new = [], []
+        recorded = torch.is_grad_enabled()  # then autograd may hold the old ones, also where they have no derivative
+        for p, state in zip(params, states, strict=True):
+            replaced = {}
+            for key, value in state.items():
+                present = self.state[p].get(key)
+                if not recorded and writing.is_room_for(present, value):
+                    old.append(present)
+                    new.append(value)
+                else:
+                    replaced[key] = value
+            if replaced:
+                self.state[p].update(replaced)  # at once, whatever interrupts
+        writing.copy_(old, new)
+
+    def _check_gradients(self) -> None:
+        """Raise when a gradient is of a kind that this optimizer does not take."""
+
+    def _compute(
+        self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations
+    ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
+        """Compute the updates of a tree and its next states; change nothing."""
+        keys, known = _tree_keys(index, plan), self._tree_states(index, plan)
+        olds = [self.state.get(p, {}) for p in plan.params]
+        updates, states, tree_states = plan.update(olds, known, extra, None if torch.is_grad_enabled() else donations)
+        moved = [i for i, p in enumerate(plan.params) if p.grad is not None]
+        writing.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
+        # What is about to be written, or belongs to the user, must not be part of what is to be written later.
+        old_tensors = [value for old in olds for value in old.values()]
+        kept = writing.unshared([*plan.params, *[p.grad for p in plan.params], *old_tensors])
+        return (
+            [kept(update) for update in updates],
+            [
+                {key: value if value is old.get(key) else kept(value) for key, value in state.items()}
+                for state, old in zip(states, olds, strict=True)
+            ],
+            {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
+        )
+
+    def _tree_states(self, index: int, plan: Plan) -> dict[int, Any]:
+        """Return the states of functions of the whole tree, by link."""
+        saved = self.state.get(REST, {})
+        return {k: saved[key] for k, key in _tree_keys(index, plan).items() if key in saved}
+
+    def _exported_tree_states(self, plan: Plan, states: list[Any]) -> dict[str, Any]:
+        """Arrange the states of functions of the whole tree, given those of all links, as `state` keeps them."""
+        kept = {key: states[k] for k, key in _tree_keys(0, plan).items() if tree.flatten(states[k])[0]}
+        return {REST: kept} if kept else {}
+
+    @property
+    def _has_factory(self) -> bool:
+        return not isinstance(self._transformation, GradientTransformation)
+
+    @property
+    def _number_of_trees(self) -> int:
+        return len(self.param_groups) if self._has_factory else 1
+
+    def _plan(self, index: int) -> Plan:
+        """Make the plan of a tree, or find it when nothing has changed since the last step."""
+        plans = self.__dict__.setdefault("_plans", {})
+        groups = [self.param_groups[index]] if self._has_factory else self.param_groups
+        for gone in [number for number in plans if number >= self._number_of_trees]:
+            del plans[gone]
+        if index not in plans or not plans[index][0].is_of(groups):
+            plans[index] = (factories.Snapshot(groups, self._live), self._new_plan(self._transformation, groups))
+        plan: Plan = plans[index][1]
+        return plan
+
+    def _new_plan(self, transformation: Any, groups: list[dict[str, Any]], hyperparameters: Any = None) -> Plan:
+        count = self._count
+        if self._has_factory:
+            hyperparameters = groups[0] if hyperparameters is None else hyperparameters
+            transformation = factories.make(transformation, hyperparameters, self._live)
+            if factories.has_function(list(factories.hyperparameters(self._transformation, hyperparameters).values())):
+                count = Tensor if count is None else count  # a schedule needs to know
+        params = [p for group in groups for p in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", ())]
+        return Plan(transformation, params, names or None, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
+
+        Hyperparameters that are functions, schedules say, belong to the program and are left out.
+        """
+        with self.register_state_dict_post_hook(_make_plain, prepend=True):
+            return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"_transformation": self._transformation} if "_transformation" in self.__dict__ else {}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" in state:  # unpickling
+            super().__setstate__(state)
+            return
+        # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
+        candidate = type(self).__new__(type(self))
+        candidate.__dict__.update({**self.__dict__, "_plans": {}})
+        # The classes of torch.optim fill in what older param groups lack. Their care for older states is ours.
+        super(OptimizerBase, candidate).__setstate__({**state, "state": defaultdict(dict)})
+        for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
+            for name, value in old.items():
+                new.setdefault(name, value)
+        loaded = {key: value.it if isinstance(value, _AsSaved) else value for key, value in state["state"].items()}
+        candidate.state.update(loaded)
+        candidate._check_loaded(self)
+        self.__dict__.update({**candidate.__dict__, "_plans": {}})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or that of torch.optim's class; see there.
+
+        Args:
+            state_dict: checked before anything is changed.
+
+        Raises:
+            ValueError: groups, keys, shapes or values are not those of this optimizer.
+        """
+        saving.check_is_dict("state dict", state_dict)
+        with self.register_load_state_dict_pre_hook(_keep_as_saved):
+            super().load_state_dict(state_dict)
+
+    def _check_loaded(self, former: "OptimizerBase") -> None:
+        """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
+
+        Args:
+            former: the optimizer as it was.
+        """
+        stray = [key for key in self.state if isinstance(key, int)]
+        if stray:
+            raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
+        saved = self.state.get(REST, {})
+        for name, one in [(REST, saved), *(saved.items() if isinstance(saved, dict) else ())]:
+            saving.check_is_dict(f"state of functions of the whole tree, {name!r},", one)
+        saved, tree_states = dict(saved), {}
+        for index in range(self._number_of_trees):
+            plan = self._plan(index)
+            # After an edit, such as momentum set to 0, states hold what only the former hyperparameters need.
+            others = [former._plan(index)]
+            if self._has_factory:
+                others.append(self._new_plan(self._transformation, [self.param_groups[index]], self.defaults))
+            for i, p in enumerate(plan.params):
+                if p in self.state:
+                    known = [other.parts[i].known for other in others]
+                    self.state[p] = checked_state(
+                        plan, i, self.state[p], set().union(*known), set.intersection(*known), as_torch=self._live
+                    )
+            for k, key in _tree_keys(index, plan).items():
+                initial = plan.initial_tree_state(k) if self.state else ()
+                if tree.flatten(initial)[0]:
+                    tree_states[key] = saving.load_state_dict(initial, saved.pop(key, {}))
+        if saved:
+            raise ValueError(
+                f"The saved state has one for the function of the whole tree {next(iter(saved))}, which is not here; "
+                "an optimizer of another kind saved it"
+            )
+        if tree_states:
+            self.state[REST] = tree_states
+
+
+def _untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as it is, also in what torch.compile traces: plans and buckets are found from numbers there."""
+    return _disabled(function, *args) if torch.compiler.is_compiling() else function(*args)
+
+
+@_disable_dynamo
+def _disabled(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
+    """Name the states of functions of the whole tree: by tree, and by number among them."""
+    whole = [k for k, link in enumerate(plan.links) if isinstance(link.rule, TreeRule)]
+    return {k: f"{index}.{number}" for number, k in enumerate(whole)}
+
+
+class _AsSaved:
+    """What torch.optim's load_state_dict shall not look into: it casts all numbers to the dtype of the parameter."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+
+def _keep_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = state_dict["state"]
+    saving.check_is_dict("state", state)
+    return {**state_dict, "state": {key: _AsSaved(value) for key, value in state.items()}}
+
+
+def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        for name in [name for name, value in group.items() if factories.has_function(value)]:
+            del group[name]
+    if REST in saved["state"]:
+        saved["state"][REST] = {key: saving.state_dict(state) for key, state in saved["state"][REST].items()}

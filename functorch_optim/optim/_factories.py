@@ -1,0 +1,191 @@
+"""Factories of transformations, and their hyperparameters in param groups."""
+
+import functools
+import inspect
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from functorch_optim import tree
+from functorch_optim._core.hyperparameters import Live
+from functorch_optim._core.transformation import GradientTransformation
+
+Factory = Callable[..., GradientTransformation]
+
+
+def name_of(transformation: Any) -> str:
+    """Name a transformation or factory."""
+    if isinstance(transformation, functools.partial):
+        return name_of(transformation.func)
+    return getattr(transformation, "__name__", None) or repr(transformation)
+
+
+def parameters(factory: Factory) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a factory by name: its hyperparameters.
+
+    Raises:
+        TypeError: one has no name.
+    """
+    found = inspect.signature(factory).parameters
+    for parameter in found.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(
+                f"{name_of(factory)} takes {parameter}, which has no name to be a hyperparameter; "
+                "write lambda lr: chain(clip(1.0), sgd(lr)), or give the transformation itself"
+            )
+    return dict(found)
+
+
+def defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that groups begin with.
+
+    Raises:
+        TypeError: `transformation` is neither transformation nor factory, or a hyperparameter is not one of its.
+    """
+    if isinstance(transformation, GradientTransformation):
+        if hyperparameters:
+            raise TypeError(
+                f"{transformation!r} has its hyperparameters already; {', '.join(hyperparameters)} would not be used. "
+                "Give a factory: Optimizer(params, adamw, lr=1e-3)"
+            )
+        return {}
+    if not callable(transformation):
+        raise TypeError(
+            f"Optimizer needs a transformation or a factory of one, got {transformation!r}; "
+            "write Optimizer(params, adamw(1e-3)) or Optimizer(params, adamw, lr=1e-3)"
+        )
+    known = parameters(transformation)
+    unknown = [name for name in hyperparameters if name not in known]
+    if unknown:
+        raise TypeError(f"{name_of(transformation)} has no hyperparameter {unknown[0]!r}; it has {', '.join(known)}")
+    given = {name: parameter.default for name, parameter in known.items() if parameter.default is not parameter.empty}
+    return {**given, **hyperparameters}
+
+
+def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick from a param group what a factory takes."""
+    return {name: group[name] for name in parameters(factory) if name in group}
+
+
+def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTransformation:
+    """Make the transformation of a param group.
+
+    Args:
+        factory: makes it of hyperparameters.
+        group: holds them.
+        live: whether to give functions for numbers, which read them from the group at every step. The same
+            transformation then serves while a learning rate scheduler edits them, to values that a factory might refuse
+            too. A number 0 stays one: it switches things off.
+
+    Raises:
+        TypeError: the group lacks a hyperparameter, or the factory does not return a transformation.
+    """
+    known = parameters(factory)
+    given = hyperparameters(factory, group)
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise TypeError(
+            f"A param group lacks the hyperparameter {missing[0]!r} of {name_of(factory)}, which has no default; "
+            f"write Optimizer(params, {name_of(factory)}, {missing[0]}=...)"
+        )
+    if live:
+        for name, value in given.items():
+            whole = isinstance(value, numbers.Integral) and known[name].annotation not in (bool, int)
+            number = float(value) if whole else value  # torch.optim takes weight_decay=False too
+            given[name] = _live(number, functools.partial(group.__getitem__, name))
+    made = factory(**given)
+    if not isinstance(made, GradientTransformation):
+        raise TypeError(
+            f"{name_of(factory)} returned a {type(made).__name__}, not a GradientTransformation; "
+            "write a function of hyperparameters that returns, say, chain(...)"
+        )
+    return made
+
+
+def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Raise when a group gives hyperparameters to a transformation that has them already."""
+    extra = [
+        name for name in group if name not in ("params", "param_names", "name", "differentiable", "foreach", "fused")
+    ]
+    if extra:
+        raise ValueError(
+            f"A param group gives {', '.join(extra)}, but the transformation has its hyperparameters already. "
+            "Give a factory, Optimizer(groups, adamw, lr=1e-3), or use partition"
+        )
+
+
+def _live(value: Any, read: Callable[[], Any]) -> Any:
+    if _is_number(value):
+        return Live(read)
+    if isinstance(value, list | tuple):
+        return tuple([_live(item, functools.partial(_item, read, i)) for i, item in enumerate(value)])
+    return value
+
+
+def _item(read: Callable[[], Any], i: int) -> Any:
+    return read()[i]
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, numbers.Integral):
+        return False
+    return isinstance(value, numbers.Real) and value != 0  # NumPy's numbers too
+
+
+_LIVE = object()  # stands for a live number in a snapshot
+
+
+class Snapshot:
+    """What param groups hold, for edits to be noticed: numbers and text by value, all else by identity.
+
+    Args:
+        groups: the param groups.
+        live: whether numbers are read at every step, so that their edits need not be noticed.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], live: bool) -> None:
+        self.live = live
+        self.copies = _copied(groups, live)
+        self.values = [(group, name, value) for group in groups for name, value in group.items()]
+        self.lists = [(value, list(value)) for *_, value in self.values if isinstance(value, list)]
+        containers = [value for *_, value in self.values if isinstance(value, dict | tuple)]
+        self.fixed = not any(isinstance(part, list | dict) for value in containers for part in value)
+
+    def is_of(self, groups: list[dict[str, Any]]) -> bool:
+        """Tell whether nothing has been edited since."""
+        untouched = (  # most often not even exchanged
+            self.fixed
+            and len(self.values) == sum(map(len, groups))
+            and all(group.get(name, self) is value for group, name, value in self.values)
+            and all(len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in self.lists)
+        )
+        return untouched or _same(self.copies, groups, self.live)
+
+
+def _copied(value: Any, live: bool) -> Any:
+    if isinstance(value, list | tuple):
+        return [_copied(item, live) for item in value]
+    if isinstance(value, dict):
+        return {key: _copied(item, live) for key, item in value.items()}
+    return _LIVE if live and _is_number(value) else value
+
+
+def _same(old: Any, new: Any, live: bool) -> bool:
+    if old is _LIVE:
+        return _is_number(new)
+    if isinstance(old, list):
+        if not isinstance(new, list | tuple) or len(old) != len(new):
+            return False
+        return all(map(operator.is_, old, new)) or all(_same(a, b, live) for a, b in zip(old, new, strict=True))
+    if isinstance(old, dict):
+        keys = old.keys()
+        return isinstance(new, dict) and keys == new.keys() and all(_same(old[key], new[key], live) for key in keys)
+    if isinstance(old, bool | int | float | str):
+        return type(old) is type(new) and old == new
+    return old is new
+
+
+def has_function(value: Any) -> bool:
+    """Tell whether a hyperparameter is a function, a schedule say, or holds one."""
+    return any(map(callable, tree.flatten(value)[0]))

@@ -1,0 +1,131 @@
+"""Loaded states of single parameters: checked, and brought into the form that a step leaves."""
+
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim._core import saving
+from functorch_optim.optim._plan import Plan, State
+
+# What the classes of torch.optim keep in `state[p]`.
+_TORCHS = (
+    *("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf", "sum"),
+    *("square_avg", "acc_delta", "grad_avg", "prev", "step_size", "eta", "mu", "ax", "row_var", "col_var", "variance"),
+)
+
+
+def checked_state(
+    plan: Plan,
+    i: int,
+    state: State,
+    known: AbstractSet[str],
+    required: AbstractSet[str] = frozenset(),
+    *,
+    as_torch: bool = False,
+) -> State:
+    """Return a loaded `state[p]` in the form that a step leaves, if it is one that this transformation makes.
+
+    Args:
+        plan: of the transformation.
+        i: index of the parameter.
+        state: what was loaded.
+        known: keys that are welcome though this transformation has no use for them.
+        required: keys that must be there if this transformation keeps them, unless nothing is there.
+        as_torch: whether to welcome keys that no class of torch.optim has, and to cast the numbers that scalars carry
+            on to the dtype of the parameter, as torch.optim does. Else they keep theirs, so that the numbers are those
+            of a training that was never interrupted.
+
+    Raises:
+        ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
+    """
+    p, part = plan.params[i], plan.parts[i]
+    saving.check_is_dict(f"state of parameter {plan.path(i)!r}", state)
+    # torch.optim.SGD used to save None for a buffer that was not there yet.
+    state = {key: value for key, value in state.items() if value is not None}
+    foreign = [key for key in state if key not in part.known | known]
+    if as_torch:  # a class derived from one of torch.optim may keep things of its own
+        foreign = [key for key in foreign if key in _TORCHS]
+    if foreign:
+        raise ValueError(
+            f"The saved state of parameter {plan.path(i)!r} has {foreign[0]!r}, which this transformation does not "
+            f"keep; it keeps {', '.join(sorted(part.known)) or 'nothing'}. An optimizer of another kind saved it"
+        )
+    # torch's SGD and Muon do not count.
+    uncounted = plan.count is None or all(key.startswith("momentum_buffer") for key in state)
+    lacking = sorted((part.known & required) - set(state) - ({"step"} if uncounted else set()))
+    if lacking and set(state) & part.known:  # what a derived class alone has put there is no state of ours
+        raise ValueError(
+            f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
+        )
+    initial: dict[str, Tensor] = {}
+    for k, keys in zip(part.links, part.keys, strict=True):
+        rule: Any = plan.links[k].rule
+        initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
+    checked = {}
+    for key, value in state.items():
+        if key in part.scalars:
+            checked[key] = _checked_number(plan, i, key, value)
+            if as_torch and key != "step" and isinstance(value, Tensor) and p.is_floating_point():
+                checked[key] = checked[key].to(p.dtype)
+        elif isinstance(value, Tensor):
+            checked[key] = _checked_tensor(plan, i, key, value, initial.get(key))
+        elif key in initial:
+            raise ValueError(f"The saved {key} of parameter {plan.path(i)!r} is {value!r}, where a tensor belongs")
+        else:
+            checked[key] = value
+    return checked
+
+
+def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
+    """Return the step, or a number that scalars carry on, in the form that a step leaves."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(value.shape)}, but it is one number"
+        )
+    number = value.item() if isinstance(value, Tensor) and not value.is_meta else value
+    if isinstance(number, bool) or not isinstance(number, int | float | Tensor):
+        raise ValueError(f"The saved {key} of parameter {plan.path(i)!r} is {value!r}, where a number belongs")
+    if key == "step" and not isinstance(number, Tensor) and not (number >= 0 and float(number).is_integer()):
+        raise ValueError(f"The saved step of parameter {plan.path(i)!r} is {number}, but it is a count of updates")
+    return plan.as_kept(key, value)
+
+
+def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | None) -> Tensor:
+    """Return a loaded tensor in the form that a step leaves.
+
+    Args:
+        plan: of the transformation.
+        i: index of the parameter.
+        key: of the tensor.
+        value: what was loaded.
+        like: what the transformation begins with; None when it does not keep the tensor.
+    """
+    p = plan.params[i]
+    if value.layout != torch.strided:
+        value = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
+    if like is None:
+        return value.to(p.device, p.dtype if value.is_complex() == p.is_complex() else value.dtype)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(value.shape)}, "
+            f"but it is {tuple(like.shape)} here; it was saved for another model"
+        )
+    if value.is_complex() != like.is_complex():
+        raise ValueError(
+            f"The saved {key} of parameter {plan.path(i)!r} is {value.dtype}, but it is {like.dtype} here; it was "
+            "saved for another model"
+        )
+    return value.to(p.device, like.dtype)
+
+
+def exported_state(plan: Plan, i: int, state: State) -> State:
+    """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
+    kept = {key: value for key, value in state.items() if key != "step" or plan.count is not None}
+    checked = checked_state(plan, i, kept, set(), plan.parts[i].known)
+    scalars = plan.parts[i].scalars
+    return {
+        key: plan.as_kept(key, float(value)) if key in scalars else value.detach().clone()
+        for key, value in checked.items()
+    }

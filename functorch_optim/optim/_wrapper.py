@@ -1,0 +1,129 @@
+"""A torch.optim.Optimizer around any transformation."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from functorch_optim._core.checks import check_params
+from functorch_optim._core.saving import REST
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._execution.in_place import check_options
+from functorch_optim.optim import _factories as factories
+from functorch_optim.optim._base import OptimizerBase
+
+
+class Optimizer(OptimizerBase):
+    """Train with a transformation through torch.optim's interface: a real `torch.optim.Optimizer`.
+
+    There are two forms. With a transformation, all parameters in all groups are one tree, and the groups hold no
+    hyperparameters:
+
+        Optimizer(model.parameters(), chain(clip_by_global_norm(1.0), adamw(schedule)))
+
+    With a factory, a function that makes a transformation of its hyperparameters, these live in `param_groups`: groups
+    may override them, learning rate schedulers drive them, and edits take effect at the next step. Every group is a
+    tree of its own:
+
+        Optimizer(model.parameters(), adamw, lr=1e-3)
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts of a group each, as torch.optim takes them. Masks and labels in
+            the transformation see a dict by name where there are names, and else a list.
+        transformation: transformation, or factory.
+        differentiable: whether `step` is recorded by autograd, for derivatives through training. Parameters are then
+            no leaves but, say, `p.clone()`, hyperparameters may be tensors, and `p.grad` has a graph. As in torch.optim
+            parameters are written to in place: compute losses from `p.clone()`, or do all, the last `backward` too,
+            within `torch.autograd.graph.allow_mutation_on_saved_tensors()`. The functional form needs no such care.
+        foreach: True to use foreach kernels, as is done where parameters are not on the CPU; False not to.
+        fused: True to compile a chain of elementwise transformations to one kernel, once, at the first step. Groups may
+            override both.
+        **hyperparameters: arguments of the factory, the defaults of all groups. A schedule is called with the number of
+            steps that a parameter has had; it belongs to the program, not to the state, and is not saved.
+
+    Raises:
+        TypeError: `transformation` is neither; a hyperparameter is unknown or missing; a parameter is no tensor, or
+            one of integers.
+        ValueError: there are no parameters, or one comes twice, or one is no leaf; a hyperparameter is out of range.
+
+    Learning rate schedulers need the form with a factory: they look for `param_groups[i]["lr"]`. So do the helpers of
+    `torch.distributed.checkpoint.state_dict`, which set it to 0 for a step that makes the state; and they know no
+    states of functions of the whole tree.
+
+    `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
+    is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an
+    error, and an error while updates are computed leaves parameters and states as they were.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = fo.Optimizer(model.parameters(), fo.adamw, lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> opt.step()
+        >>> scheduler.step()
+        >>> opt.param_groups[0]["lr"], sorted(opt.state[model.bias])
+        (0.05, ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+
+    _complete = True  # whether all groups are there
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        transformation: GradientTransformation | factories.Factory,
+        *,
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        self._transformation = transformation
+        self._complete = False
+        defaults = factories.defaults(transformation, hyperparameters)
+        options = {"differentiable": differentiable, "foreach": foreach, "fused": fused}
+        check_options(options)
+        super().__init__(params, {**defaults, **options})
+        self._complete = True
+        for index in range(self._number_of_trees):
+            self._plan(index)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Args:
+            param_group: dict with "params", and hyperparameters that this group overrides.
+
+        Raises:
+            TypeError, ValueError: as the constructor does; nothing is added then.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor | set | None):
+            param_group["params"] = list(param_group["params"])
+            tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
+            if len({id(tensor) for tensor in tensors}) != len(tensors):
+                raise ValueError("Some parameters come more than once in a group; give each of them once")
+        if isinstance(self._transformation, GradientTransformation):
+            factories.check_no_hyperparameters(param_group)
+            if REST in self.__dict__.get("state", ()):
+                raise ValueError(
+                    "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
+                    "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"
+                )
+        if isinstance(param_group, dict) and param_group.get("differentiable", False) > self.defaults["differentiable"]:
+            raise ValueError("differentiable is for all groups: write Optimizer(..., differentiable=True)")
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            names = param_group.get("param_names", range(len(param_group["params"])))
+            check_params(param_group["params"], lambda i: str(names[i]))
+            if self._complete:  # while groups are added one by one, masks and labels of all cannot fit yet
+                self._plan(self._number_of_trees - 1)
+        except Exception:
+            self.param_groups.pop()
+            self.__dict__.pop("_plans", None)
+            raise
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return super().__repr__().replace(f"{name} (", f"{name} of {factories.name_of(self._transformation)} (", 1)

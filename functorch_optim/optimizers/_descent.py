@@ -1,0 +1,39 @@
+"""What all optimizers have around their rule."""
+
+from collections.abc import Callable
+
+from functorch_optim._core.combine import chain
+from functorch_optim._core.hyperparameters import Hyperparameter
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim.transforms.decay import add_decayed_weights
+from functorch_optim.transforms.scaling import maximize as ascend
+from functorch_optim.transforms.scaling import scale_by_learning_rate
+from functorch_optim.tree import Tree
+
+
+def descent(
+    *rules: GradientTransformation,
+    lr: Hyperparameter,
+    weight_decay: Hyperparameter,
+    decoupled: bool = False,
+    mask: Tree | Callable[[Tree], Tree] | None = None,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Chain a rule with sign, weight decay and learning rate, in torch.optim's order.
+
+    Args:
+        *rules: what the optimizer is about.
+        lr: learning rate.
+        weight_decay: added to the gradient, or to the rule's update when decoupled.
+        decoupled: which of the two.
+        mask: where parameters decay.
+        maximize: negate the gradient first; weight decay keeps its sign.
+    """
+    decay = add_decayed_weights(weight_decay, mask)
+    links = [*rules, decay] if decoupled else [decay, *rules]
+    return uphill_or_down(*links, scale_by_learning_rate(lr), maximize=maximize)
+
+
+def uphill_or_down(*links: GradientTransformation, maximize: bool) -> GradientTransformation:
+    """Chain links, after a change of sign if it is to ascend."""
+    return chain(*([ascend()] if maximize else []), *links)

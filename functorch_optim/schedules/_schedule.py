@@ -1,0 +1,188 @@
+"""What a schedule is, and the checks of what schedules are given."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, ParamSpec, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_optim._core.hyperparameters import check
+from functorch_optim._core.known import Known
+from functorch_optim._core.recorded import Recorded
+
+_P = ParamSpec("_P")
+Number: TypeAlias = float | Tensor
+
+
+class Schedule(Recorded):
+    """A function of the step that knows arithmetic.
+
+    Args:
+        function: takes the step as a float64 tensor, returns a number or tensor.
+
+    Example:
+        Any function of the step is a schedule already; this one can be computed with. To drive a torch scheduler with
+        one, make numbers of its tensors: `LambdaLR(optimizer, lambda step: schedule(step).item())`.
+
+        >>> from functorch_optim import schedules
+        >>> inverse_sqrt = schedules.Schedule(lambda step: (step + 1) ** -0.5)
+        >>> (0.1 * inverse_sqrt)(3)
+        tensor(0.0500, dtype=torch.float64)
+    """
+
+    # Not in __dict__, which torch's LambdaLR would put into its state_dict.
+    __slots__ = ("_call", "_function")
+
+    def __init__(self, function: Callable[[Tensor], Number]) -> None:
+        if not callable(function):
+            raise TypeError(f"A schedule is a function of the step, got {function!r}; write constant({function!r})")
+        self._function = function
+        self._call = (Schedule, (function,), {})
+
+    @classmethod
+    def of(cls, function: Callable[[Tensor], Number]) -> "Schedule":
+        """Make a schedule of a function, unless it is one."""
+        return function if isinstance(function, Schedule) else cls(function)
+
+    def __call__(self, step: Number) -> Tensor:
+        """Return the value at this step.
+
+        Args:
+            step: number of updates already done: number or tensor.
+        """
+        given: Any = step
+        if not isinstance(given, Known):
+            given = given.to(torch.float64) if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+        elif self._call[0] is Schedule:  # a function of the user's
+            given = given.tensor
+        return self._function(given) + torch.zeros_like(given)
+
+    def __add__(self, other: Any) -> Any:
+        return _combined(operator.add, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _combined(operator.add, other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return _combined(operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _combined(operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return _combined(operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return _combined(operator.mul, other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _combined(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _combined(operator.truediv, other, self)
+
+    def __neg__(self) -> Any:
+        return _combined(operator.neg, self)
+
+
+def _combined(operation: Callable[..., Any], *operands: Any) -> Any:
+    if not all(callable(operand) or isinstance(operand, Tensor | Real) for operand in operands):
+        return NotImplemented
+
+    functions = [Schedule.of(operand) if callable(operand) else operand for operand in operands]
+
+    def function(step: Tensor) -> Number:
+        values: Number = operation(*[operand(step) if callable(operand) else operand for operand in functions])
+        return values
+
+    schedule = Schedule(function)
+    schedule._call = (operation, operands, {})
+    return schedule
+
+
+def factory(make: Callable[_P, Callable[[Tensor], Number]]) -> Callable[_P, Schedule]:
+    """Let a function that returns a function of the step return a Schedule.
+
+    Tensors among its arguments are given to it as float64, and anew at every step: what it computes of them may be
+    differentiated at every step, and is up to date when they were changed in place.
+    """
+    remake: Any = make
+
+    @functools.wraps(make)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
+        function = make(*args, **kwargs)
+        if _has_tensor(args) or _has_tensor(tuple(kwargs.values())):
+
+            def function(step: Tensor) -> Number:
+                named = {name: _wide(argument) for name, argument in kwargs.items()}
+                value: Number = remake(*_wide(args), **named)(step)
+                return value
+
+        schedule = Schedule(function)
+        schedule._call = (made, args, kwargs)
+        return schedule
+
+    return made
+
+
+def _has_tensor(argument: Any) -> bool:
+    return isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and any(map(_has_tensor, argument)))
+
+
+def _wide(argument: Any) -> Any:
+    if isinstance(argument, list | tuple):
+        return [_wide(entry) for entry in argument]
+    return argument.to(torch.float64) if isinstance(argument, Tensor) else argument
+
+
+_COUNT, _LENGTH = "value >= 0", "value > 0"  # how many steps, and how many of something that cannot be empty
+_ALLOWED = {
+    "T_0": _LENGTH,
+    "T_max": _LENGTH,
+    "anneal_epochs": _COUNT,
+    "decay_iters": _COUNT,
+    "div_factor": "value > 0",
+    "final_div_factor": "value > 0",
+    "pct_start": "0 <= value <= 1",
+    "power": "value >= 0",
+    "stable_iters": _COUNT,
+    "step_size": _LENGTH,
+    "step_size_down": _COUNT,
+    "step_size_up": _LENGTH,
+    "timescale": "value > 0",
+    "total_iters": _COUNT,
+    "total_steps": _LENGTH,
+    "warmup_iters": _COUNT,
+}
+
+
+def check_numbers(**numbers: Number) -> None:
+    """Raise unless every number is a tensor, or a python number that is allowed for an argument of this name."""
+    for name, number in numbers.items():
+        if callable(number):
+            raise TypeError(
+                f"Invalid {name}: {number!r} is a function; the arguments of a schedule are numbers or tensors. "
+                "To compose functions of the step use arithmetic or join"
+            )
+        check(name, number, _ALLOWED.get(name, "a number"), trees=False)
+
+
+def check_each(name: str, numbers: Sequence[Number]) -> None:
+    """Raise unless every entry of a list is a tensor, or a python number that is not NaN."""
+    for index, number in enumerate(numbers):
+        check_numbers(**{f"{name} at index {index}": number})
+
+
+def check_milestones(milestones: Sequence[Number], what: str, pieces: Sequence[Any], example: str) -> None:
+    """Raise unless there is a milestone between any two pieces, and they are in order."""
+    if len(milestones) != len(pieces) - 1:
+        raise ValueError(
+            f"{len(pieces)} {what} need {len(pieces) - 1} milestones, got {len(milestones)}; as in {example}"
+        )
+    check_each("milestone", milestones)
+    numbers = [milestone for milestone in milestones if not isinstance(milestone, Tensor)]
+    if sorted(numbers) != numbers:
+        raise ValueError(f"The milestones {list(milestones)} are not in order")

@@ -1,0 +1,90 @@
+"""Numbers: hyperparameters of other kinds, and their precision."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functorch_optim import tree
+from functorch_optim.testing._comparison import tensors_of
+from functorch_optim.testing._problem import Problem, Subject, assert_same_training, double_by_default
+from functorch_optim.testing.strategies import kinds_of
+from functorch_optim.tree import Tree
+
+
+def tensors(subject: Subject, problem: Problem) -> None:
+    """A hyperparameter may be a 0-dim tensor: it gives what the number gives, and states of the same structure."""
+    expected = problem.train(subject())
+    for path, value in subject.numbers.items():
+        trained = problem.train(subject({path: kinds_of(value)["tensor"]}))
+        assert_same_training(trained, expected, f"with a tensor for {path!r} of {value},", subject, problem)
+
+
+def schedules(subject: Subject, problem: Problem) -> None:
+    """A hyperparameter may be a function of the number of updates done: each step is that with the number it returns.
+
+    Skip it for a transformation whose hyperparameters cannot change.
+    """
+    for path, value in subject.numbers.items():
+        tx, params = subject({path: lambda done: value * 0.9**done}), problem.params  # noqa: B023
+        state = tx.init(params)
+        for k, given in enumerate(problem.history):
+            number = torch.tensor(value * 0.9**k, dtype=torch.float64)
+            expected = problem.step(subject({path: number}), state, params, given)
+            params, state = problem.step(tx, state, params, given)
+            what = f"with a schedule for {path!r}, which is {number.item():.6g} after {k} updates,"
+            assert_same_training((params, state), expected, what, subject, problem)
+
+
+def double_precision(subject: Subject, problem: Problem) -> None:
+    """In training in float64 nothing is computed in less: no bias correction is rounded to float32.
+
+    `0.999 ** count` is float32 where `count` is a tensor of integers, and so is `torch.tensor(0.999)`. What is trained
+    is compared with itself where float32 is not to be had; after three steps all counters jump to 1000. Skip it for
+    a transformation that means to compute in lower precision.
+    """
+    for link in subject()._links:
+        _check_scalars(link.rule)
+
+    def trained() -> tuple[Tree, Any]:
+        tx = subject()
+        params, state = problem.train(tx)
+        late = tree.map(lambda leaf: torch.full_like(leaf, 1000) if _is_counter(leaf) else leaf, state)
+        for given in problem.history:
+            params, late = problem.step(tx, late, params, given)
+        return params, late
+
+    expected = trained()
+    with double_by_default(), _InDouble():  # type: ignore[no-untyped-call]
+        wider = trained()
+    rounded = tree.map(lambda leaf, like: leaf.to(like.dtype), wider, expected)
+    what = "a number on the way is not float64: compared with the same all in float64"
+    assert_same_training(expected, rounded, what, subject, problem)
+
+
+def _is_counter(leaf: Tensor) -> bool:
+    return leaf.ndim == 0 and leaf.dtype in (torch.int64, torch.int32)
+
+
+def _check_scalars(rule: Any) -> None:
+    """Look at the numbers of a rule themselves."""
+    if rule.scalars is None or not rule.extras.names <= {"updates"}:
+        return
+    extras = {"updates": [torch.ones(2)]} if rule.sees_tree else {}
+    carried = [torch.tensor(0.5, dtype=torch.float64) for _ in rule.counters[1:]]
+    arguments = [rule.carried_type(*carried)] if carried else []
+    scalars = rule.scalars(torch.tensor(2.0, dtype=torch.float64), *arguments, **extras)
+    for path, leaf in tensors_of(scalars).items():
+        if leaf.is_floating_point() and leaf.dtype != torch.float64:
+            at = f" at {path!r}" if path else ""
+            raise AssertionError(f"the scalars of {rule.name}{at} are {leaf.dtype}: keep the dtype of `step`, float64")
+
+
+class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Where float64 is made whatever floating dtype is asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        low = (torch.float32, torch.float16, torch.bfloat16)
+        asked = {name: torch.float64 if value in low else value for name, value in (kwargs or {}).items()}
+        return func(*args, **asked)

@@ -1,0 +1,92 @@
+"""The check of a transformation: every property, on trees that hypothesis draws."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim.testing._problem import Subject, awkward, moderate, parameters, problems, standard
+from functorch_optim.testing._properties import INCOMPLETE, PROPERTIES, SLOW
+from functorch_optim.testing._report import falsify, reported, to_check
+from functorch_optim.tree import Tree
+
+
+def check_transformation(
+    transformation: GradientTransformation | Callable[..., GradientTransformation],
+    hyperparameters: Mapping[str, Any] | None = None,
+    *,
+    skip: Collection[str] = (),
+    params: st.SearchStrategy[Tree] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-12,
+    examples: int = 10,
+) -> None:
+    """Check everything that this library promises of its own transformations, of yours.
+
+    The properties are listed in `functorch_optim.testing.PROPERTIES`, name -> function; `help` explains each of them:
+
+    | name | what is checked |
+    |---|---|
+    | `pure` | nothing is modified, nothing kept outside of the state |
+    | `kept` | structure, shapes and dtypes stay, in three dtypes |
+    | `complex_parameters` | the same for complex numbers, or a TypeError |
+    | `vmap_parameters`, `vmap_hyperparameters` | equal a loop |
+    | `stateful` | `fo.Optimizer` trains the same, with a checkpoint |
+    | `missing_gradients` | None leaves a parameter and its state alone |
+    | `leaves` | their names and order do not matter |
+    | `tensors`, `schedules` | may stand for numbers, with the same result |
+    | `double_precision` | nothing is computed in less than float64 |
+    | `saving` | through `state_dict`, `torch.load(weights_only=True)`, pickle |
+    | `ways` | tensor by tensor, in blocks, by foreach kernels, recorded by autograd |
+    | `steps` | `fo.step` and `fo.step_` |
+    | `derivatives` | reverse and forward mode, against finite differences |
+    | `finite_derivatives` | also where gradients are zero |
+    | `compiled` | whole, and once |
+
+    Args:
+        transformation: a transformation; or, to have its hyperparameters checked too, a function that makes one.
+        hyperparameters: arguments of that function by name, any tree. The floats among them are checked as
+            hyperparameters; choose values at which all of them matter, such as `eps=1e-3`.
+        skip: names of properties that it need not have.
+        params: strategy for the parameters, tensors in float64, for a transformation that is for certain trees;
+            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`. Trees without
+            any number are left out.
+        extra: what `update` declares by keyword, besides `value`, the loss, and `value_fn`, a function of the
+            parameters, which are there.
+        tolerance: of rounding in float64, relative.
+        examples: how many trees each property is tried on; the last three, which take long, are on one.
+
+    Raises:
+        PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
+            that hypothesis finds.
+        ValueError: a name in `skip` is none of a property.
+        TypeError: no transformation is given or made, or `params` is no strategy for tensors in float64.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> from functorch_optim import testing
+        >>> testing.check_transformation(fo.sgd, {"lr": 0.1, "momentum": 0.9}, skip={"compiled"}, examples=2)
+        >>> def detached(lr):
+        ...     def update(g, state, p, lr):
+        ...         return -lr.detach() * g if isinstance(lr, torch.Tensor) else -lr * g, state
+        ...     return fo.leafwise(None, update, lambda step: fo.at(lr, step))
+        >>> testing.check_transformation(detached, {"lr": 0.1}, examples=2)
+        Traceback (most recent call last):
+        ...
+        functorch_optim.testing._report.PropertyError: ...
+    """
+    make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
+    subject, drawn = Subject(make, hyperparameters or {}, tolerance), parameters(params)
+    subject()  # what is wrong with the call is no property
+    for name in to_check(PROPERTIES, skip):
+        check = PROPERTIES[name]
+        missing = check in INCOMPLETE and "missing_gradients" not in skip
+        if check not in SLOW:
+            first = awkward(missing, extra) if params is None else None
+            falsify(check, subject, problems(drawn, missing=missing, extra=extra), examples, first)
+        elif params is None:
+            with reported(check, standard(extra=extra)) as problem:
+                check(subject, problem)
+        else:
+            falsify(check, subject, moderate(drawn, extra), 1)
