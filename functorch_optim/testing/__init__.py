@@ -19,8 +19,8 @@ from functorch_optim.testing._oracles import check_against
 from functorch_optim.testing._problem import Problem, Subject
 from functorch_optim.testing._properties import PROPERTIES
 from functorch_optim.testing._report import PropertyError
-from functorch_optim.testing.strategies import gradients, histories, hyperparameters, tensors, trees
 from functorch_optim.testing._transformation import check_transformation
+from functorch_optim.testing.strategies import gradients, histories, hyperparameters, tensors, trees
 
 __all__ = [
     "OPTIMIZER_PROPERTIES",
