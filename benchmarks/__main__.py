@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.calls import calls
 from benchmarks.curves import curves
 from benchmarks.functional import donated, functional, pure
 from benchmarks.measure import MANY, Comparison, Outcome, Summary, compare, environment
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "rules": rules,
     "first": first_step,
     "functional": functional,
+    "calls": calls,
     "donated": donated,
     "pure": pure,
     "memory": memory,

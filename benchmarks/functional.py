@@ -12,6 +12,7 @@ from benchmarks.shapes import ALL, LARGE, Setting, Shapes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]  # (grads, state, params) -> (params, state)
 LR = 1e-3
+ADAM = partial(fo.adam, LR)
 
 
 def functional(setting: Setting) -> Iterator[Comparison]:
@@ -48,10 +49,15 @@ def pure(setting: Setting) -> Iterator[Comparison]:
 # Ours. ----------------------------------------------------------------------------------------------------------------
 
 
-def ours(step: Callable[[fo.GradientTransformation], Step], setting: Setting, shapes: Shapes) -> Callable[[], None]:
-    """Return Adam's next step."""
+def ours(
+    step: Callable[[fo.GradientTransformation], Step],
+    setting: Setting,
+    shapes: Shapes,
+    make: Callable[[], fo.GradientTransformation] = ADAM,
+) -> Callable[[], None]:
+    """Return the next step of a transformation, which is Adam unless another is made."""
     params, grads = named(setting, shapes), named(setting, shapes)
-    tx = fo.adam(LR)
+    tx = make()
     return repeated(step(tx), grads, tx.init(params), params)
 
 
@@ -71,7 +77,8 @@ def fused_in_place(tx: fo.GradientTransformation) -> Step:
 
 
 def compiled(tx: fo.GradientTransformation) -> Step:
-    """Return the pure step, compiled as a user would."""
+    """Return the pure step, compiled as a user would; what was compiled before it is forgotten, and not looked up."""
+    torch._dynamo.reset()
     return torch.compile(partial(fo.step, tx), fullgraph=True)
 
 
@@ -95,13 +102,22 @@ def repeated(step: Step, grads: Any, state: Any, params: Any) -> Callable[[], No
 
 def torchopt_adam(setting: Setting, shapes: Shapes, *, inplace: bool, accelerated: bool = False) -> Callable[[], None]:
     """Return the next step of TorchOpt's Adam."""
+
+    def make(torchopt: Any) -> Any:
+        return torchopt.adam(LR, use_accelerated_op=accelerated)
+
+    return of_torchopt(make, setting, shapes, inplace=inplace)
+
+
+def of_torchopt(make: Callable[[Any], Any], setting: Setting, shapes: Shapes, *, inplace: bool) -> Callable[[], None]:
+    """Return the next step of a transformation that is made with the module of TorchOpt."""
     import torchopt  # noqa: PLC0415
 
     params, grads = named(setting, shapes), named(setting, shapes)
-    tx = torchopt.adam(LR, use_accelerated_op=accelerated)
+    tx = make(torchopt)
 
     def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, inplace=inplace)
+        updates, state = tx.update(grads, state, params=params, inplace=inplace)
         return torchopt.apply_updates(params, updates, inplace=inplace), state
 
     return repeated(step, grads, tx.init(params), params)
@@ -109,12 +125,17 @@ def torchopt_adam(setting: Setting, shapes: Shapes, *, inplace: bool, accelerate
 
 def optax_adam(setting: Setting, shapes: Shapes, *, donate: bool) -> Callable[[], None]:
     """Return the next step of optax's Adam, compiled."""
+    return of_optax(lambda optax: optax.adam(LR), setting, shapes, donate=donate)
+
+
+def of_optax(make: Callable[[Any], Any], setting: Setting, shapes: Shapes, *, donate: bool) -> Callable[[], None]:
+    """Return the next step of a transformation that is made with the module of optax, compiled."""
     import jax  # noqa: PLC0415
     import optax  # noqa: PLC0415
 
     arrays = [{name: jax.numpy.array(t.numpy()) for name, t in named(setting, shapes).items()} for _ in range(2)]
     params, grads = arrays
-    tx = optax.adam(LR)
+    tx = make(optax)
 
     def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)

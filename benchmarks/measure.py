@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -21,12 +22,17 @@ ENOUGH = 10.0  # seconds for a comparison, after which there are few rounds
 WORTH_TIMING = 2e-3  # seconds; what is faster is called many times
 
 
-def seconds(function: Callable[[], Any]) -> Callable[[], float]:
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
     """Return a function that times `function`, which is warm by then; the mean of many calls if they are short."""
     for _ in range(2):
         function()
-    calls = max(1, int(WORTH_TIMING / _time(function, 1)))
-    return lambda: _time(function, calls) / calls
+    calls = max(1, int(WORTH_TIMING / _time(function, 1, clock)))
+    return lambda: _time(function, calls, clock) / calls
+
+
+def cpu_seconds(function: Callable[[], Any]) -> Callable[[], float]:
+    """Return a function that takes the time of `function` on the processor, without that of waiting for it."""
+    return seconds(function, time.process_time)
 
 
 def value(function: Callable[[], float]) -> Callable[[], float]:
@@ -34,13 +40,13 @@ def value(function: Callable[[], float]) -> Callable[[], float]:
     return function
 
 
-def _time(function: Callable[[], Any], calls: int) -> float:
+def _time(function: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
     _wait()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         function()
     _wait()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def _wait() -> None:
@@ -140,7 +146,7 @@ def compare(comparison: Comparison, rounds: int) -> Outcome:
     fastest = sorted(found.keys() - {"ours"}, key=lambda name: found[name].median)
     ratio = None
     if fastest and "ours" in found:
-        ratio = Summary.of([a / b for a, b in zip(samples["ours"], samples[fastest[0]], strict=True)])
+        ratio = Summary.of([_ratio(a, b) for a, b in zip(samples["ours"], samples[fastest[0]], strict=True)])
     said: dict[str, Summary | str] = {**found, **failed}
     return Outcome(
         comparison.work,
@@ -153,6 +159,11 @@ def compare(comparison: Comparison, rounds: int) -> Outcome:
         None if floor is None else Summary.of(floor),
         disturbed,
     )
+
+
+def _ratio(a: float, b: float) -> float:
+    """Divide; nothing is as much as nothing."""
+    return 1.0 if a == b else a / b if b else math.inf
 
 
 def _in_turns(

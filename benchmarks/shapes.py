@@ -34,6 +34,7 @@ def _convolution(before: int, after: int, size: int) -> Shapes:
 
 
 SHAPES = {
+    "net": [(32, 4), (32,), (2, 32), (2,)],
     "mlp": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
     "small": [(12, 12)] * 500,
     "resnet": resnet50(),

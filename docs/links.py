@@ -1,8 +1,7 @@
-"""Links the names of this library, in documents and docstrings, to their entries in the reference.
+"""Links public names in documents and docstrings to their entries in the reference.
 
-mkdocs loads this file twice: as a hook, which sees every page, and as an extension of griffe, which sees every
-docstring. In both `fo.name` is linked. A name that has no entry is a warning, which `mkdocs build --strict` does not
-let pass.
+mkdocs loads this file twice: as a hook for the pages, and as an extension of griffe for the docstrings. Both link
+`fo.name`. A name without an entry is a warning, and `mkdocs build --strict` fails on warnings.
 """
 
 import re
@@ -12,14 +11,14 @@ from typing import Any
 
 from griffe import Extension, Object
 
-# Blocks of code stay as they are: those between fences, and lines at a prompt.
+# Code between fences and lines at a prompt get no links.
 _CODE_OR_NAME = re.compile(
     r"^ *```.*?^ *```$|^ *(?:>>>|\.\.\.) [^\n]*$|(?<![`\[])`fo\.([\w.]*\w)[^`\n]*`", re.DOTALL | re.MULTILINE
 )
-# In a docstring, names without `fo` too, but for those that are words as well.
+# A docstring may omit `fo.` of names that contain an underscore: other names are also words.
 _NAME_IN_DOCSTRING = re.compile(r"(?<![`\[])`([a-z]+_\w+)`")
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
-# What is returned is told in prose, in which griffe takes all that stands before a colon for a type.
+# `Returns:` holds prose here. griffe would read the text before a colon as a type.
 _RETURNS = re.compile(r"^Returns:\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^::: functorch_optim\.([\w.]+)$", re.MULTILINE)
 _ENTRIES = {

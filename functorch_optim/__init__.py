@@ -5,7 +5,7 @@ from functorch_optim._core.combine import chain, masked, named_chain, partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at
 from functorch_optim._core.rule import EmptyState, StepState, leaf_state
 from functorch_optim._core.saving import load_state_dict, state_dict
-from functorch_optim._core.stepping import step, step_
+from functorch_optim._core.stepping import eval_params, step, step_
 from functorch_optim._core.transformation import (
     GradientTransformation,
     apply_updates,
@@ -14,6 +14,7 @@ from functorch_optim._core.transformation import (
     leafwise,
     stateless,
 )
+from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
@@ -37,20 +38,26 @@ from functorch_optim.transforms.plateau import ReduceOnPlateauState, reduce_on_p
 from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
+from functorch_optim.wrappers.accumulation import AccumulateState, accumulate
+from functorch_optim.wrappers.schedule_free import ScheduleFreeState, schedule_free
 
 from functorch_optim import _former  # isort: skip  # noqa: F401 - after all that it names
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateState",
     "EmptyState",
     "GradientTransformation",
     "Hyperparameter",
     "LBFGSState",
     "MaskedNode",
+    "Minimized",
     "Optimizer",
     "ReduceOnPlateauState",
+    "ScheduleFreeState",
     "StepState",
+    "accumulate",
     "adadelta",
     "adafactor",
     "adagrad",
@@ -66,6 +73,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "debias",
+    "eval_params",
     "factory",
     "freeze",
     "from_torch",
@@ -77,6 +85,7 @@ __all__ = [
     "masked",
     "maximize",
     "meta",
+    "minimize",
     "muon",
     "nadam",
     "named_chain",
@@ -100,6 +109,7 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_rss",
     "scale_by_schedule",
+    "schedule_free",
     "schedules",
     "set_to_zero",
     "sgd",

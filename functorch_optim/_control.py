@@ -38,6 +38,15 @@ def is_masked() -> bool:
     return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
+def known_values(tensor: Tensor) -> Tensor | None:
+    """Return the values for all members of all batches; None while torch.compile traces, where there are none yet."""
+    if torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
 def select(condition: Tensor | bool, chosen: Carry, otherwise: Carry) -> Carry:
     """Return `chosen` where the condition holds.
 

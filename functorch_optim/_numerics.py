@@ -1,4 +1,12 @@
-"""Functions whose derivatives are exact where they exist and zero, not NaN, where they do not."""
+"""Functions whose derivatives are exact where they exist and zero where they do not; and functions of numbers.
+
+The scalars of a rule are computed with floats where the step is known, and with 0-dim tensors elsewhere. The functions
+of numbers take both: `sqrt`, `where`, and so on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +31,9 @@ def safe_sqrt(x: Tensor) -> Tensor:
         >>> torch.func.grad(safe_sqrt)(torch.tensor(0.0))
         tensor(0.)
     """
-    if has_torch_function_unary(x):  # a batch of tensors has a kernel of its own for this
+    if isinstance(x, float):
+        return math.sqrt(x)
+    if has_torch_function_unary(x):  # recorded as one call: machines have a kernel of their own for it
         return handle_torch_function(safe_sqrt, (x,), x)
     zero = x == 0
     return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -68,6 +78,63 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
 def _safe_power(x: Tensor, exponent: float) -> Tensor:
     zero = x == 0
     return x.masked_fill(zero, 1).pow(exponent).masked_fill(zero, 0)
+
+
+# Functions of numbers: floats or 0-dim tensors. -----------------------------------------------------------------------
+
+
+def _of_both(of_float: Callable[[float], float], of_tensor: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    def function(x: Any) -> Any:
+        return of_float(x) if isinstance(x, float) else of_tensor(x)
+
+    return function
+
+
+sqrt = _of_both(math.sqrt, torch.sqrt)
+cos = _of_both(math.cos, torch.cos)
+floor = _of_both(lambda x: float(math.floor(x)), torch.floor)
+isfinite: Callable[[Any], Any] = _of_both(math.isfinite, torch.isfinite)
+
+
+def double(x: Any) -> Any:
+    """Return a number in float64."""
+    return x.to(torch.float64) if isinstance(x, Tensor) else x
+
+
+def as_kept(x: Any, kept: Any) -> Any:
+    """Return a number in the dtype of one that is carried on: torch.optim's are float32."""
+    return x.to(kept.dtype) if isinstance(x, Tensor) and isinstance(kept, Tensor) else x
+
+
+def where(condition: Any, one: Any, other: Any) -> Any:
+    """Choose between two numbers; the condition is a bool where it is known."""
+    if isinstance(condition, bool):
+        return one if condition else other
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        one = torch.full_like(condition, one, dtype=torch.float64)  # torch makes float32 of two numbers
+    return torch.where(condition, one, other)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """Take the smaller of two numbers."""
+    if isinstance(x, float) and isinstance(y, float):
+        return math.nan if math.isnan(x) or math.isnan(y) else min(x, y)
+    return torch.minimum(*_both(x, y))
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """Take the larger of two numbers."""
+    return -minimum(-x, -y)
+
+
+def at_least(x: Any, least: float) -> Any:
+    """Clamp a number from below; at the bound it has the derivative of `x`."""
+    return torch.clamp(x, min=least) if isinstance(x, Tensor) else max(x, least)
+
+
+def _both(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    like = y if isinstance(x, int | float) else x
+    return x + torch.zeros_like(like), y + torch.zeros_like(like)
 
 
 def debias(beta: Tensor | float, step: Tensor) -> Tensor:

@@ -249,9 +249,14 @@ def is_leaf(node: Tree) -> bool:
     """Tell whether this is no container, but a leaf; None is one."""
     if type(node) in _LEAVES:
         return True
-    if type(node) in _SORTED or type(node) in _LISTS:
+    if type(node) in _SORTED or type(node) in _LISTS or _is_record(node):
         return False
     return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def _is_record(node: Tree) -> bool:
+    """Tell whether this is a NamedTuple: by hand, for what is traced of optree is guarded at every call."""
+    return isinstance(node, tuple) and hasattr(type(node), "_fields")
 
 
 def _one_level(node: Tree) -> Any:
@@ -265,6 +270,8 @@ def _children(node: Tree) -> dict[Any, Tree]:
         return {key: node[key] for key in optree.utils.total_order_sorted(node)}
     if type(node) in _LISTS:
         return {i: node[i] for i in range(len(node))}
+    if _is_record(node):
+        return dict(zip(type(node)._fields, node, strict=True))
     if is_leaf(node):
         return {}
     children, _, keys, _ = _one_level(node)
@@ -300,7 +307,7 @@ class _TracedStructure:
         others = other if dicts else _children(other)
         if len(others) != len(self._children) or not (dicts or type(self._tree) is type(other)):
             raise ValueError("the structures differ")
-        by_hand = dicts or type(other) in _LISTS
+        by_hand = dicts or type(other) in _LISTS or _is_record(other)
         if not by_hand and _one_level(self._tree)[1] != _one_level(other)[1]:
             raise ValueError("the structures differ")
         for key, child in self._children.items():
@@ -320,5 +327,7 @@ class _TracedStructure:
             return filled if type(self._tree) is dict else defaultdict(self._tree.default_factory, filled)
         if type(self._tree) in _LISTS:
             return type(self._tree)(rebuilt.values())
+        if _is_record(self._tree):
+            return type(self._tree)(*rebuilt.values())
         _, metadata, _, unflatten_node = _one_level(self._tree)
         return unflatten_node(metadata, list(rebuilt.values()))

@@ -133,6 +133,21 @@ def plateau(factor: Any) -> fo.GradientTransformation:
     return fo.reduce_on_plateau(factor, patience=0, threshold=0.9)
 
 
+def accumulated(lr: Any, weight_decay: Any) -> fo.GradientTransformation:
+    """Make steps of two gradients each."""
+    return fo.accumulate(fo.adamw(lr, eps=1e-3, weight_decay=weight_decay), 2)
+
+
+def accumulated_and_clipped(lr: Any, eps: Any) -> fo.GradientTransformation:
+    """Make steps of the sum of two gradients each, whose norm is a reduction over the tree."""
+    return fo.accumulate(fo.chain(fo.clip_by_global_norm(0.7), fo.adam(lr, eps=eps)), 2, mean=False)
+
+
+def schedule_free(lr: Any, momentum: Any, r: Any) -> fo.GradientTransformation:
+    """Make Schedule-Free SGD. The largest learning rate so far has a kink where the rate stays."""
+    return fo.schedule_free(fo.sgd(lr, 0.5, weight_decay=0.1), momentum, r=r, weight_lr_power=0.0)
+
+
 # Values with which all of them matter within a few steps.
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
 SHORT = {**ADAM, "beta2": 0.5}  # that a maximum is not always the latest
@@ -230,6 +245,15 @@ CATALOGUE = [
     Row("chain", chained, {"max_norm": 0.7, "lr": 0.1}),
     Row("named_chain", lambda lr: fo.named_chain(momentum=fo.trace(0.9), sgd=fo.sgd(lr)), {"lr": 0.1}),
     Row("masked", lambda lr: fo.chain(fo.masked(fo.clip_by_global_norm(lr), not_vectors), fo.sgd(lr)), {"lr": 0.1}),
+    Row("accumulate", accumulated, {"lr": 0.1, "weight_decay": 0.1}),
+    Row("accumulate_clipped", accumulated_and_clipped, {"lr": 0.1, "eps": 1e-3}),
+    Row("schedule_free", schedule_free, {"lr": 0.1, "momentum": 0.9, "r": 0.5}, held=("lr_max",)),
+    Row(
+        "schedule_free_adamw",
+        lambda lr, eps: fo.schedule_free(fo.adamw(lr, eps=eps), weight_lr_power=0.0),
+        {"lr": 0.1, "eps": 1e-3},
+        held=("lr_max",),
+    ),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]
 

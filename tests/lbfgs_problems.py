@@ -167,7 +167,7 @@ OPTIONS = [
     {},
     WOLFE,
     {"lr": 0.1, "max_iter": 1},
-    {"max_iter": 1, **WOLFE},
+    {"max_iter": 1, "max_eval": 1, **WOLFE},  # 1.25 max_iter of torch's, and binding
     {"lr": 0.03, "max_iter": 7, "history_size": 3},
     {"max_iter": 4, "history_size": 3, **WOLFE},
     {"lr": 0.5, "max_iter": 5, "history_size": 1, **WOLFE},

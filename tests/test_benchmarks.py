@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks.__main__ import SECTIONS
-from benchmarks.measure import Comparison, Summary, Unit, compare, seconds, value
+from benchmarks.audit import Sample, audit, judge
+from benchmarks.measure import Comparison, Summary, Unit, compare, cpu_seconds, seconds, value
 from benchmarks.shapes import ALL, SHAPES, Setting, resnet50
 from benchmarks.startup import printed
 from benchmarks.storage import peak, saved_by
 
 ROOT = pathlib.Path(__file__).parents[1]
-UNCOMPILED = ("eager", "functional", "memory", "unroll", "maml", "saved", "curves")
+UNCOMPILED = ("eager", "functional", "calls", "memory", "unroll", "maml", "saved", "curves")
 
 
 def constant(number):
@@ -38,7 +40,7 @@ def measured(ours, peers=None, rounds=3, **options):
 @pytest.mark.parametrize("name", UNCOMPILED)
 def test_every_section_runs(name):
     for comparison in SECTIONS[name](Setting(quick=True)):
-        if "fused" not in comparison.work:
+        if not any(compiled in comparison.work for compiled in ("fused", "torch.compile")):
             outcome = compare(comparison, rounds=1)
             assert isinstance(outcome.ours, Summary), outcome
 
@@ -47,6 +49,7 @@ def test_shapes():
     assert len(resnet50()) == 161
     assert sum(torch.Size(shape).numel() for shape in resnet50()) == 25_557_032
     assert sum(torch.Size(shape).numel() for shape in SHAPES["mlp"]) == 26_122
+    assert sum(torch.Size(shape).numel() for shape in SHAPES["net"]) == 226
     assert list(Setting(quick=True).shapes(*ALL)) == [("mlp", [(8, 8), (8,), (8, 8), (8,), (8, 8), (8,)])]
     assert [name for name, _ in Setting().shapes(*ALL)] == list(ALL)
 
@@ -60,6 +63,11 @@ def test_the_ratio_is_the_median_of_those_in_the_same_rounds():
     assert outcome.ratio == Summary(2.5, 3.0, 3.0)
     assert outcome.met
     assert not measured(constant(3.1), {"theirs": constant(1.0)}, bar=3.0).met
+
+
+@pytest.mark.parametrize(("ours", "theirs", "ratio"), [(0.0, 0.0, 1.0), (1.0, 0.0, math.inf), (0.0, 1.0, 0.0)])
+def test_nothing_is_as_much_as_nothing(ours, theirs, ratio):
+    assert measured(constant(ours), {"peer": constant(theirs)}, rounds=1).ratio == Summary(ratio, ratio, ratio)
 
 
 def test_ways_take_turns():
@@ -109,6 +117,11 @@ def test_time():
     assert len(calls) - before > 10  # what is short is called many times
 
 
+def test_time_on_the_processor():
+    sample = cpu_seconds(lambda: (time.sleep(0.05), sum(range(100_000))))
+    assert 0 < sample() < 0.05  # the sleep is not counted
+
+
 class Wasteful(torch.optim.SGD):
     """Holds two tensors at a time, and makes three."""
 
@@ -150,3 +163,36 @@ def test_the_command(tmp_path):
     [learned, fixed] = found["outcomes"]["saved"]
     assert learned["peers"]["textbook"]["median"] == 2 * 4 * 64 * 64 * 4 / 2**20
     assert fixed["peers"]["textbook"]["median"] == 2 * 3 * 64 * 64 * 4 / 2**20
+
+
+def test_the_audit_finds_what_is_wrong_and_nothing_else():
+    x = [torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)]
+    assert judge(Sample(lambda x: x.sin().sum(), x)) == {}
+    assert judge(Sample(lambda x: x.relu().sum(), [x[0] * 0])) == {}  # at a kink nothing is asked
+    cut = judge(Sample(lambda x: (x * x.detach()).sum(), x))
+    assert set(cut) >= {"reverse", "forward"}
+    assert all(float(cell) > 0.1 for cell in cut.values())
+    assert audit(["nn.functional.rms_norm"]) == {}
+
+
+def test_the_audit_says_what_raises():
+    def detour(x):
+        return OnceOnly.apply(x).sum()
+
+    wrong = judge(Sample(detour, [torch.ones(2, dtype=torch.float64)]))
+    assert wrong["forward"].startswith("raises: ")
+    assert "reverse" not in wrong
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, _):
+        pass
+
+    @staticmethod
+    def backward(_, grad):
+        return 2 * grad

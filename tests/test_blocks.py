@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
-from functorch_optim._execution import blocks
-from functorch_optim._execution.blocks import Blocks, Room, empty_like, flat, layout_of, lies
+from functorch_optim._core import prepare
+from functorch_optim._execution import blocks, choose
+from functorch_optim._execution.blocks import Blocks, InBlocks, Scratch, empty_like, flat, layout_of, lies
 
 
 class Mixed(NamedTuple):
@@ -27,13 +27,15 @@ def update(g, state, p, s):
     return s[1] * slow / (1 + fast.abs()) - g * p, Mixed(slow, fast)
 
 
-MIXED = fo.chain(
-    fo.leafwise(
-        Mixed, update, lambda step: (0.1 * step, torch.cos(step)), elementwise=True, needs_params=True, sparse=None
-    ),
-    fo.add_decayed_weights(0.1),
-    fo.trace(0.9),
-)
+def mixed():
+    """Make a chain anew, so that nothing is prepared for it yet."""
+    return fo.chain(
+        fo.leafwise(
+            Mixed, update, lambda step: (0.1 * step, torch.cos(step)), elementwise=True, needs_params=True, sparse=None
+        ),
+        fo.add_decayed_weights(0.1),
+        fo.trace(0.9),
+    )
 
 
 def cut_at(patch, block, small):
@@ -41,7 +43,9 @@ def cut_at(patch, block, small):
     sizes = {blocks.BLOCK: block, blocks.SMALL: small}
     patch.setattr(Blocks.__init__, "__defaults__", tuple([sizes[size] for size in Blocks.__init__.__defaults__]))
     patch.setattr(blocks, "BLOCK", block)
+    patch.setattr(blocks.OverBlocks, "length", block)
     patch.setattr(blocks, "SMALL", small)
+    patch.setattr(choose, "machine", lambda program, sizes, numbers, way, overwrites: InBlocks(program))
 
 
 @pytest.fixture
@@ -55,14 +59,15 @@ def like(p, layout=None):
     return noise if layout is None else torch.empty_strided(layout.shape, layout.stride(), dtype=p.dtype).copy_(noise)
 
 
-def run(params, steps=3, way=lambda tx, g, state, p: fo.step(tx, g, state, p), draw=like, by_tensor=False, tx=MIXED):
+def run(params, steps=3, way=lambda tx, g, state, p: fo.step(tx, g, state, p), draw=like, by_tensor=False):
     """Train on random gradients; return the parameters and the state."""
     torch.manual_seed(1)
     params = [draw(p, p).copy_(p) for p in params]
+    tx = mixed()
     state = tx.init(params)
     with pytest.MonkeyPatch.context() as patch:
         if by_tensor:
-            patch.setattr(execution, "can_batch", lambda *args: False)
+            patch.setattr(prepare, "is_plain", lambda *args: False)
         for _ in range(steps):
             params, state = way(tx, [draw(p) for p in params], state, params)
     return params, state
@@ -144,16 +149,16 @@ def test_how_tensors_are_cut():
     assert [len(piece) for piece in whole.alone] == [4, 20, 8]
 
 
-def test_room_is_used_again_and_grows():
-    room = Room(torch.device("cpu"))
-    small = room.of("a", torch.float32, 3)
-    assert room.of("a", torch.float32, 3) is small
-    assert room.of("b", torch.float32, 3).data_ptr() != small.data_ptr()
-    parts = room.parts("a", torch.float32, (1, 2))
+def test_scratch_is_used_again_and_grows():
+    scratch = Scratch(torch.device("cpu"))
+    small = scratch.part("a", torch.float32, 3)
+    assert scratch.part("a", torch.float32, 3) is small
+    assert scratch.part("b", torch.float32, 3).data_ptr() != small.data_ptr()
+    parts = scratch.parts("a", torch.float32, (1, 2))
     assert [part.data_ptr() for part in parts] == [small.data_ptr(), small.data_ptr() + 4]
-    large = room.of("a", torch.float32, 100)
-    assert room.of("a", torch.float32, 3).data_ptr() == large.data_ptr() != small.data_ptr()
-    assert room.parts("a", torch.float32, (1, 2))[0].data_ptr() == large.data_ptr()
+    large = scratch.part("a", torch.float32, 100)
+    assert scratch.part("a", torch.float32, 3).data_ptr() == large.data_ptr() != small.data_ptr()
+    assert scratch.parts("a", torch.float32, (1, 2))[0].data_ptr() == large.data_ptr()
 
 
 # Numbers. -------------------------------------------------------------------------------------------------------------
@@ -219,16 +224,16 @@ def test_half_parameters_with_single_states():
     """As after module.half(): states keep more digits than the parameters have."""
     for dtype in (torch.bfloat16, torch.float16):
         params = [torch.randn(size) for size in (3, 5, 20)]
-        state = MIXED.init(params)
+        state = mixed().init(params)
         halves = [p.to(dtype) for p in params]
         grads = [torch.randn_like(p) for p in halves]
         results = []
         for by_tensor in (False, True):
             with pytest.MonkeyPatch.context() as patch:
                 if by_tensor:
-                    patch.setattr(execution, "can_batch", lambda *args: False)
-                results.append(MIXED.update(grads, state, halves))
-        mine = fo.step_(MIXED, grads, fo.tree.map(torch.clone, state), fo.tree.map(torch.clone, halves))[1]
+                    patch.setattr(prepare, "is_plain", lambda *args: False)
+                results.append(mixed().update(grads, state, halves))
+        mine = fo.step_(mixed(), grads, fo.tree.map(torch.clone, state), fo.tree.map(torch.clone, halves))[1]
         assert {leaf.dtype for leaf in fo.tree.flatten(mine)[0]} == {torch.float32, torch.int64}
         assert_equal(results[0], results[1], 1e-5)
         assert_equal(mine, results[1][1], 1e-5)
@@ -242,11 +247,12 @@ def test_half_parameters_with_single_states():
 def test_the_functional_form_modifies_nothing_and_shares_nothing(name):
     p = LAYOUTS[name]
     params = [p, p.new_zeros(3), p.new_zeros(17)]
-    state, grads = MIXED.init(params), [torch.randn_like(p) for p in params]
-    _, state = MIXED.update(grads, state, params)
+    tx = mixed()
+    state, grads = tx.init(params), [torch.randn_like(p) for p in params]
+    _, state = tx.update(grads, state, params)
     given_ones = fo.tree.flatten((params, grads, state))[0]
     before = [(tensor.clone(), tensor._version) for tensor in given_ones]
-    for results in (MIXED.update(grads, state, params), fo.step(MIXED, grads, state, params)):
+    for results in (tx.update(grads, state, params), fo.step(tx, grads, state, params)):
         for tensor, (value, version) in zip(given_ones, before, strict=True):
             assert tensor._version == version
             assert torch.equal(tensor, value)
@@ -272,6 +278,7 @@ def test_expanded_gradients():
 @pytest.mark.usefixtures("small")
 def test_a_step_needs_blocks_and_no_copies(monkeypatch):
     """The memory that a step in place takes does not grow with the tensors."""
+    Scratch.of.cache_clear()  # so that all of it is made here
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: made.append(empty(*args, **kwargs)) or made[-1])
@@ -279,6 +286,7 @@ def test_a_step_needs_blocks_and_no_copies(monkeypatch):
         torch, "empty_strided", lambda *args, **kwargs: pytest.fail("a step in place made a tensor like a parameter")
     )
     params = [torch.randn(1000), torch.randn(30, 30).t(), torch.randn(3)]
-    state = MIXED.init(params)
-    fo.step_(MIXED, [torch.randn(1000), torch.randn(30, 30).t(), torch.randn(3)], state, params)
+    tx = mixed()
+    state = tx.init(params)
+    fo.step_(tx, [torch.randn(1000), torch.randn(30, 30).t(), torch.randn(3)], state, params)
     assert 0 < max(tensor.numel() for tensor in made) <= blocks.BLOCK

@@ -10,7 +10,6 @@ from catalogue import assert_close
 from torch._inductor.utils import run_and_get_code
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
 
 SIZE = 1 << 15
 TX = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.schedules.exponential(0.1, 0.9)))
@@ -29,18 +28,16 @@ def numbers_computed_apart(function, *arguments):
     return targets.count("amax"), result
 
 
-@pytest.mark.parametrize("elements", [2 * SIZE, 2 * SIZE + 1])
-def test_numbers_are_computed_apart_where_tensors_are_large(elements, monkeypatch):
-    monkeypatch.setattr(execution, "COMPILED_LARGE", elements)
-    arguments = problem()
+@pytest.mark.parametrize("size", [1, SIZE])
+def test_numbers_are_computed_apart(size):
+    arguments = problem(size=size)
     count, (params, state) = numbers_computed_apart(partial(fo.step, TX), *arguments)
-    assert bool(count) == (elements == 2 * SIZE)
+    assert count > 0
     expected = fo.step(TX, *arguments)
     assert_close(params, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
-    more = problem(count=6, size=SIZE // 2)
-    if count:
-        assert numbers_computed_apart(partial(fo.step, TX), *more)[0] == count  # however many tensors there are
+    more = problem(count=6, size=size)
+    assert numbers_computed_apart(partial(fo.step, TX), *more)[0] == count  # however many tensors there are
 
 
 def test_steps_are_compiled_once():
@@ -55,9 +52,8 @@ def test_steps_are_compiled_once():
     assert_close(params, expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_derivatives_and_batches_of_numbers_that_are_computed_apart(monkeypatch):
+def test_derivatives_and_batches_of_numbers_that_are_computed_apart():
     """A maximum of equal numbers has the derivative of one."""
-    monkeypatch.setattr(execution, "COMPILED_LARGE", 1)
     begin = torch.randn(3, dtype=torch.float64)
 
     def outcome(numbers):
@@ -77,18 +73,15 @@ def test_derivatives_and_batches_of_numbers_that_are_computed_apart(monkeypatch)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
-def test_no_power_is_computed_for_each_element(monkeypatch):
-    """Loops over elements are those of the names of tensors that are large."""
-
-    def loops_with_powers(elements):
-        monkeypatch.setattr(execution, "COMPILED_LARGE", elements)
-        torch._dynamo.reset()
-        tx = fo.scale_by_adam()
-        params = torch.randn(SIZE)
-        compiled = torch.compile(tx.update, fullgraph=True)
-        _, [code] = run_and_get_code(compiled, torch.randn(SIZE), tx.init(params))
-        loops = code.split("for(int64_t")[1:]
-        return [loop for loop in loops if "pow(" in loop and f"<static_cast<int64_t>({SIZE}L)" in loop]
-
-    assert loops_with_powers(1) == []
-    assert loops_with_powers(SIZE + 1) != []
+@pytest.mark.parametrize("size", [1 << 10, SIZE])
+def test_no_power_is_computed_for_each_element(size):
+    """Loops over elements are those up to the size of the tensor."""
+    torch._dynamo.reset()
+    tx = fo.scale_by_adam()
+    params = torch.randn(size)
+    compiled = torch.compile(tx.update, fullgraph=True)
+    _, [code] = run_and_get_code(compiled, torch.randn(size), tx.init(params))
+    loops = [loop for loop in code.split("for(int64_t")[1:] if f"<static_cast<int64_t>({size}L)" in loop]
+    assert loops
+    assert "pow(" in code
+    assert not any("pow(" in loop for loop in loops)

@@ -84,6 +84,27 @@ def test_a_wrong_message_in_a_document_is_noticed(tmp_path):
         blocks(document)[0].evaluate()
 
 
+def test_the_citation_has_the_version():
+    [version] = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    assert version == fo.__version__
+
+
+@pytest.mark.parametrize(
+    ("term", "page"),
+    [
+        ("EMA", "averaging"),
+        ("Lookahead", "averaging"),
+        ("gradients", "clipping-and-accumulation"),
+        ("resume", "saving-and-loading"),
+        ("learning rate", "schedules"),
+        ("vmap", "ensembles-and-sweeps"),
+    ],
+)
+def test_a_term_that_readers_search_for_is_in_the_title_of_its_page(term, page):
+    title = (ROOT / "docs" / "how-to" / f"{page}.md").read_text().partition("\n")[0]
+    assert term in title  # the site's search ranks titles above text
+
+
 def test_the_overview_has_every_public_name():
     overview = (ROOT / "docs" / "reference.md").read_text()
     assert set(public_names()) - set(re.findall(r"`fo\.([\w.]+)", overview)) == set()

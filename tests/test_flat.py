@@ -1,6 +1,5 @@
 """Small tensors that are differentiated are joined, and nothing else is different."""
 
-import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
-
-FLAT = sys.modules["functorch_optim._execution.flat"]
+from functorch_optim._execution import choose
+from functorch_optim._execution import flat as module
 
 
 class MeanState(NamedTuple):
@@ -28,10 +26,10 @@ SHAPES = [(3,), (2, 2), (), (3,), (2, 2), (0, 2), (1,)]
 @pytest.fixture
 def joined(monkeypatch):
     """Join what there is, and count; or nothing, when the fixture is told so."""
-    calls, flat, can_join = Counter(), execution.flat, execution.can_join
-    monkeypatch.setattr(FLAT, "MANY", 2)
-    monkeypatch.setattr(execution, "flat", lambda *args: calls.update(["flat"]) or flat(*args))
-    calls.join = lambda on: monkeypatch.setattr(execution, "can_join", can_join if on else lambda *args: False)
+    calls, flat, can_join = Counter(), module.flat, choose.can_join
+    monkeypatch.setattr(module, "MANY", 2)
+    monkeypatch.setattr(module, "flat", lambda *args: calls.update(["flat"]) or flat(*args))
+    calls.join = lambda on: monkeypatch.setattr(choose, "can_join", can_join if on else lambda *args: False)
     return calls
 
 
@@ -216,17 +214,17 @@ def test_when_tensors_are_joined(joined, monkeypatch):
     assert not is_joined(joined, fo.adam([0.1, 0.2]), graded(2))
     assert not is_joined(joined, weighted(torch.ones(2)), graded(2))
     assert is_joined(joined, weighted(torch.ones(())), graded(2))
-    assert not is_joined(joined, tx, [torch.ones(FLAT.SMALL + 1, requires_grad=True) for _ in range(2)])
+    assert not is_joined(joined, tx, [torch.ones(module.SMALL + 1, requires_grad=True) for _ in range(2)])
     assert is_joined(joined, tx, params, lambda f: lambda p: torch.func.jvp(f, (p,), (p,)))
     assert is_joined(joined, tx, [p.expand(2, -1) for p in params], torch.vmap)
     assert not is_joined(joined, tx, params, lambda f: torch.compile(f, backend="eager"))
-    monkeypatch.setattr(FLAT, "MANY", 3)
+    monkeypatch.setattr(module, "MANY", 3)
     assert not is_joined(joined, tx, graded(2))
     assert is_joined(joined, tx, graded(3))
 
 
 def test_large_tensors_stay_where_they_are(joined, monkeypatch):
-    monkeypatch.setattr(FLAT, "SMALL", 3)
+    monkeypatch.setattr(module, "SMALL", 3)
     params = [torch.randn(shape, requires_grad=True) for shape in ((2,), (4,), (3,), (2, 3), (1,), (2, 2))]
     tx = fo.adam(0.1)
     assert_close(*both_ways(joined, lambda: tx.update(params, tx.init(params))), rtol=0, atol=0)
@@ -273,11 +271,11 @@ def test_results_are_nobody_elses_memory(joined):
 @given(st.lists(st.sampled_from(sorted({*SHAPES, (5,), (2, 1, 3)})), min_size=2, max_size=8), st.integers(1, 6))
 def test_parts_of_what_is_joined_are_what_was_joined(shapes, small):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FLAT, "SMALL", small)
+        patch.setattr(module, "SMALL", small)
         tensors = [torch.randn(shape) for shape in shapes]
         if all(tensor.numel() > small for tensor in tensors):
             return
-        ends = FLAT._Ends(tensors)
+        ends = module._Ends(tensors)
         joined = ends.joined(tensors)
         assert len(joined) == 1 + sum(tensor.numel() > small for tensor in tensors)
         assert_close(ends.parted(joined), tensors, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """What implicit derivatives are for, what may go in and come out, and errors."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -288,3 +289,51 @@ def test_what_is_differentiated_must_not_come_in_through_a_closure(derivative):
 def test_what_is_batched_must_not_come_in_through_a_closure_of_the_solver():
     with pytest.raises(ValueError, match="The solver closes over a tensor that torch.vmap batches"):
         vmap(lambda b: custom_root(lambda x, a: x - a)(lambda init, a: a * b)(None, FOUR))(torch.ones(2, dtype=F64))
+
+
+# Badly conditioned systems. -------------------------------------------------------------------------------------------
+
+
+def conditioned_solver(condition, n, **options):
+    """Solve A x = t^2 b exactly, with A of this condition number; return the solver and A^(-1) b."""
+    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=F64))
+    sizes = torch.logspace(0, -math.log10(condition), n, dtype=F64)
+    a, b = (q * sizes) @ q.T, torch.randn(n, dtype=F64)
+    solution = q @ ((q.T @ b) / sizes)
+    solver = custom_root(lambda x, t: a @ x - t**2 * b, **options)(lambda init, t: t**2 * solution)
+    return lambda t: solver(None, t), solution
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e5, 1e8])
+def test_the_default_solver_copes_with_bad_conditions_in_every_mode(condition):
+    f, solution = conditioned_solver(condition, 50)
+    total = lambda t: f(t).sum()
+    batch = torch.tensor([1.0, 2.0], dtype=F64)
+    found = {
+        "reverse": grad(total)(ONE) / 2,
+        "forward": jacfwd(f)(ONE).sum() / 2,
+        "second": hessian(total)(ONE) / 2,
+        "batched": vmap(grad(total))(batch)[1] / 4,
+        "both": vmap(hessian(total))(batch)[1] / 2,
+    }
+    for mode, value in found.items():
+        assert float(abs(value / solution.sum() - 1)) < 1e-13 * condition, mode
+
+
+def test_a_derivative_whose_linear_system_is_not_solved_is_an_error():
+    f, _ = conditioned_solver(1e6, 50, solve=functools.partial(solve_cg, max_iter=20))
+    for derivative in (grad(lambda t: f(t).sum()), jacfwd(f), lambda t: vmap(jacfwd(f))(torch.stack([t, t]))):
+        with pytest.raises(torch.linalg.LinAlgError, match="is not solved after 20 iterations.*Take solve_auto"):
+            derivative(ONE)
+
+
+def test_numbers_that_nothing_depends_on_do_no_harm():
+    """A weight that the loss does not use makes the Hessian singular; of the others the derivative is as ever."""
+    loss = lambda w, a: (w["used"] - a**2).square().sum() + 0 * w["unused"].square().sum()
+    solver = custom_root(grad(loss))(lambda init, a: {"used": a**2, "unused": torch.zeros(2, dtype=F64)})
+    slopes = jacfwd(lambda a: solver(None, a))(FOUR)
+    assert slopes["used"] == pytest.approx(8.0, rel=1e-14)
+    assert slopes["unused"].tolist() == [0.0, 0.0]
+    assert grad(lambda a: solver(None, a)["used"])(FOUR) == pytest.approx(8.0, rel=1e-14)
+    with pytest.raises(torch.linalg.LinAlgError, match="A is singular to the precision of torch.float64"):
+        grad(lambda a: solver(None, a)["unused"].sum())(FOUR)  # it depends on where training began

@@ -289,6 +289,8 @@ def test_memory_stays_flat_over_many_outer_steps(keep, steps):
 @modes
 def test_memory_over_many_inner_steps(options):
     module, tx, counts = make("centered"), fo.adam(0.05), []
+    with Alive(), inner_loop(module, tx, **options) as inner:
+        adapt(inner, 2)  # prepares what tx keeps
     with Alive() as alive, inner_loop(module, tx, **options) as inner:
         for _ in range(2):
             adapt(inner, 20)

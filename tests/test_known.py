@@ -1,7 +1,6 @@
-"""Known numbers answer as 0-dim tensors do, to the last bits, whatever is computed of them."""
+"""Numbers of a step that is known are computed with floats, and are those of 0-dim tensors to the last bits."""
 
 import math
-import operator
 
 import pytest
 import torch
@@ -10,17 +9,25 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import functorch_optim as fo
-from functorch_optim._core.known import _FUNCTIONS, Known, as_tensor, where
+from functorch_optim import _numerics as numerics
 
-BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge", "eq", "ne"]
-UNARY = ["neg", "abs", "sqrt", "exp", "log", "cos", "floor", "isfinite", "ones_like", "zeros_like"]
+UNARY = {
+    "sqrt": (numerics.sqrt, torch.sqrt),
+    "safe_sqrt": (fo.safe_sqrt, torch.sqrt),
+    "cos": (numerics.cos, torch.cos),
+    "floor": (numerics.floor, torch.floor),
+    "isfinite": (numerics.isfinite, torch.isfinite),
+    "double": (numerics.double, lambda x: x),
+}
 numbers = st.one_of(
     st.floats(-1e3, 1e3), st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 1e300, 5e-324, 1.0])
 )
+NOT_OF_FLOATS = (ArithmeticError, ValueError)
+"""What python raises where torch knows an answer; the numbers are then computed with tensors."""
 
 
 def assert_same(known, tensor):
-    known = as_tensor(known)
+    known = torch.as_tensor(known, dtype=None if isinstance(known, bool | torch.Tensor) else torch.float64)
     assert known.dtype == tensor.dtype
     torch.testing.assert_close(known, tensor, rtol=1e-14, atol=0, equal_nan=True)
 
@@ -29,81 +36,56 @@ def tensor(number):
     return torch.tensor(number, dtype=torch.float64)
 
 
-@given(name=st.sampled_from(BINARY), one=numbers, other=numbers, kind=st.sampled_from(["known", "number", "reflected"]))
-@example(name="pow", one=-8.0, other=1 / 3, kind="known")
-@example(name="truediv", one=1.0, other=0.0, kind="reflected")
-@example(name="pow", one=1e300, other=2.0, kind="number")
-def test_operators(name, one, other, kind):
-    function = getattr(operator, name)
-    known = {"known": (Known(one), Known(other)), "number": (Known(one), other), "reflected": (one, Known(other))}[kind]
-    tensors = {"known": (tensor(one), tensor(other)), "number": (tensor(one), other), "reflected": (one, tensor(other))}
-    assert_same(function(*known), function(*tensors[kind]))
+# Functions of numbers: of floats, of tensors, and of both. ------------------------------------------------------------
 
 
-@given(name=st.sampled_from(UNARY), number=numbers)
-def test_functions(name, number):
-    function = getattr(torch, name)
-    assert_same(function(Known(number)), function(tensor(number)))
-    if hasattr(torch.Tensor, name):
-        assert_same(getattr(Known(number), name)(), getattr(tensor(number), name)())
+@given(name=st.sampled_from(sorted(UNARY)), number=numbers)
+def test_functions_of_one_number(name, number):
+    function, expected = UNARY[name]
+    assert_same(function(tensor(number)), expected(tensor(number)))
+    try:
+        found = function(number)
+    except NOT_OF_FLOATS:
+        return
+    assert_same(found, expected(tensor(number)))
 
 
-@given(condition=st.booleans(), one=numbers, other=numbers, kind=st.sampled_from([0, 1, 2, 3]))
-@pytest.mark.parametrize("function", [torch.where, where])
-def test_where(function, condition, one, other, kind):
-    choices = [
-        (Known(one), Known(other)),
-        (Known(one), other),
-        (one, Known(other)),
-        (0.1, 0.2),  # float32, as torch makes it
-    ][kind]
-    assert_same(function(Known(condition), *choices), torch.where(torch.tensor(condition), *map(as_tensor, choices)))
+KINDS = {
+    "floats": (float, float),
+    "float_first": (float, tensor),
+    "tensor_first": (tensor, float),
+    "tensors": (tensor, tensor),
+}
+kinds = st.sampled_from(sorted(KINDS))
 
 
-@given(one=st.booleans(), other=st.booleans())
-def test_logic(one, other):
-    for function in (operator.and_, operator.or_, operator.add, operator.mul, operator.eq):
-        assert_same(function(Known(one), Known(other)), function(torch.tensor(one), torch.tensor(other)))
-    assert_same(~Known(one), ~torch.tensor(one))
-    assert_same(Known(0.5) + Known(one), tensor(0.5) + torch.tensor(one))
-    assert_same(Known(one) * 2, torch.tensor(one) * 2)
+@given(one=numbers, other=numbers, kind=kinds)
+@example(one=math.nan, other=1.0, kind="floats")
+@example(one=1.0, other=math.nan, kind="floats")
+def test_minimum(one, other, kind):
+    arguments = [make(number) for make, number in zip(KINDS[kind], (one, other), strict=True)]
+    assert_same(numerics.minimum(*arguments), torch.minimum(tensor(one), tensor(other)))
 
 
-def test_what_python_cannot_compute_is_a_tensor():
-    step = Known(3.0)
-    assert_same(torch.sin(step), torch.sin(tensor(3.0)))
-    assert_same(step.clamp(0, 2), tensor(2.0))
-    assert_same(torch.stack([step, tensor(1.0)]), tensor([3.0, 1.0]))
-    assert_same(torch.ones(2) * step, torch.ones(2) * tensor(3.0))
-    assert_same(step * torch.ones(2), tensor(3.0) * torch.ones(2))
-    assert_same(torch.where(torch.tensor([True, False]), step, 0), tensor([3.0, 0.0]))
-    assert_same(step[None], tensor([3.0]))
-    assert_same(step.to(torch.float32), torch.tensor(3.0))
-    assert step.to(torch.float64) is step
-    assert step.dtype == torch.float64
-    assert step.shape == torch.Size([])
-    assert step.device.type == "cpu"
+@given(number=numbers, least=st.floats(-10, 10), make=st.sampled_from([float, tensor]))
+@example(number=math.nan, least=1.0, make=float)
+def test_at_least(number, least, make):
+    assert_same(numerics.at_least(make(number), least), torch.clamp(tensor(number), min=least))
 
 
-def test_is_a_python_number_where_one_is_wanted():
-    step = Known(3.0)
-    assert float(step) == int(step) == step.item() == 3
-    assert f"{step:.1f}" == "3.0"
-    assert repr(step) == repr(tensor(3.0))
-    assert math.cos(step) == math.cos(3.0)
-    assert bool(Known(False)) is False
-    assert len({step, step}) == 1
-    with pytest.raises(AttributeError, match="no attribute 'typo'"):
-        step.typo  # noqa: B018
+@given(condition=st.booleans(), one=numbers, other=numbers, kind=kinds, known=st.booleans())
+def test_where(condition, one, other, kind, known):
+    arguments = [make(number) for make, number in zip(KINDS[kind], (one, other), strict=True)]
+    found = numerics.where(condition if known else torch.tensor(condition), *arguments)
+    assert_same(found, torch.where(torch.tensor(condition), tensor(one), tensor(other)))
 
 
-def test_every_function_is_tested_here():
-    tested = {getattr(operator, name) for name in (*BINARY, "neg", "abs", "and_", "or_", "invert")}
-    tested |= {getattr(place, n) for n in UNARY for place in (torch, torch.Tensor) if hasattr(place, n)} | {torch.where}
-    assert set(_FUNCTIONS) <= tested
+@given(beta=st.floats(0, 1, exclude_max=True), t=st.integers(1, 10**6))
+def test_debias(beta, t):
+    assert_same(numerics.debias(beta, float(t)), numerics.debias(beta, tensor(float(t))))
 
 
-# What it is for. ------------------------------------------------------------------------------------------------------
+# Schedules. -----------------------------------------------------------------------------------------------------------
 
 
 SCHEDULES = {
@@ -116,13 +98,15 @@ SCHEDULES = {
     "table": fo.schedules.table(torch.tensor([0.3, 0.2])),
     "join": fo.schedules.join([lambda step: torch.exp(-step), fo.schedules.constant(0.1)], [4]),
     "sum": 0.1 * fo.schedules.exponential(1.0, 0.9) + (lambda step: torch.as_tensor(step) / 2),
+    "shorter_than_a_step": fo.schedules.polynomial(1.0, 1, 0.5),
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name):
-    for step in range(10):
-        assert_same(SCHEDULES[name](Known(float(step))), SCHEDULES[name](step))
+    for step in range(1, 11):
+        expected = fo.at(SCHEDULES[name], tensor(float(step)))
+        assert_same(fo.at(SCHEDULES[name], float(step)), torch.as_tensor(expected, dtype=torch.float64))
 
 
 def test_functions_of_the_user_are_given_tensors():
@@ -142,12 +126,14 @@ def test_functions_of_the_user_are_given_tensors():
     assert set(kinds) == {torch.Tensor}
 
 
-def test_rules_of_the_user_are_given_tensors():
+@pytest.mark.parametrize("of_tensors", [False, True])
+def test_rules_of_the_user_are_given_what_they_take(of_tensors):
+    """Floats; and tensors where floats do not do, which is tried once."""
     seen = []
 
     def scalars(step):
         seen.append(type(step))
-        return 1 / torch.as_tensor(step, dtype=torch.float32)
+        return 1 / (step.square().sqrt() if of_tensors else step)
 
     def update(g, state, p, s):
         return -s * g, state
@@ -157,8 +143,19 @@ def test_rules_of_the_user_are_given_tensors():
     opt = fo.Optimizer([p], fo.chain(fo.scale(0.5), fo.leafwise(None, update, scalars, elementwise=True)))
     for _ in range(4):
         opt.step()
-    assert seen == [torch.Tensor] * 4
+    assert seen.count(torch.Tensor) == 4 * of_tensors
+    assert seen[-1] is (torch.Tensor if of_tensors else float)
     torch.testing.assert_close(p.detach(), torch.full((2,), 1 - 0.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4)))
+
+
+@pytest.mark.parametrize("scalars", [lambda step: 1 / (step - 1), lambda step: 10.0 ** (step * 200)])
+def test_what_python_refuses_is_computed_by_torch(scalars):
+    """A division by zero, and a number that is too large, are infinite."""
+    tx = fo.leafwise(None, lambda g, state, p, s: (s * g, state), scalars, elementwise=True)
+    params, state = {"w": torch.ones(2)}, tx.init({"w": torch.ones(2)})
+    for step in (1.0, 2.0, 3.0):
+        updates, state = tx.update(params, state, params)
+        torch.testing.assert_close(updates["w"], params["w"] * scalars(tensor(step)).float())
 
 
 @pytest.mark.parametrize(
@@ -170,10 +167,13 @@ def test_scalars(row):
         if rule.scalars is None:
             continue
         extras = {"updates": [torch.full((2,), 0.3, dtype=torch.float64), torch.ones(3)]} if rule.sees_tree else {}
-        carried = [rule.carried_type(*map(tensor, rule.carried()))] if rule.counters[1:] else []
+        extras |= {"value": tensor(0.5)} if "value" in rule.extras.names else {}
+        carried = [float(number) for number in rule.carried()]
         for step in (1.0, 2.0, 10.0, 1e4):
-            known = fo.tree.flatten(rule.scalars(Known(step), *carried, **extras))[0]
-            expected = fo.tree.flatten(rule.scalars(tensor(step), *carried, **extras))[0]
+            of_floats = [rule.carried_type(*carried)] if rule.carry else []
+            of_tensors = [rule.carried_type(*map(tensor, carried))] if rule.carry else []
+            expected = fo.tree.flatten(rule.scalars(tensor(step), *of_tensors, **extras))[0]
+            known = fo.tree.flatten(rule.scalars(step, *of_floats, **extras))[0]
             for one, other in zip(known, expected, strict=True):
                 if isinstance(other, torch.Tensor):
                     assert_same(one, other)

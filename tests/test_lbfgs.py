@@ -1,5 +1,7 @@
 """L-BFGS, the functional form: torch.optim.LBFGS's numbers, its states, trees and errors."""
 
+import itertools
+
 import pytest
 import torch
 from lbfgs_problems import (
@@ -93,9 +95,8 @@ def quadratic_of_16_bits(params):
     return (params["x"].float() - 2).square().sum()
 
 
-@pytest.mark.parametrize("options", [{"lr": 20.0}, {"lr": 20.0, "max_iter": 4, **WOLFE}, {"lr": 100.0, **WOLFE}])
-def test_goes_on_with_nan_as_torch_does(options):
-    params = make(log_barrier)
+def test_without_a_line_search_it_goes_on_with_nan_as_torch_does():
+    params, options = make(log_barrier), {"lr": 20.0}
     ours, theirs = Ours(log_barrier, params, **options), Theirs(log_barrier, params, **options)
     for _ in range(3):
         ours.step()
@@ -104,6 +105,55 @@ def test_goes_on_with_nan_as_torch_does(options):
         assert ours.state.n_iter == theirs.state["n_iter"]
         assert ours.state.func_evals == theirs.state["func_evals"]
     assert ours.state.prev_loss.isnan()
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 20.0, "max_iter": 4}, {"lr": 1e4}, {"max_iter": 1}])
+def test_a_line_search_turns_back_where_the_loss_is_not_finite(options):
+    ours = Ours(log_barrier, make(log_barrier), **options, **WOLFE)
+    losses = [log_barrier(ours.params)]
+    for _ in range(20):
+        ours.step()
+        losses.append(log_barrier(ours.params))
+    assert all(after <= before for before, after in itertools.pairwise(losses))
+    torch.testing.assert_close(ours.params["x"], torch.full((2,), 0.1, **DOUBLE), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("outside", [torch.nan, torch.inf, -torch.inf])
+def test_a_trial_outside_of_the_domain_is_halved(outside):
+    """The loss is (x - 1)^2 up to 1.5; its first trial, from 0 along 2, is lr."""
+
+    def loss(x):
+        tried.append(float(x.detach()))
+        return torch.where(x > 1.5, outside, (x - 1) ** 2)
+
+    def best(lr):
+        tried.clear()
+        x = torch.zeros((), **DOUBLE)
+        tx = lbfgs(lr, line_search_fn="strong_wolfe", max_iter=1)
+        return tx.update(torch.func.grad(loss)(x), tx.init(x), x, value_fn=loss, value=torch.ones((), **DOUBLE))[0]
+
+    tried = []
+    assert float(best(torch.tensor(16.0))) == 1.0
+    assert tried == [0.0, 16.0, 8.0, 4.0, 2.0, 1.0]
+    assert best(torch.tensor(1.25)) == 1.25  # a trial within is taken as ever
+
+
+@pytest.mark.parametrize("problem", [rosenbrock, "least squares"])
+def test_one_iteration_an_update_moves_where_torch_stands_still(problem):
+    x, y = torch.randn(30, 4, **DOUBLE), 0.1 * torch.randn(30, **DOUBLE)
+    params = {"x": torch.tensor([-1.2, 1.0], **DOUBLE)} if problem is rosenbrock else {"x": torch.zeros(4, **DOUBLE)}
+    loss = problem if problem is rosenbrock else lambda params: (x @ params["x"] - y).square().sum()
+    ours, theirs = [kind(loss, params, max_iter=1, **WOLFE) for kind in (Ours, Theirs)]
+    start, values = loss(params), []
+    for _ in range(20):
+        ours.step()
+        theirs.step()
+        values.append(loss(ours.params))
+    assert values == sorted(values, reverse=True)
+    assert values[0] < start
+    assert torch.equal(theirs.params["x"], params["x"])
+    if problem is not rosenbrock:
+        torch.testing.assert_close(ours.params["x"], torch.linalg.lstsq(x, y).solution, rtol=1e-6, atol=1e-6)
 
 
 def test_the_history_is_torchs():

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from lbfgs_problems import DOUBLE, WOLFE, Training, assert_same, bowl, deviation, log_barrier, make_pair
+from lbfgs_problems import DOUBLE, WOLFE, Training, assert_same, bowl, deviation, log_barrier, make_pair, rosenbrock
 from torch_like_cases import outcome
 
 import functorch_optim as fo
@@ -212,10 +212,9 @@ def test_gradients_that_are_not_contiguous_and_parameters_that_are_all_empty():
     assert empty.state == {"func_evals": 1, "n_iter": 0}
 
 
-@pytest.mark.parametrize("options", [{"lr": 20.0}, {"lr": 20.0, **WOLFE}])
-def test_goes_on_with_nan_as_torch_does(options):
+def test_without_a_line_search_it_goes_on_with_nan_as_torch_does():
     ours, theirs = make_pair(
-        [torch.tensor([3.0, 0.5], **DOUBLE)], lambda params: log_barrier({"x": params[0]}), **options
+        [torch.tensor([3.0, 0.5], **DOUBLE)], lambda params: log_barrier({"x": params[0]}), lr=20.0
     )
     for _ in range(3):
         assert torch.equal(ours.step().isnan(), theirs.step().isnan())
@@ -224,6 +223,30 @@ def test_goes_on_with_nan_as_torch_does(options):
             theirs.state[key] for key in ("n_iter", "func_evals")
         ]
     assert torch.tensor(ours.state["prev_loss"]).isnan()
+
+
+def test_a_line_search_turns_back_where_the_loss_is_not_finite():
+    loss = lambda params: log_barrier({"x": params[0]})
+    ours, theirs = make_pair([torch.tensor([3.0, 0.5], **DOUBLE)], loss, lr=20.0, **WOLFE)
+    for _ in range(5):
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(ours.params[0].detach(), torch.full((2,), 0.1, **DOUBLE), rtol=1e-4, atol=0)
+    assert loss(theirs.params).isnan()
+
+
+def test_a_step_that_stands_still_for_lack_of_evaluations_warns():
+    loss = lambda params: rosenbrock({"x": params[0]})
+    params = [torch.tensor([-1.2, 1.0], **DOUBLE)]
+    ours, theirs = make_pair(params, loss, max_iter=1, **WOLFE)
+    for _ in range(3):
+        with pytest.warns(UserWarning, match=r"no lower loss in max_eval=1 evaluations.*LBFGS\(params, max_eval=25"):
+            ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+    assert torch.equal(ours.params[0], params[0])
+    more, _ = make_pair(params, loss, max_iter=1, max_eval=25, **WOLFE)
+    assert loss(more.params) == more.step() > loss(more.params)
 
 
 @pytest.mark.parametrize("options", [{}, WOLFE])
@@ -334,3 +357,20 @@ def test_a_second_group_is_an_error_at_once():
     theirs.optimizer.add_param_group(group)
     with pytest.raises(AssertionError, match="Expected exactly one param_group, but got 2"):
         theirs.step()
+
+
+# torch.compile. -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.02, "max_iter": 4}, {"max_iter": 4, **WOLFE}])
+@pytest.mark.parametrize("whole", [False, True], ids=["step", "a function around it"])
+def test_in_a_compiled_function_it_steps_as_ever(options, whole):
+    ours, theirs = make_pair(make_params(), **options)
+    hooked = []
+    ours.optimizer.register_step_post_hook(lambda *_: hooked.append(1))
+    compiled = torch.compile(ours.step if whole else ours.optimizer.step, backend="eager")
+    for t in range(4):
+        loss = compiled() if whole else compiled(ours.closure)
+        assert loss == theirs.step()
+        assert_same(ours, theirs)
+        assert len(hooked) == t + 1

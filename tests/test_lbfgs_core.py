@@ -105,13 +105,15 @@ def torch_search(function, t, max_ls, tolerance_change=1e-9):
 
     def on_the_line(x, t, d):
         gtd, f = evaluate(torch.as_tensor(t, **DOUBLE))
+        trials.append(f + gtd)
         return f.item(), gtd[None]
 
-    one = torch.ones(1, **DOUBLE)
+    trials, one = [], torch.ones(1, **DOUBLE)
     f, g, t, evaluations = _strong_wolfe(
         on_the_line, None, t, one, f.item(), gtd[None], gtd, max_ls=max_ls, tolerance_change=tolerance_change
     )
-    return (*[torch.as_tensor(value, **DOUBLE) for value in (t, f, g)], torch.as_tensor(evaluations))
+    found = (*[torch.as_tensor(value, **DOUBLE) for value in (t, f, g)], torch.as_tensor(evaluations))
+    return found if torch.stack(trials).isfinite().all() else None
 
 
 def bumpy(weights, digits):
@@ -135,7 +137,7 @@ def steep(slope, place):
 
 
 def test_the_line_search_is_torchs_on_all_kinds_of_functions():
-    evaluations = set()
+    evaluations, overflows = set(), 0
     for seed in range(150):
         torch.manual_seed(seed)
         slope, place, size = torch.rand(3, **DOUBLE)
@@ -148,9 +150,32 @@ def test_the_line_search_is_torchs_on_all_kinds_of_functions():
         for function in functions:
             for max_ls in (25, seed % 6):
                 ours, theirs = search(function, t, max_ls), torch_search(function, t, max_ls)
+                if theirs is None:  # it has met a loss that is not finite
+                    assert ours[1] <= function(torch.zeros((), **DOUBLE))
+                    overflows += 1
+                    continue
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
                 evaluations.add(int(ours[3]))
     assert evaluations >= set(range(1, 20))
+    assert 0 < overflows < 100
+
+
+def test_outside_of_the_domain_masked_searches_and_derivatives_are_those_of_a_loop():
+    def loss(slope):
+        return lambda t: -slope * t - 0.1 * (1 - t).log()  # least at 1 - 0.1 / slope, NaN above 1
+
+    slopes, t = torch.tensor([0.5, 1.0, 3.0, 0.2], **DOUBLE), torch.tensor([0.13, 7.0, 300.0, 2.2], **DOUBLE)
+    found = lambda slope, t: search(loss(slope), t, 25)
+    each = [found(slope, first) for slope, first in zip(slopes, t, strict=True)]
+    torch.testing.assert_close(torch.vmap(found)(slopes, t), tuple(map(torch.stack, zip(*each, strict=True))))
+    for slope, (t_found, *_) in zip(slopes, each, strict=True):
+        assert 0 < t_found < 1
+        assert abs(torch.func.grad(loss(slope))(t_found)) <= 0.9 * (slope - 0.1)
+    length = lambda slope, t: found(slope, t)[0]
+    for derivative in (torch.func.grad, torch.func.jacfwd):
+        slow = torch.stack([derivative(length, (0, 1))(*pair)[1] for pair in zip(slopes, t, strict=True)])
+        assert slow.isfinite().all()
+        torch.testing.assert_close(torch.vmap(derivative(length, (0, 1)))(slopes, t)[1], slow)
 
 
 def test_masked_line_searches_are_the_same():

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from strategies import LINKS, trees
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
 from functorch_optim import testing
+from functorch_optim._core import prepare
 from functorch_optim._core.links import select
 from functorch_optim._core.rule import TreeRule
 from functorch_optim.testing._copies import through_a_file
@@ -65,8 +65,9 @@ class Ways(RuleBasedStateMachine):
 
     def expected(self, grads):
         """Return parameters and state after a step of the reference."""
-        with mock.patch.object(execution, "can_batch", return_value=False):
-            updates, state = self.tx.update(grads, self.state, self.params, **self.extra)
+        reference = fo.GradientTransformation._of(self.tx._links, self.tx._layout)  # nothing is prepared for it yet
+        with mock.patch.object(prepare, "is_plain", return_value=False):
+            updates, state = reference.update(grads, self.state, self.params, **self.extra)
             return fo.apply_updates(self.params, updates), state
 
     def compare(self, grads, step):

@@ -7,8 +7,7 @@ import torch
 from torch_like_cases import CASES, WITH_FUSED, assert_same_state, by_case, deviation, gradient, pair, parameters, run
 
 import functorch_optim as fo
-from functorch_optim._execution import in_place
-from functorch_optim.optim import _native as native
+from functorch_optim._execution import fused
 from functorch_optim.testing._copies import through_a_file
 
 KERNELS = {
@@ -72,11 +71,13 @@ NOT = {
     "foreach": ("Adam", {"foreach": True}),
     "not_foreach": ("SGD", {"foreach": False, "momentum": 0.9}),
     "differentiable": ("Adam", {"differentiable": True}),
-    "tensor_decay": ("Adam", {"weight_decay": TENSOR}),
-    "tensor_eps": ("Adagrad", {"eps": TENSOR}),
-    "tensor_momentum": ("SGD", {"momentum": TENSOR}),
-    "tensor_lr_decay": ("Adagrad", {"lr_decay": TENSOR}),
-    "tensor_betas": ("Adam", {"betas": (TENSOR, TENSOR), "lr": TENSOR, "capturable": True}),
+}
+TENSORS = {
+    "decay": ("Adam", {"weight_decay": TENSOR}),
+    "eps": ("Adagrad", {"eps": TENSOR}),
+    "momentum": ("SGD", {"momentum": TENSOR}),
+    "lr_decay": ("Adagrad", {"lr_decay": TENSOR}),
+    "betas": ("Adam", {"betas": (TENSOR, TENSOR), "lr": TENSOR}),
 }
 
 
@@ -90,13 +91,28 @@ def test_when_they_are_not_used(name, calls):
             p.grad = torch.ones_like(p)
         optimizer.step()
     else:
-        try:
-            optimizer = make(kind, **options)
-        except ValueError:  # torch's own constructor is particular; a group may say anything
-            optimizer = make(kind)
-            optimizer.param_groups[0].update(options)
-        steps(optimizer)
+        steps(make(kind, **options))
     assert not calls
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_are_numbers_to_them(name, calls):
+    """Each is read again at every step."""
+    kind, options = TENSORS[name]
+    optimizers = make(kind), make(kind)
+    for p, q in zip(*map(parameters, optimizers), strict=True):
+        q.data.copy_(p.data)
+    own = fo.tree.map(torch.clone, options)
+    optimizers[0].param_groups[0].update(own)
+    for factor in (1.0, 0.5):
+        for number in fo.tree.flatten(own)[0]:
+            number.mul_(factor)
+        optimizers[1].param_groups[0].update(fo.tree.map(lambda number, f=factor: float(number * f), options))
+        for optimizer in optimizers:
+            torch.manual_seed(0)
+            steps(optimizer)
+    assert deviation(*map(parameters, optimizers)) == 0
+    assert len(calls) == 16
 
 
 def test_other_classes_have_none(calls):
@@ -106,13 +122,22 @@ def test_other_classes_have_none(calls):
 
 
 @each
+def test_complex_parameters_are_pairs_to_them(name, calls):
+    p = torch.randn(3, dtype=torch.complex128)
+    pairs = torch.view_as_real(p).clone()
+    optimizer, expected = make(name, [p]), make(name, [pairs])
+    for step in range(3):
+        p.grad = gradient(p, step, 1.0)
+        pairs.grad = torch.view_as_real(p.grad).clone()
+        optimizer.step()
+        expected.step()
+    assert torch.equal(torch.view_as_real(p.detach()), pairs)
+    assert len(calls) == 6
+
+
+@each
 def test_what_they_cannot_take(name, calls):
-    steps(make(name, [torch.randn(3, dtype=torch.complex128)]))
     steps(make(name, [torch.randn(10, dtype=torch.float64)[::3]]))
-    sparse = make(name, [torch.randn(4, 2)], weight_decay=0.0)
-    if name in ("SGD", "Adagrad"):
-        parameters(sparse)[0].grad = torch.ones(4, 2).to_sparse()
-        sparse.step()
     assert not calls
     mixed = make(name, [torch.randn(3), torch.randn(3, dtype=torch.float64)])
     steps(mixed)
@@ -145,7 +170,7 @@ def test_one_group_of_several(calls):
 def test_an_edit_of_a_group_takes_effect(calls):
     optimizer = make("Adam")
     steps(optimizer)
-    for edit, more in (({"fused": False}, 0), ({"fused": None}, 4), ({"eps": TENSOR}, 0), ({"eps": 1e-8}, 4)):
+    for edit, more in (({"fused": False}, 0), ({"fused": None}, 4), ({"foreach": True}, 0), ({"foreach": None}, 4)):
         optimizer.param_groups[0].update(edit)
         before = len(calls)
         steps(optimizer)
@@ -154,9 +179,10 @@ def test_an_edit_of_a_group_takes_effect(calls):
 
 def test_nobody_waits_for_a_compiler(monkeypatch, calls):
     """fused=True is torch's kernel, and where that cannot be, blocks."""
-    monkeypatch.setattr(in_place, "_compiled", lambda function: pytest.fail("compiled"))
+    monkeypatch.setattr(fused, "_compiled", lambda function: pytest.fail("compiled"))
     steps(make("Adam", fused=True))
-    steps(make("Adam", [torch.randn(3, dtype=torch.complex128)], fused=True))
+    steps(make("Adam", [torch.randn(10)[::3]], fused=True))
+    steps(make("Adam", [torch.randn(3, dtype=torch.bfloat16)], fused=True))
     assert len(calls) == 4
 
 
@@ -295,18 +321,3 @@ def test_a_kernel_that_raises_is_not_hidden(name, monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         optimizer.step()
     torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
-
-
-def test_which_groups_they_take():
-    """The list of what must be numbers is complete: nothing that is a tensor may reach a kernel but lr."""
-    for name in KERNELS:
-        optimizer = make(name)
-        group, params = optimizer.param_groups[0], parameters(optimizer)
-        assert native.takes(group, params, [])
-        for key, value in group.items():
-            if isinstance(value, float) and key not in ("lr", "initial_accumulator_value"):
-                assert not native.takes({**group, key: torch.tensor(value)}, params, []), key
-            if isinstance(value, tuple):
-                assert not native.takes({**group, key: (torch.tensor(0.9), *value[1:])}, params, []), key
-        assert native.takes({**group, "lr": torch.tensor(0.1)}, params, [])
-        assert not native.takes({**group, "lr": torch.tensor([0.1])}, params, [])

@@ -19,6 +19,9 @@ REFUSED = {
     **{("asgd", name): "keeps (eta|mu) once for all" for name in ("lr", "lambd", "alpha", "t0")},
     **{(name, "lr"): "is a tree, and here one number is needed" for name in ("lbfgs", "lbfgs_search")},
     ("reduce_on_plateau", "factor"): "is a tree, and here one number is needed",
+    ("schedule_free", "momentum"): "is a tree, and here one number is needed",
+    **{("schedule_free", name): "keeps (weight_sum|lr_max) once for all" for name in ("lr", "r")},
+    ("schedule_free_adamw", "lr"): "keeps (weight_sum|lr_max) once for all",
 }
 ACCEPTED = [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) not in REFUSED]
 accepted = pytest.mark.parametrize(("row", "name"), ACCEPTED, ids=[f"{row.name}-{name}" for row, name in ACCEPTED])
@@ -259,9 +262,3 @@ def test_a_part_of_the_parameters_may_have_a_value_for_each_of_all():
     tx = fo.partition({"a": fo.sgd(lr), "b": fo.sgd(1.0)}, labels)
     updates, _ = tx.update(fo.tree.map(torch.ones_like, PARAMS), tx.init(PARAMS))
     assert_close(updates, {"w": torch.full((2, 3), -0.5), "b": torch.full((2,), -1.0)})
-
-
-def test_scalars_must_not_branch():
-    tx = fo.leafwise(None, lambda g, state, p, s: (s * g, state), lambda step: 1.0 if fo.at({"w": 1.0}, step) else 0.0)
-    with pytest.raises(TypeError, match=r"Scalars must not branch on values: use torch.where"):
-        tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))

@@ -56,6 +56,8 @@ LEAST = st.sampled_from([0.0, 0.05, 0.3, 1.0, 2.0])
 
 @given(METRICS, ARGUMENTS, LEAST)
 def test_equals_torch(metrics, arguments, least):
+    if arguments["threshold_mode"] == "rel":  # of negative values torch compares something else
+        metrics = [abs(metric) for metric in metrics]
     expected, scheduler, lr = torchs(metrics, min_lr=least, **arguments)
     scaled, state = scales(reduce_on_plateau(min_scale=least, **arguments), metrics) if metrics else (double([]), None)
     assert torch.equal(scaled, expected)
@@ -73,6 +75,32 @@ def test_equals_torch_on_plateaus(metrics, arguments, least):
         # Negative control: the comparison would notice patience for one value more.
         more = {**arguments, "patience": arguments["patience"] + 1}
         assert not torch.equal(scales(reduce_on_plateau(min_scale=least, **more), metrics)[0], expected)
+
+
+@given(METRICS, ARGUMENTS, LEAST)
+def test_to_minimize_is_to_maximize_the_negative(metrics, arguments, least):
+    """So values that are all negative have torch's numbers too: those of the other mode."""
+    arguments = {**arguments, "threshold": min(arguments["threshold"], 0.5)}  # inf (1 - 1) is NaN: torch never improves
+    other = {**arguments, "mode": {"min": "max", "max": "min"}[arguments["mode"]], "min_scale": least}
+    if metrics:
+        negative = scales(reduce_on_plateau(**other), [-metric for metric in metrics])[0]
+        assert torch.equal(negative, scales(reduce_on_plateau(min_scale=least, **arguments), metrics)[0])
+        sizes = [abs(metric) for metric in metrics]
+        expected, *_ = torchs(sizes, min_lr=least, **arguments)
+        assert torch.equal(scales(reduce_on_plateau(**other), [-size for size in sizes])[0], expected)
+
+
+def test_negative_values_that_slowly_get_worse_are_not_better():
+    worse = [-1.0 + 5e-5 * i for i in range(12)]
+    tx = reduce_on_plateau(0.5, patience=3)
+    scaled, state = scales(tx, worse)
+    assert scaled[-1] == 0.25
+    assert state.best == -1.0
+    assert set(torchs(worse, factor=0.5, patience=3)[0].tolist()) == {1.0}  # where torch's never ends
+    assert scales(tx, [-1.0 - 2e-4 * i for i in range(12)])[0].tolist() == [1.0] * 12
+    crossing, state = scales(tx, [0.5, 0.0, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5])
+    assert crossing.tolist() == [1.0] * 7 + [0.5]
+    assert state.best == -0.5
 
 
 def test_a_value_lowers_the_scale_of_the_updates_after_its_own():

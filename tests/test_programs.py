@@ -1,7 +1,8 @@
 """Rules as programs: what is recorded of them, what is refused, and what kernels make of it."""
 
-import gc
 import math
+import operator
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 
 import functorch_optim as fo
 from functorch_optim import tree
-from functorch_optim._core.passes import Bucket, scalars_of
-from functorch_optim._core.rule import Rule
-from functorch_optim._execution.in_place import ADD
+from functorch_optim._core.rule import ADD, Rule
+from functorch_optim._execution import program as module
+from functorch_optim._execution.foreach import Foreach
 from functorch_optim._execution.kernel import kernel, pure
-from functorch_optim._execution.program import _programs, record
+from functorch_optim._execution.program import Instruction, Name, record
+from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import cast
 
 
@@ -32,7 +34,7 @@ STATE = Two(LIKE, LIKE)
 
 
 def recorded(update, numbers=(), state=STATE, like=LIKE):
-    return record([Rule(None, update, elementwise=True)], [state], True, [numbers], like)
+    return record([Stage(Rule(None, update, elementwise=True))], [state], True, [numbers], like)
 
 
 def assert_kernels_agree(program, expected, inputs, numbers, tolerance=1e-14):
@@ -58,6 +60,38 @@ def assert_kernels_agree(program, expected, inputs, numbers, tolerance=1e-14):
 
     pure(program, in_place)(*mine, torch.tensor([float(number) for number in flat], dtype=program.dtype))
     close([mine[k] for k in overwritten])
+    assert_foreach_agrees(program, expected, inputs, flat, tolerance)
+
+
+def moved(program):
+    """Let a program add its update to the parameter."""
+    new = Instruction(operator.add, (Name("p"), program.outputs[0]), (), Name("moved"), program.dtype)
+    outputs = (new.result, *program.outputs[1:])
+    return replace(program, instructions=(*program.instructions, new), outputs=outputs, moves=True)
+
+
+def assert_foreach_agrees(program, expected, inputs, numbers, tolerance):
+    """Run a program over lists of tensors: into new ones as the rule, and in place to the same bits."""
+    numbers = [torch.tensor(number) if isinstance(number, bool) else number for number in numbers]
+
+    def parts(tensors):
+        return [list(torch.split(tensor.clone(), 4)) for tensor in tensors]
+
+    given = parts(inputs)
+    found = Foreach(program, numbers).new(given, numbers)
+    together = [torch.cat(column) for column in found]
+    torch.testing.assert_close(together, list(expected), rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert all(map(torch.equal, [torch.cat(column) for column in given], inputs))
+
+    machine = Foreach(moved(program), numbers)
+    new = machine.new(given, numbers)
+    assert all(map(torch.equal, [torch.cat(column) for column in given], inputs))
+    grads, *columns = parts(inputs)
+    versions = [tensor._version for tensor in columns[0]]
+    machine.over(columns)(grads, numbers)()
+    torch.testing.assert_close(columns, new, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.cat(grads), inputs[0])
+    assert all(tensor._version > version for tensor, version in zip(columns[0], versions, strict=True))
 
 
 def check(update, numbers=(), tolerance=1e-14):
@@ -90,7 +124,7 @@ def test_a_program_is_what_the_outputs_depend_on():
 
 def test_rules_are_composed():
     first = Rule(None, lambda g, state, p, s: (s * g, state), elementwise=True)
-    program = record([first, ADD], [(), ()], True, [0.5, ()], LIKE)
+    program = record([Stage(first), Stage(ADD)], [(), ()], True, [0.5, ()], LIKE)
     assert str(program) == "v0 = mul(n0, g)\nv1 = add(p, v0)\nreturn v1"
 
 
@@ -113,12 +147,22 @@ def test_what_a_dtype_says_is_no_instruction():
     assert len(recorded(update).instructions) == 1
 
 
-def test_a_rule_is_recorded_once_for_what_it_may_depend_on():
-    calls = []
+CALLS = []
+
+
+def making(factor):
+    """Make a rule anew."""
 
     def update(g, state, p, s):
-        calls.append(1)
-        return s * g, state
+        CALLS.append(factor)
+        return factor * s * g, state
+
+    return update
+
+
+def test_a_rule_is_recorded_once_for_what_it_may_depend_on():
+    CALLS.clear()
+    update = making(2.0)
 
     class One(NamedTuple):
         a: torch.Tensor
@@ -129,20 +173,25 @@ def test_a_rule_is_recorded_once_for_what_it_may_depend_on():
     assert recorded(update, torch.tensor(True)) is not first
     assert recorded(update, 0.1, Two(single, single), single).dtype == torch.float32
     assert len(recorded(update, 0.1, One(LIKE)).outputs) == 2
-    assert len(calls) == 4
+    assert len(CALLS) == 4
     assert recorded(update, 0.1) is first
 
 
-def test_programs_live_as_long_as_their_rules():
-    def update(g, state, p, s):
-        return g, state
+def test_rules_that_are_made_anew_are_recorded_once():
+    first = recorded(making(2.0), 0.1)
+    assert recorded(making(2.0), 0.1) is first
+    assert recorded(making(3.0), 0.1) is not first
+    assert recorded(making(2), 0.1) is not first  # other types compute other numbers
+    unknown = making(torch.tensor(2.0, dtype=torch.float64))  # it may be modified
+    assert recorded(unknown, 0.1) is not recorded(unknown, 0.1)
 
-    before = len(_programs.programs)
-    recorded(update)
-    assert len(_programs.programs) == before + 1
-    del update
-    gc.collect()
-    assert len(_programs.programs) <= before
+
+def test_few_programs_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "_LARGEST", 2)
+    monkeypatch.setattr(module, "_recorded", {})
+    for factor in range(5):
+        recorded(making(factor), 0.1)
+    assert len(module._recorded) == 2
 
 
 # What is refused. -----------------------------------------------------------------------------------------------------
@@ -336,6 +385,19 @@ LINKS = [
 ]
 
 
+def numbers_of(rule, step, updates):
+    """Compute the numbers of a rule at a step."""
+    if rule.scalars is None:
+        return ()
+    step = torch.tensor(step, dtype=torch.float64)
+    extras = {"updates": updates} if rule.sees_tree else {}
+    if rule.carry is None:
+        return rule.scalars(step, **extras)
+    carried = rule.carried_type(*[torch.tensor(float(n), dtype=torch.float64) for n in rule.carried()])
+    scalars, _ = rule.scalars(step, carried, **extras)
+    return scalars if rule.hold is None else scalars[0]  # a gate says besides whether it is open
+
+
 @pytest.mark.parametrize("link", [link for _, link in LINKS], ids=[name for name, _ in LINKS])
 @pytest.mark.parametrize("step", [1, 7])
 def test_kernels_of_the_library_agree_with_its_rules(link, step):
@@ -343,12 +405,10 @@ def test_kernels_of_the_library_agree_with_its_rules(link, step):
     g[0] = 0.0
     state = link.rule.init_leaf(p)
     state = type(state)(*[torch.rand_like(p) for _ in state]) if state else ()
-    carried = tuple([torch.tensor(float(n), dtype=torch.float64) for n in link.rule.carried()])
-    bucket = Bucket([0], [torch.tensor(step) if link.rule.scalars else None], [carried])
-    scalars, _ = scalars_of([link], [0], bucket, {}, [g])[0]
+    scalars = numbers_of(link.rule, step, [g])
     numbers = tree.map(cast(LIKE, LIKE.dtype, to_number=True, as_pairs=True), scalars)
     new, new_state = link.rule.update(g, state, p, numbers)
-    program = record([link.rule], [state], True, [numbers], LIKE)
+    program = record([Stage(link.rule)], [state], True, [numbers], LIKE)
     assert_kernels_agree(program, [new, *new_state], [g, p, *state], [numbers])
 
 
@@ -374,7 +434,7 @@ def test_buffers_are_used_again():
     tx = fo.scale_by_adam()
     rule, numbers = tx._links[0].rule, tx._links[0].rule.scalars(torch.tensor(1.0, dtype=torch.float64))
     numbers = tree.map(float, numbers)
-    program = record([rule], [rule.init_leaf(LIKE)], True, [numbers], LIKE)
+    program = record([Stage(rule)], [rule.init_leaf(LIKE)], True, [numbers], LIKE)
     assert len(kernel(program, ("g", *program.inputs[2:])).buffers) <= 2
 
 

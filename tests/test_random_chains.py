@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import LINKS, trees
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
-from functorch_optim._core.layout import nest
+from functorch_optim._core import prepare
+from functorch_optim._core.links import nest
 from functorch_optim.testing import assert_same, gradients, histories
 from functorch_optim.testing.strategies import SCALES
 
@@ -20,7 +20,7 @@ CHAINS = st.recursive(LINKS, lambda links: st.lists(links, max_size=4).map(lambd
 def one_by_one(tx, updates, states, params):
     """Run the links of a chain each by itself, and each tensor by tensor."""
     states = list(states)
-    with mock.patch.object(execution, "can_batch", return_value=False):
+    with mock.patch.object(prepare, "is_plain", return_value=False):
         for k, link in enumerate(tx._links):
             alone = fo.GradientTransformation._of([link], 0)
             updates, states[k] = alone.update(updates, states[k], params)

@@ -1,6 +1,5 @@
 """Rules on large tensors run again in backward: everything is the same, but for the memory."""
 
-import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -10,21 +9,21 @@ from catalogue import CATALOGUE, assert_close, loss, make_params, rows, step
 from torch.utils.checkpoint import checkpoint
 
 import functorch_optim as fo
-from functorch_optim import _execution as execution
+from functorch_optim._execution import choose
+from functorch_optim._execution import recomputed as module
 
-MODULE = sys.modules["functorch_optim._execution.recomputed"]
 F64 = torch.float64
 
 
 @pytest.fixture
 def again(monkeypatch):
     """Take every tensor for a large one, in blocks of two elements, and count; or none, when the fixture is told so."""
-    calls, apply, can_recompute = Counter(), MODULE._Recomputed.apply, execution.can_recompute
-    monkeypatch.setattr(MODULE, "LARGE", 0)
-    monkeypatch.setattr(MODULE, "BLOCK", 2)
-    monkeypatch.setattr(execution, "can_join", lambda *args: False)
-    monkeypatch.setattr(MODULE._Recomputed, "apply", lambda *args: calls.update(["apply"]) or apply(*args))
-    calls.on = lambda on: monkeypatch.setattr(execution, "can_recompute", can_recompute if on else lambda *args: False)
+    calls, apply, can_recompute = Counter(), module._Recomputed.apply, choose.can_recompute
+    monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(choose, "can_join", lambda *args: False)
+    monkeypatch.setattr(module._Recomputed, "apply", lambda *args: calls.update(["apply"]) or apply(*args))
+    calls.on = lambda on: monkeypatch.setattr(choose, "can_recompute", can_recompute if on else lambda *args: False)
     return calls
 
 
@@ -261,9 +260,9 @@ def test_when_rules_run_again(again, monkeypatch):
     assert not is_used(transform=lambda f: torch.compile(f, backend="eager"))
     with torch.autograd.forward_ad.dual_level():
         assert not is_used()
-    monkeypatch.setattr(MODULE, "LARGE", 6)
+    monkeypatch.setattr(module, "LARGE", 6)
     assert not is_used()
-    monkeypatch.setattr(MODULE, "LARGE", 5)
+    monkeypatch.setattr(module, "LARGE", 5)
     assert is_used()
 
 

@@ -262,9 +262,9 @@ def test_join_refuses_a_milestone_that_is_not_a_number():
 VALUES = st.floats(-1e3, 1e3, allow_subnormal=False)
 LENGTHS = st.one_of(st.integers(0, 50), st.floats(0, 50, exclude_min=True, allow_subnormal=False))
 MONOTONE = st.one_of(
-    st.builds(schedules.linear, VALUES, VALUES, LENGTHS),
-    st.builds(schedules.cosine, VALUES, LENGTHS, VALUES),
-    st.builds(schedules.polynomial, VALUES, LENGTHS, st.floats(0, 4), VALUES),
+    st.builds(schedules.linear, VALUES, VALUES, total_iters=LENGTHS),
+    st.builds(schedules.cosine, VALUES, total_iters=LENGTHS, end_value=VALUES),
+    st.builds(schedules.polynomial, VALUES, total_iters=LENGTHS, power=st.floats(0, 4), end_value=VALUES),
 )
 
 
@@ -300,11 +300,12 @@ def test_join_is_piecewise(pieces, steps):
 @given(VALUES, VALUES, LENGTHS, st.floats(0, 60), st.floats(0.125, 4))
 def test_tensors_as_arguments_change_nothing(start, end, length, step, power):
     for make, numbers in (
-        (schedules.linear, (start, end, length)),
-        (schedules.cosine, (start, length, end)),
-        (schedules.polynomial, (start, length, power, end)),
+        (schedules.linear, {"start_value": start, "end_value": end, "total_iters": length}),
+        (schedules.cosine, {"value": start, "total_iters": length, "end_value": end}),
+        (schedules.polynomial, {"value": start, "total_iters": length, "power": power, "end_value": end}),
     ):
-        assert make(*numbers)(step) == make(*map(double, numbers))(step)
+        tensors = {name: double(number) for name, number in numbers.items()}
+        assert make(**numbers)(step) == make(**tensors)(step)
 
 
 def test_reachable_from_the_package():
@@ -357,3 +358,80 @@ def test_what_schedules_cannot_be_computed_with():
         schedules.table([1.0])
     with pytest.raises(TypeError, match="A schedule is a function of the step, got 0.1; write constant"):
         schedules.Schedule(0.1)
+
+
+# Orders of arguments. -------------------------------------------------------------------------------------------------
+
+
+MISTAKEN = [
+    # optax's
+    (
+        lambda: schedules.warmup_cosine(0.0, 1e-3, 10, 100),
+        r"0.001 in the place of warmup_iters.*\(0.001, 10, 100, 0.0\)$",
+    ),
+    (
+        lambda: schedules.warmup_cosine(0.0, 1.0, 10, 100, 0.1),
+        r"1.0 in the place of .*write .*\(1.0, 10, 100, 0.0, 0.1\)$",
+    ),
+    (lambda: schedules.warmup_cosine(0, 1, 10, 100), r"100 in the place of start_value.*write .*\(1, 10, 100, 0\)$"),
+    (lambda: schedules.polynomial(0.1, 0.0, 2, 100), r"0.0 in the place of total_iters.*write .*\(0.1, 100, 2, 0.0\)$"),
+    (lambda: schedules.one_cycle(1000, 1e-3), r"0.001 in the place of total_steps.*write one_cycle\(0.001, 1000\)$"),
+    (lambda: schedules.inverse_sqrt(0.0, 1e-3, 100), "0.001 in the place of warmup_iters.*inverse_sqrt.value, warmup"),
+    # of each other
+    (lambda: schedules.linear(0.1, 100, 0.0), r"0.0 in the place of total_iters.*write linear\(0.1, 0.0, 100\)$"),
+    (lambda: schedules.cosine(0.1, 0.0, 100), r"0.0 in the place of total_iters.*write cosine\(0.1, 100, 0.0\)$"),
+    (lambda: schedules.step(0.1, 0.5, 30), r"0.5 in the place of step_size.*write step\(0.1, 30, 0.5\)$"),
+    # torch's, whose schedulers know the value from their optimizer
+    (
+        lambda: schedules.step(30, 0.1),
+        r"0.1 in the place of step_size.* step\(value, step_size, gamma\); the value comes first",
+    ),
+    (lambda: schedules.polynomial(100, 1.0), "1.0 in the place of total_iters.*the value comes first, which torch's"),
+    (
+        lambda: schedules.cosine_annealing(100, 1e-3),
+        "0.001 in the place of T_max.*the value comes first, which torch's",
+    ),
+    (lambda: schedules.constant_factor(0.5, 4), "4 in the place of factor.*the value comes first, which torch's"),
+    (
+        lambda: schedules.linear_factor(0.5, 1.0, 4),
+        "4 in the place of end_factor.*the value comes first, which torch's",
+    ),
+    (lambda: schedules.swa(0.05, 10), "10 in the place of swa_lr.*the value comes first, which torch's"),
+    (lambda: schedules.exponential(0.1, 1000), "1000 in the place of gamma"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKEN)
+def test_another_order_of_arguments_is_an_error_that_names_the_right_call(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_lists_are_asked_for():
+    with pytest.raises(TypeError, match=r"Invalid milestones: 0.1; give a list, as in multi_step\(0.1, \[30, 80\]\)"):
+        schedules.multi_step(0.1, 0.1, [30])
+    with pytest.raises(TypeError, match=r"Invalid values: 0.1; give a list, as in piecewise_constant\("):
+        schedules.piecewise_constant(0.1, {100: 0.5})
+    with pytest.raises(
+        TypeError, match=r"Invalid milestones: \{100: 0.5\}; give a list, as in piecewise_interpolate\("
+    ):
+        schedules.piecewise_interpolate([0.1, 0.2], {100: 0.5})
+
+
+def test_what_numbers_cannot_tell_is_taken_as_it_is():
+    schedules.linear(0.0, 10.0, 0)
+    schedules.warmup_cosine(1.0, 0, 10, 2.0)
+    schedules.polynomial(1.0, 1.0, 2)
+    schedules.warmup_cosine(torch.tensor(0.0), torch.tensor(1e-3), 10, 100)
+    schedules.linear(start_value=1.0, end_value=0.0, total_iters=0.5)  # by name nothing can be in another's place
+
+
+@pytest.mark.parametrize("value", [None, "0.1", b"0.1", object()])
+def test_a_schedule_returns_a_number(value):
+    message = f"returned .*, a {type(value).__name__}; let it return a number, or a 0-dim tensor"
+    with pytest.raises(TypeError, match=message):
+        schedules.Schedule(lambda step: value)(3)
+    params = torch.ones(2)
+    tx = fo.sgd(lambda step: value)
+    with pytest.raises(TypeError, match=message):
+        tx.update(params, tx.init(params))

@@ -1,6 +1,7 @@
 """Linear solvers over trees, against torch.linalg.solve."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functorch_optim.meta import (
+    solve_auto,
     solve_bicgstab,
     solve_cg,
     solve_dense,
@@ -17,7 +19,7 @@ from functorch_optim.meta import (
 )
 
 F64 = torch.float64
-GENERAL = [solve_normal_cg, solve_gmres, solve_bicgstab, solve_dense]
+GENERAL = [solve_auto, solve_normal_cg, solve_gmres, solve_bicgstab, solve_dense]
 ALL = [solve_cg, *GENERAL, functools.partial(solve_neumann, step_size=0.4, max_iter=500)]
 EXACT = {"tol": 1e-13}
 
@@ -66,7 +68,7 @@ def test_unsymmetric_systems(solve, n):
     assert_close(solve(times(a), b), torch.linalg.solve(a, b), 1e-4)
 
 
-@pytest.mark.parametrize("solve", [solve_normal_cg, solve_gmres, solve_dense], ids=name)
+@pytest.mark.parametrize("solve", [solve_auto, solve_normal_cg, solve_gmres, solve_dense], ids=name)
 def test_indefinite_systems(solve):
     a = torch.block_diag(torch.tensor([[0.0, 2.0], [-1.0, 0.0]]), torch.diag(torch.tensor([3.0, -1.0]))).to(F64)
     b = torch.randn(4, dtype=F64)
@@ -154,7 +156,7 @@ def test_loops_end_where_the_tolerance_is_met(solve):
     a, b = spd(60), torch.randn(60, dtype=F64)
     loose, few = products(solve, a, b, tol=1e-2)
     tight, many = products(solve, a, b, tol=1e-10)
-    capped, one = products(solve, a, b, tol=1e-10, max_iter=2, **({"restart": 2} if solve is solve_gmres else {}))
+    capped, one = products(solve, a, b, tol=0.0, max_iter=2, **({"restart": 2} if solve is solve_gmres else {}))
     assert one < few < many < 60
     if solve is not solve_normal_cg:
         assert (b - a @ loose).norm() <= 1e-2 * b.norm()
@@ -196,7 +198,10 @@ def test_small_and_large_numbers_do_not_vanish_or_overflow(solve):
         assert_close(solve(times(a), scale * b) / scale, torch.linalg.solve(a, b), 1e-4)
 
 
-@pytest.mark.parametrize("solve", [solve_cg, solve_normal_cg, solve_gmres, solve_bicgstab, solve_neumann], ids=name)
+ITERATIVE = [solve_cg, solve_normal_cg, solve_gmres, solve_bicgstab, solve_neumann]
+
+
+@pytest.mark.parametrize("solve", [*ITERATIVE, solve_auto], ids=name)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_stays_visible(solve, bad):
     assert solve(times(spd(3)), torch.tensor([bad, 1.0, 1.0], dtype=F64), max_iter=3).isnan().any()
@@ -204,14 +209,87 @@ def test_nan_stays_visible(solve, bad):
 
 
 def test_breakdown_is_no_nan():
-    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    assert solve_bicgstab(times(turn), torch.tensor([1.0, 0.0])).isfinite().all()
-    assert solve_cg(times(turn), torch.tensor([1.0, 0.0])).isfinite().all()
-    assert solve_gmres(times(torch.zeros(2, 2)), torch.tensor([1.0, 0.0])).isfinite().all()
+    turn, zeros = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.zeros(2, 2)
+    for solve, a in ((solve_bicgstab, turn), (solve_cg, turn), (solve_gmres, zeros), (solve_auto, zeros)):
+        assert solve(times(a), torch.tensor([1.0, 0.0]), tol=0.0).isfinite().all()
+        with pytest.raises(torch.linalg.LinAlgError, match=r"the residual is 1\.0e\+00 of the right-hand side"):
+            solve(times(a), torch.tensor([1.0, 0.0]))
+
+
+# A promise that is not kept. ------------------------------------------------------------------------------------------
+
+
+def conditioned(condition, n, dtype=F64):
+    """Symmetric, eigenvalues between 1 and 1 / condition."""
+    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=F64))
+    return ((q * torch.logspace(0, -math.log10(condition), n, dtype=F64)) @ q.T).to(dtype)
+
+
+@pytest.mark.parametrize("solve", ITERATIVE, ids=name)
+def test_a_tolerance_that_is_not_met_is_an_error(solve):
+    a, b = conditioned(1e6, 50), torch.randn(50, dtype=F64)
+    restart = {"restart": 5} if solve is solve_gmres else {}
+    unkept = functools.partial(solve, times(a), max_iter=30, **restart)
+    message = (
+        r"is not solved after \d+ iterations: the residual is \d\.\de[+-]\d\d of .* and tol is 1\.0e-08.*tol=0\.0 takes"
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match=message):
+        unkept(b, tol=1e-8)
+    rough = unkept(b, tol=0.0)
+    assert rough.isfinite().all()
+    assert torch.equal(torch.compile(unkept, backend="eager", fullgraph=True)(b, tol=0.0), rough)
+    batch = torch.stack([0 * b, b, 0 * b])
+    with pytest.raises(torch.linalg.LinAlgError, match=message):
+        torch.vmap(lambda b: unkept(b, tol=1e-8))(batch)
+    assert torch.vmap(lambda b: unkept(b, tol=1e-8))(batch[::2]).count_nonzero() == 0
+
+
+def test_where_torch_compile_traces_nothing_is_raised():
+    a, b = conditioned(1e6, 20), torch.randn(20, dtype=F64)
+    traced = torch.compile(lambda b: solve_cg(times(a), b, max_iter=3), backend="eager", fullgraph=True)
+    assert_close(traced(b), solve_cg(times(a), b, tol=0.0, max_iter=3))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e8])
+def test_small_systems_lose_as_many_digits_as_the_condition_number_has(condition):
+    a, x = conditioned(condition, 60), torch.randn(60, dtype=F64)
+    for known in (x, a @ x):  # the second is hard for an explicit inverse: |b| is not small against |x|
+        assert_close(solve_auto(times(a), a @ known), known, 1e-14 * condition)
+
+
+def test_in_float32_too():
+    a, x = conditioned(1e3, 60, torch.float32), torch.randn(60)
+    assert_close(solve_auto(times(a), a @ x), x, 1e-3)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"singular to the precision of torch\.float32.*ridge=1e-6"):
+        solve_auto(times(conditioned(1e9, 60, torch.float32)), x)
+
+
+def test_of_many_solutions_the_smallest():
+    a = torch.diag(torch.tensor([2.0, 0.0, 4.0], dtype=F64))
+    assert solve_auto(times(a), torch.tensor([2.0, 0.0, 4.0], dtype=F64)).tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(torch.linalg.LinAlgError, match=r"A is singular .*the residual is 1\.8e-01.*tol is 3\.7e-11"):
+        solve_auto(times(a), torch.tensor([2.0, 0.8, 4.0], dtype=F64))
+
+
+def test_above_256_unknowns_iterations():
+    count = []
+
+    def counted(a):
+        return lambda x: count.append(1) or a @ x
+
+    b = torch.randn(257, dtype=F64)
+    a = unsymmetric(257)
+    assert_close(solve_auto(counted(a), b), torch.linalg.solve(a, b), 1e-9)
+    assert len(count) < 100
+    with pytest.raises(torch.linalg.LinAlgError, match="after 2570 iterations"):
+        solve_auto(times(conditioned(1e6, 257)), b)
+    singular = torch.diag(torch.arange(257, dtype=F64) > 0).to(F64)
+    with pytest.raises(torch.linalg.LinAlgError, match="after 20 iterations"):
+        solve_auto(times(singular), b, max_iter=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("solve", [solve_cg, solve_gmres, solve_bicgstab, solve_dense], ids=name)
+@pytest.mark.parametrize("solve", [solve_auto, solve_cg, solve_gmres, solve_bicgstab, solve_dense], ids=name)
 def test_half_precision(solve, dtype):
     x = solve(lambda x: 4 * x, torch.tensor([2.0, 4.0], dtype=dtype))
     assert x.dtype == dtype

@@ -13,6 +13,7 @@ from testing_cases import name_of, only
 import functorch_optim as fo
 from functorch_optim import testing
 from functorch_optim.testing import PROPERTIES
+from functorch_optim.testing._properties import forms
 
 
 class Count(NamedTuple):
@@ -239,6 +240,10 @@ def not_elementwise(lr):
     return fo.leafwise(None, lambda g, state, p, s: (-0.1 * g / (1 + g.abs().sum()), state), elementwise=True)
 
 
+def forgotten(lr):
+    return momentum(0.1)
+
+
 VALUES = "takes a value out of a tensor \\(\\.item\\(\\), float\\(\\), bool\\(\\), `if x > 0`\\)"
 FLOAT32 = "a number on the way is not float64: .* the parameter is .*, and should be"
 WRONG = [
@@ -266,6 +271,7 @@ WRONG = [
     (with_branch, "vmap_parameters", f"by vmap: it cannot be transformed; mostly because it {VALUES}"),
     (with_buffer, "vmap_parameters", "by vmap: it cannot be transformed; .*inplace arithmetic"),
     (for_numbers_only, "vmap_hyperparameters", f"by vmap: .* {VALUES}"),
+    (forgotten, "used_hyperparameters", "the hyperparameter 'lr' is not used: .* the same with half of 0.1 and with a"),
     (detached_momentum, "derivatives", "the derivative by 'gradients.0.* is .*; is something detached?"),
     (detached_number, "derivatives", "the derivative by 'hyperparameters.lr' is 0.0, .*; is something detached?"),
     (unsafe_root, "finite_derivatives", "the derivative by '.* is nan in reverse mode; .* take fo.safe_sqrt"),
@@ -302,7 +308,7 @@ def test_every_property_can_fail():
     with pytest.raises(testing.PropertyError, match="stateful does not hold: .*\nBut it raises ValueError: the mask"):
         testing.check_transformation(for_dicts, params=params, skip=only("stateful"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing.properties.forms, "step", lambda tx, grads, state, params: (params, state))
+        patch.setattr(forms, "step", lambda tx, grads, state, params: (params, state))
         with pytest.raises(testing.PropertyError, match="by fo.step the parameter.* is .*, and should be"):
             testing.check_transformation(fo.scale(-1.0), skip=only("steps"))
 

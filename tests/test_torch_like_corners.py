@@ -123,3 +123,25 @@ def test_groups_that_are_gone_are_forgotten():
     optimizer.param_groups.pop()
     optimizer.step()
     assert len(optimizer._plans) == 1
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4), ()])
+def test_a_nan_spreads_as_far_as_torchs_adafactor_lets_it(shape):
+    """In a vector it stays in its element, over a matrix it spreads."""
+    start = torch.randn(shape, dtype=torch.float64)
+    ours, theirs, functional = [start.clone().requires_grad_() for _ in range(2)] + [start]
+    options = {"lr": 0.1, "weight_decay": 0.01}
+    optimizers = [module.Adafactor([p], **options) for module, p in ((fo.optim, ours), (torch.optim, theirs))]
+    tx = fo.adafactor(**options)
+    state = tx.init(start)
+    for step in range(4):
+        g = torch.randn(shape, dtype=torch.float64)
+        if step == 1:
+            g.view(-1)[0] = torch.nan
+        functional, state = fo.step(tx, g, state, functional)
+        for p, optimizer in ((ours, optimizers[0]), (theirs, optimizers[1])):
+            p.grad = g.clone()
+            optimizer.step()
+        for p in (ours, functional):
+            torch.testing.assert_close(p, theirs, rtol=1e-12, atol=0, equal_nan=True)
+    assert theirs.isnan().sum() == {1: 1, 2: 12, 3: 12, 0: 1}[len(shape)]

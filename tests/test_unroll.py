@@ -1,5 +1,7 @@
 """Training as a function: its values and derivatives are those of the loop that anyone would write."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from catalogue import assert_close, loss, make_params, rows, train
@@ -149,6 +151,37 @@ def test_losses_have_their_own_derivative_in_first_order_mode():
     assert_close(grad(params), torch.func.grad(loss)(params, BATCHES[0]))
 
 
+def test_what_reaches_the_steps_by_gradients_alone_is_no_part_of_the_first_order():
+    """Here the strength of an augmentation; the losses themselves have their derivative."""
+
+    start = make_params()
+
+    def outer(strength, first_order):
+        def augmented(params, batch):
+            return loss(params, batch * strength)
+
+        trained = fo.meta.unroll(augmented, fo.sgd(0.1), start, BATCHES, first_order=first_order)
+        return loss(trained.params, 1.0), trained.losses.sum()
+
+    def derivative(output, first_order):
+        strength = torch.tensor(1.5, dtype=torch.float64)
+        return float(torch.func.grad(lambda s: outer(s, first_order)[output])(strength))
+
+    def constants(strength):
+        """Add up the losses of parameters that are constant."""
+        params, total = start, 0
+        for batch in BATCHES:
+            total = total + loss(fo.stop_gradient(params), batch * strength)
+            params = fo.meta.unroll(loss, fo.sgd(0.1), params, [1.5 * batch]).params
+        return total
+
+    assert derivative(0, first_order=True) == 0
+    assert abs(derivative(0, first_order=False)) > 1e-3
+    expected = float(torch.func.grad(constants)(torch.tensor(1.5, dtype=torch.float64)))
+    assert derivative(1, first_order=True) == pytest.approx(expected, rel=1e-12)
+    assert derivative(1, first_order=False) != pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("checkpoint", [False, 1, 3, True])
 @pytest.mark.parametrize("truncate", [1, 2, 3, 4, 9])
 def test_truncate(truncate, checkpoint):
@@ -255,6 +288,18 @@ def test_extras_that_the_transformation_declares():
     assert torch.equal(value_fn(params), value)
 
 
+class Triple(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+    z: torch.Tensor
+
+
+def used_up():
+    batches = (batch for batch in BATCHES)
+    fo.meta.unroll(loss, fo.sgd(0.1), make_params(), batches)
+    return batches
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -264,6 +309,19 @@ def test_extras_that_the_transformation_declares():
             {"transformation": fo.sgd},
         ),
         (TypeError, r"needs batches, one for each step, got a dict; give a list", {"batches": {"x": BATCHES}}),
+        (
+            TypeError,
+            r"tuple of tensors of shapes \(4, 3\), \(4,\), which looks like one batch. Give \[batch\] for one step",
+            {"batches": (BATCHES, BATCHES[:, 0])},
+        ),
+        (TypeError, r"looks like one batch", {"batches": (BATCHES, BATCHES)}),
+        (TypeError, r"looks like one batch", {"batches": (BATCHES, BATCHES, BATCHES.long())}),
+        (TypeError, r"looks like one batch", {"batches": Triple(BATCHES, BATCHES, BATCHES)}),
+        (
+            ValueError,
+            r"got a generator without batches: .* used up by its first use. Make it anew",
+            {"batches": used_up()},
+        ),
         (TypeError, r"got a int; give a list .* or range\(steps\)", {"batches": 5}),
         (TypeError, "Invalid truncate: 2.0 is a float; give an integer >= 1", {"truncate": 2.0}),
         (ValueError, "Invalid truncate: 0; it needs an integer >= 1", {"truncate": 0}),

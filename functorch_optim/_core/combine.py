@@ -1,10 +1,11 @@
 """Combining transformations: in a row, by name, and by parameter."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from functorch_optim._core.layout import shift
-from functorch_optim._core.links import Link, Selection
+from functorch_optim._core.links import Link, Selection, shift
 from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory
 from functorch_optim.tree import Tree
 
@@ -142,7 +143,7 @@ def partition(
 
 
 def _restricted(transformation: GradientTransformation, selection: Selection) -> tuple[Link, ...]:
-    return tuple([Link(link.rule, (selection, *link.where)) for link in transformation._links])
+    return tuple([link._replace(where=(selection, *link.where)) for link in transformation._links])
 
 
 def _combined(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.known import Known, as_tensor
-from functorch_optim._core.per_parameter import PerParameter, entry_of, fitting
+from functorch_optim._core.leaf import DiffersError, Mark, fitting, value_here
 from functorch_optim._core.recorded import Recorded
 
 Hyperparameter: TypeAlias = float | Tensor | Callable[[Tensor], Tensor | float] | Mapping[Any, Any] | Sequence[Any]
@@ -24,12 +23,14 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
 
     Args:
         hyperparameter: number, tensor of one element, schedule, or tree of them.
-        step: number of this update, 1 at the first: 0-dim float64 tensor. A schedule is called with `step - 1`, the
-            number of updates already done, as torch's schedulers and optax count.
+        step: number of this update, 1 at the first: 0-dim float64 tensor, or a float where it is known. A schedule is
+            called with `step - 1`, the number of updates already done, as torch's schedulers and optax count.
 
     Returns:
-        A float, or a 0-dim float64 tensor. For a tree, something that answers like one, and is the value for each
-        parameter when the rule is run.
+        A float, or a 0-dim float64 tensor. For a tree, the value for the parameter that the rule is about to be run on.
+
+    Raises:
+        TypeError: the hyperparameter is a tree, and no rule is being run; or a schedule returns no number.
 
     Example:
         >>> import torch
@@ -37,14 +38,34 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         >>> at(0.1, step), at(lambda count: 0.5**count, step)
         (0.1, tensor(1., dtype=torch.float64))
     """
-    value: Any = hyperparameter if is_tree(hyperparameter) else _evaluated(hyperparameter, step)
-    if is_tree(value):
-        return PerParameter(lambda place: fitting(_evaluated(entry_of(value, place), step), place))
-    if isinstance(value, Tensor) and value.ndim != 0:
-        if value.numel() == 1:
-            return value.reshape(())
-        return PerParameter(lambda place: fitting(entry_of(value, place), place))
-    return value
+    if type(hyperparameter) is float:
+        return hyperparameter
+    value: Any = hyperparameter
+    of_leaf = is_tree(value)
+    if of_leaf:
+        value = value_here(value)
+    if callable(value):
+        value = _scheduled(value, step)
+        if is_tree(value):  # a function of the step may return trees, too
+            value, of_leaf = value_here(value), True
+    if isinstance(value, Tensor):
+        return _number(value.to(torch.float64), step, of_leaf)
+    if isinstance(value, Mark):
+        return value
+    if type(value) is not float:
+        check_returned(hyperparameter, value)
+    return float(value)
+
+
+def _number(value: Tensor, step: Any, of_leaf: bool) -> Any:
+    """Return a tensor as a float where the step is one, and nothing is differentiated."""
+    if value.ndim > 0 and not of_leaf and value.numel() == 1:
+        value = value.reshape(())
+    if value.ndim > 0:
+        return fitting(value if of_leaf else value_here(value))
+    if not isinstance(step, float) or value.device.type != "cpu" or type(value) not in (Tensor, torch.nn.Parameter):
+        return value
+    return value if value.requires_grad and torch.is_grad_enabled() else value.item()
 
 
 class Live:
@@ -61,16 +82,38 @@ class Live:
         return repr(self.read())
 
 
-def _evaluated(hyperparameter: Any, step: Tensor) -> Any:
-    value: Any = hyperparameter
-    if isinstance(hyperparameter, Live):
-        value = hyperparameter.read()
-    elif callable(hyperparameter):
-        count = step - 1
-        value = hyperparameter(count if isinstance(hyperparameter, Recorded) else as_tensor(count))
-    if isinstance(value, PerParameter | Known) or is_tree(value):  # a function of the step may return trees, too
-        return value
-    return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+def _scheduled(schedule: Callable[..., Any], step: Any) -> Any:
+    """Call a schedule; those of this library, which are recorded, take a float too."""
+    count = step - 1
+    if isinstance(schedule, Live):
+        return schedule.read()
+    if not isinstance(step, float):
+        return schedule(count)
+    if isinstance(schedule, Recorded):
+        try:
+            return schedule.at_number(count)  # a Schedule
+        except (ArithmeticError, AttributeError, TypeError, ValueError):
+            pass  # 1 / 0, say, which is inf in torch; or it needs a tensor
+    return schedule(torch.tensor(count, dtype=torch.float64, device="cpu"))
+
+
+def check_returned(schedule: Any, value: Any) -> None:
+    """Raise when a schedule has returned neither a number nor a tensor.
+
+    Raises:
+        TypeError: it has.
+
+    Example:
+        >>> check_returned(str, "1.0")
+        Traceback (most recent call last):
+        ...
+        TypeError: The schedule <class 'str'> returned '1.0', a str; let it return a number, or a 0-dim tensor
+    """
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"The schedule {schedule!r} returned {value!r}, a {type(value).__name__}; let it return a number, or a "
+            "0-dim tensor"
+        )
 
 
 def is_tree(hyperparameter: Any) -> bool:
@@ -89,12 +132,13 @@ def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
         >>> filled_like(torch.zeros(2), 0.5)
         tensor([0.5000, 0.5000])
     """
-    value = at(hyperparameter, torch.ones((), dtype=torch.float64))
-    if isinstance(value, PerParameter):
+    try:
+        value = at(hyperparameter, torch.ones((), dtype=torch.float64))
+    except DiffersError:
         raise TypeError(
             f"A state begins with the value of this hyperparameter, so it cannot be a tree: {hyperparameter!r}. Give "
             "each part of the parameters a transformation of its own, with partition"
-        )
+        ) from None
     return torch.zeros_like(p) + (value.to(p.device, p.dtype) if isinstance(value, Tensor) else value)
 
 
@@ -170,6 +214,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
     "0 < value < 1": lambda value: 0 < value < 1,
     "0 <= value < 1": lambda value: 0 <= value < 1,
     "0 <= value <= 1": lambda value: 0 <= value <= 1,
+    "0 < value <= 1": lambda value: 0 < value <= 1,
     "a number": lambda value: not math.isnan(value),
 }
 

@@ -1,5 +1,9 @@
-"""Links: what a transformation is made of; a rule each, and the leaves that it is for."""
+"""Links: a transformation is a flat sequence of them, each a rule, the leaves that it is for, and the steps.
 
+How the states of links nest for users is a layout: an index for a link, a tuple for a chain, a dict for named parts.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +32,17 @@ class Link(NamedTuple):
     """One link of a chain.
 
     Attributes:
-        rule: what is done.
+        rule: the algorithm.
         where: selections that a leaf must pass, all of them; none means every leaf.
+        when: gates that a step must pass: for each, how many links before this one its rule stands.
+        inside: how many links after this one the wrapper stands whose state holds the parameters of this link; 0 for
+            the parameters of the user.
     """
 
     rule: Rule | TreeRule
     where: tuple[Selection, ...] = ()
+    when: tuple[int, ...] = ()
+    inside: int = 0
 
 
 def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
@@ -44,6 +53,7 @@ def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
         TypeError: a label is a tensor.
     """
     leaves = tree.flatten(params)[0]
+    everywhere = [True] * len(leaves)
     prefixes = tree.Prefixes(params, "the mask or labels")  # links often share labels: each is looked at once
     made: list[tuple[Any, Tree]] = []
 
@@ -58,12 +68,13 @@ def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:
 
     chosen = []
     for link in links:
-        flags = [True] * len(leaves)
+        flags = everywhere
         for selection in link.where:
-            for i, label in enumerate(labels_of(selection)):
+            labels = labels_of(selection)
+            for i, label in enumerate(labels):
                 if leaves[i] is not None:
                     _check_label(label, selection.known, params, i)
-                flags[i] = flags[i] and label == selection.label
+            flags = [on and label == selection.label for on, label in zip(flags, labels, strict=True)]
         chosen.append(flags)
     return chosen
 
@@ -77,3 +88,64 @@ def _check_label(label: Any, known: tuple[Any, ...], params: Tree, i: int) -> No
         raise ValueError(
             f"The label {label!r} at {tree.paths(params)[i]!r} is unknown; known are {', '.join(map(repr, known))}"
         )
+
+
+def nest(layout: Any, states: Sequence[Any]) -> Any:
+    """Arrange the states of links as users see them."""
+    if isinstance(layout, int):
+        return states[layout]
+    if isinstance(layout, tuple):
+        return tuple([nest(part, states) for part in layout])
+    return {name: nest(part, states) for name, part in layout.items()}
+
+
+def unnest(layout: Any, state: Any, path: tuple[Any, ...] = ()) -> list[Any]:
+    """List the states of links in order.
+
+    Raises:
+        ValueError: the state is arranged differently.
+    """
+    if isinstance(layout, int):
+        return [state]
+    names = range(len(layout)) if isinstance(layout, tuple) else list(layout)
+    if (
+        type(state) is not type(layout)
+        or len(state) != len(layout)
+        or not (type(state) is tuple or state.keys() == layout.keys())
+    ):
+        expected = f"a tuple of {len(names)}" if isinstance(layout, tuple) else f"a dict with the keys {names}"
+        where = "".join([f"[{name!r}]" for name in path])
+        raise ValueError(
+            f"state{where} should be {expected}, but it is {_describe(state)}: it belongs to another transformation. "
+            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
+        )
+    found: list[Any] = []
+    for name in names:
+        found += unnest(layout[name], state[name], (*path, name))
+    return found
+
+
+def _describe(state: Any) -> str:
+    if type(state) is tuple:
+        return f"a tuple of {len(state)}"
+    return f"a dict with the keys {list(state)}" if type(state) is dict else f"a {type(state).__name__}"
+
+
+def shift(layout: Any, by: int) -> Any:
+    """Renumber the links in a layout."""
+    if isinstance(layout, int):
+        return layout + by
+    if isinstance(layout, tuple):
+        return tuple([shift(part, by) for part in layout])
+    return {name: shift(part, by) for name, part in layout.items()}
+
+
+def numbered(field: str, counts: Counter[str]) -> str:
+    """Name a field of one parameter's state: the second momentum_buffer is momentum_buffer.1.
+
+    Args:
+        field: the name in the state of its rule.
+        counts: how often it has come already.
+    """
+    counts[field] += 1
+    return field if counts[field] == 1 else f"{field}.{counts[field] - 1}"

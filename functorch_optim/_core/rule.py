@@ -3,13 +3,13 @@
 import inspect
 from collections import namedtuple
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functorch_optim._core.per_parameter import check_shared
+from functorch_optim._core.leaf import Mark, marked
 
 
 class EmptyState(NamedTuple):
@@ -24,91 +24,6 @@ class StepState(NamedTuple):
     """
 
     step: Tensor
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What `fo.leafwise` was told; its docstring explains the fields."""
-
-    init: Callable[[Tensor], Any] | None
-    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-    scalars: Callable[..., Any] | None = None
-    carry: Callable[[], Any] | None = None
-    elementwise: bool = False
-    needs_params: bool = False
-    sparse: Literal["touched", "dense"] | None = None
-    state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
-    carried_type: Any = None  # the NamedTuple that `carry` makes
-
-    @property
-    def extras(self) -> "Extras":
-        """What `scalars` wants to be told besides the step."""
-        return _NO_EXTRAS if self.scalars is None else extras_of(self.scalars)
-
-    @property
-    def sees_tree(self) -> bool:
-        """Tell whether the scalars depend on all updates of the tree, as a global norm does."""
-        return "updates" in self.extras.names
-
-    @property
-    def name(self) -> str:
-        """Return the name of the function that made the rule, for messages."""
-        return _name(self.update)
-
-    @property
-    def counters(self) -> tuple[str, ...]:
-        """Name what the state holds once for all tensors: the step, and the numbers that scalars carry on."""
-        return () if self.scalars is None else ("step", *getattr(self.carried_type, "_fields", ()))
-
-    def init_leaf(self, p: Tensor) -> Any:
-        """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""
-        if self.init is None:
-            return ()
-        if not (self.elementwise and p.is_complex()):
-            return self.init(p)
-        state = self.init(torch.view_as_real(p.resolve_conj()))
-        return type(state)(*map(torch.view_as_complex, state)) if state else state
-
-    def carried(self) -> Any:
-        """Make the numbers that scalars carry on, before the first update."""
-        numbers = self.carry() if self.carry is not None else ()
-        check_shared(self.name, self.counters[1:], numbers)
-        return numbers
-
-
-@dataclass(frozen=True)
-class TreeRule:
-    """A transformation given as two functions of whole trees.
-
-    Attributes:
-        init: params -> state.
-        update: (updates, state, params, **extras) -> (updates, state).
-    """
-
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-
-    # What a rule for one tensor may have and this has not.
-    scalars: ClassVar[None] = None
-    carry: ClassVar[None] = None
-    counters: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = False
-    needs_params: ClassVar[bool] = False
-    sees_tree: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """Return the name of the function that made the transformation, for messages."""
-        return _name(self.update)
-
-    @property
-    def extras(self) -> "Extras":
-        """What `update` wants to be told by keyword."""
-        return extras_of(self.update)
-
-
-def _name(update: Any) -> str:
-    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
 
 
 class Extras(NamedTuple):
@@ -152,6 +67,130 @@ def extras_of(function: Any) -> Extras:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     required = frozenset([p.name for p in parameters if p.default is p.empty])
     return Extras(frozenset([p.name for p in parameters]), takes_any, required)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What `fo.leafwise` was told; its docstring explains the fields."""
+
+    init: Callable[[Tensor], Any] | None
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    scalars: Callable[..., Any] | None = None
+    carry: Callable[[], Any] | None = None
+    elementwise: bool = False
+    needs_params: bool = False
+    sparse: Literal["touched", "dense"] | None = None
+    state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
+    carried_type: Any = None  # the NamedTuple that `carry` makes
+    hold: Callable[[Any, Any, Any, Any], Any] | None = None  # of a gate: the next state at a step that it leaves out
+    hands: str | None = None  # of a wrapper: the field of its state that the links inside take for the parameters
+    evaluate: Callable[[Any, Any], Any] | None = None  # (p, state) -> the parameters to evaluate with
+    resume: Callable[[Any, Any], Any] | None = None  # (those, state) -> p, to train on
+    narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
+    lr: Any = None  # the learning rate that its update is multiplied by
+
+    extras: "Extras" = field(init=False)  # what `scalars` wants to be told besides the step
+    sees_tree: bool = field(init=False)  # whether the scalars depend on all updates of the tree, as a global norm does
+    counts: bool = field(init=False)  # whether the state holds the step; that of a gate is among what it carries on
+    counters: tuple[str, ...] = field(init=False)  # what the state holds once for all tensors
+
+    def __post_init__(self) -> None:
+        extras = _NO_EXTRAS if self.scalars is None else extras_of(self.scalars)
+        counts = self.scalars is not None and self.hold is None
+        own = getattr(self.carried_type, "_fields", ())
+        for name, value in (
+            ("extras", extras),
+            ("sees_tree", "updates" in extras.names),
+            ("counts", counts),
+            ("counters", ("step", *own) if counts else own),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function that made the rule, for messages."""
+        return _name(self.update)
+
+    def init_leaf(self, p: Tensor) -> Any:
+        """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""
+        if self.init is None:
+            return ()
+        pairs = self.elementwise and p.is_complex()
+        state = self.init(torch.view_as_real(p.resolve_conj()) if pairs else p)
+        if state is None or (state and not hasattr(state, "_fields")):
+            raise TypeError(
+                f"The init of the rule {self.name} returned {state!r}, and a state is a NamedTuple of tensors. "
+                "Write: class MyState(NamedTuple): momentum_buffer: Tensor"
+            )
+        if not pairs:
+            return state
+        return type(state)(*map(torch.view_as_complex, state)) if state else state
+
+    def carried(self) -> Any:
+        """Make the numbers that scalars carry on, before the first update."""
+        if self.carry is None:
+            return ()
+        with marked():
+            numbers = self.carry()
+        self.check_shared(numbers)
+        return numbers
+
+    def check_shared(self, numbers: Sequence[Any]) -> None:
+        """Raise when a number that is kept once for all parameters differs between them.
+
+        Raises:
+            TypeError: it does.
+        """
+        for name, number in zip(self.carried_type._fields, numbers, strict=True):
+            if isinstance(number, Mark):
+                raise TypeError(
+                    f"{self.name} keeps {name} once for all parameters, so the hyperparameters that it depends on "
+                    "cannot be trees. Give each part of the parameters a transformation of its own, with partition"
+                )
+
+
+ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched")
+"""The last rule of a step: it makes of an update the new parameter."""
+
+
+@dataclass(frozen=True)
+class TreeRule:
+    """A transformation given as two functions of whole trees.
+
+    Attributes:
+        init: params -> state.
+        update: (updates, state, params, **extras) -> (updates, state).
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+    # What a rule for one tensor may have and this has not.
+    scalars: ClassVar[None] = None
+    carry: ClassVar[None] = None
+    hold: ClassVar[None] = None
+    hands: ClassVar[None] = None
+    evaluate: ClassVar[None] = None
+    lr: ClassVar[None] = None
+    counters: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
+    needs_params: ClassVar[bool] = False
+    sees_tree: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function that made the transformation, for messages."""
+        return _name(self.update)
+
+    @property
+    def extras(self) -> "Extras":
+        """What `update` wants to be told by keyword."""
+        return extras_of(self.update)
+
+
+def _name(update: Any) -> str:
+    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
 
 
 def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:
@@ -214,7 +253,7 @@ def leaf_state(state_type: type, carried: type | None = None) -> type:
     make_type: Any = namedtuple
     counted = ("step", *getattr(carried, "_fields", ()))
     lifted = dict(getattr(state_type, "_lifted", {}))
-    for counters in ((), ("step",), counted):
+    for counters in ((), ("step",), counted, counted[1:]):
         tree_type: Any = make_type(state_type.__name__, (*counters, *fields))
         tree_type.__module__ = state_type.__module__
         tree_type.__doc__ = state_type.__doc__
@@ -233,12 +272,13 @@ def tree_state_type(state_type: Any, counters: tuple[str, ...]) -> Any:
         state_type: the NamedTuple for one tensor; tuple where nothing is kept for each.
         counters: what is kept once for all tensors.
     """
-    if state_type is tuple and len(counters) < 2:
+    if state_type is tuple and counters in ((), ("step",)):
         return StepState if counters else EmptyState
     if state_type is tuple:
         state_type = EmptyState
     if counters not in getattr(state_type, "_lifted", {}):
-        leaf_state(state_type, namedtuple("Carried", counters[1:]) if counters else None)
+        carried = [name for name in counters if name != "step"]
+        leaf_state(state_type, namedtuple("Carried", carried) if counters else None)
     return state_type._lifted[counters]
 
 

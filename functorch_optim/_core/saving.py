@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.hyperparameters import check_choice
-from functorch_optim._core.layout import numbered
+from functorch_optim._core.links import numbered
 from functorch_optim._core.rule import EmptyState, StepState, step_dtype
 from functorch_optim.tree import Tree
 

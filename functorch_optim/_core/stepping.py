@@ -1,25 +1,19 @@
 """Steps: an update, and what it does to the parameters, in one pass."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core import lift
-from functorch_optim._core.checks import check_updates
-from functorch_optim._core.layout import nest, unnest
-from functorch_optim._core.links import Link
-from functorch_optim._core.passes import Donations
-from functorch_optim._core.rule import EmptyState, check_extras
+from functorch_optim._core import functional
+from functorch_optim._core.functional import Call
+from functorch_optim._core.links import nest, unnest
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._execution import writing
-from functorch_optim._execution.in_place import ADD, InPlace, check_options, way_of
-from functorch_optim._execution.ways import PLAIN
+from functorch_optim._execution.choose import check_options, way_of
+from functorch_optim._execution.mode import PLAIN
 from functorch_optim.tree import Tree
-
-_ADD = Link(ADD)
 
 
 def step(tx: GradientTransformation, grads: Tree, state: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
@@ -50,13 +44,12 @@ def step(tx: GradientTransformation, grads: Tree, state: Any, params: Tree, **ex
         >>> params
         {'w': tensor([0.9000, 0.9000])}
     """
-    links, states = _links(tx, state, params, extra)
-    new, new_states = lift.update(links, grads, states, params, extra)
-    leaves, structure = tree.flatten(params)
-    moved = tree.flatten_up_to(structure, new, "updates", params, "params")
+    _check(tx, params)
+    made = functional.call(tx, grads, state, params, extra, adds=True)
+    leaves = zip(made.leaves.params or [], made.outcome.updates, strict=True)
     return (
-        tree.unflatten(structure, [p if q is None else q for p, q in zip(leaves, moved, strict=True)]),
-        nest(tx._layout, new_states[:-1]),
+        tree.unflatten(made.structure, [p if new is None else new for p, new in leaves]),
+        nest(tx._layout, functional.new_states(tx._links, made)),
     )
 
 
@@ -113,41 +106,108 @@ def step_(
         )
     options = {"fused": fused, "foreach": foreach}
     check_options(options)
-    links, states = _links(tx, state, params, extra)
-    leaves, structure = tree.flatten(params)
-    gradients = tree.flatten_up_to(structure, grads, "updates", params, "params")
-    check_updates(gradients, leaves, lambda i: tree.paths(params)[i])
-    moving = [i for i, g in enumerate(gradients) if g is not None]
-    for check in (writing.check_writable, writing.check_apart):
-        check([leaves[i] for i in moving], lambda k: tree.paths(params)[moving[k]])
-    donations = Donations(functools.partial(InPlace, way=way_of(options)))
-    # The last link of the chain is added by what is donated.
-    computed, new_states = lift.update(links[:-1], grads, states[:-1], params, extra, donations)
-    updates = tree.flatten_up_to(structure, computed, "updates", params, "params")
-    new_state = nest(tx._layout, new_states)
-    kept = writing.unshared([*leaves, *gradients, *[t for t in tree.flatten(state)[0] if isinstance(t, Tensor)]])
-    updates = [u if u is None else kept(u) for u in updates]
-    old_tensors, state_structure = tree.flatten(state)
-    new_tensors = tree.flatten_up_to(state_structure, new_state, "the next state", state, "the one given")
-    new_tensors = [new if new is old else kept(new) for old, new in zip(old_tensors, new_tensors, strict=True)]
-    for overwrite in donations.ready():
+    _check(tx, params)
+    made = functional.call(tx, grads, state, params, extra, adds=True, way=way_of(options), overwrites=True)
+    _check_writable(made, params)
+    states = functional.new_states(tx._links, made)  # takes memory, and so comes before anything is written
+    if made.outcome.computed:
+        return params, nest(tx._layout, _overwrite(made, states))
+    for overwrite in made.outcome.ready:
         overwrite()
-    added = [i for i, u in enumerate(updates) if u is not None]
-    writing.add_([leaves[i] for i in added], [updates[i] for i in added])
-    pairs = list(zip(old_tensors, new_tensors, strict=True))
-    rooms = list({(id(o), id(n)): (o, n) for o, n in pairs if writing.is_room_for(o, n)}.values())
-    starts = {leaf.data_ptr() for leaf in leaves if type(leaf) in PLAIN}
-    taken = any(old.data_ptr() in starts for old, _ in rooms if old.numel())
-    if taken or writing.share_memory([], [old for old, _ in rooms]):  # as init may have given p, or one tensor twice
-        return params, tree.unflatten(state_structure, new_tensors)
-    writing.copy_([old for old, _ in rooms], [new for _, new in rooms])
-    return params, tree.unflatten(state_structure, [o if writing.is_room_for(o, n) else n for o, n in pairs])
+    return params, nest(tx._layout, _count(made, states))
 
 
-def _links(tx: GradientTransformation, state: Any, params: Tree, extra: dict[str, Any]) -> tuple[list[Link], list[Any]]:
-    """Return the links of a transformation and their states, and the one that adds updates to parameters."""
+def _check_writable(made: Call, params: Tree) -> None:
+    """Raise when a parameter that moves cannot be written to, or is there twice."""
+    moving = [i for i, g in enumerate(made.leaves.updates) if g is not None]
+    some: list[Tensor] = [(made.leaves.params or [])[i] for i in moving]
+    starts = [p.data_ptr() for p in some if type(p) in PLAIN and p.numel()]
+    if len(set(starts)) < len(some) or not all(map(Tensor.is_contiguous, some)):
+        for check in (writing.check_writable, writing.check_apart):
+            check(some, lambda k: tree.paths(params)[moving[k]])
+
+
+def _count(made: Call, states: list[Any]) -> list[Any]:
+    """Count a step that has overwritten all else; return the states, in the old tensors where that is possible."""
+    changed = {}
+    for k, j in made.parts.numbers:
+        changed[id(made.states[k][j])] = made.states[k][j], states[k][j]
+    if not all([new is old or writing.is_room_for(old, new) for old, new in changed.values()]):  # noqa: C419
+        return states
+    for old, new in changed.values():
+        old.copy_(new)
+    return made.states
+
+
+def _overwrite(made: Call, states: list[Any]) -> list[Any]:
+    """Overwrite parameters and states; return the states, in the old tensors where that is possible."""
+    leaves, outcome = made.leaves, made.outcome
+    old_tensors, structure = tree.flatten(made.states)
+    new_tensors = tree.flatten_up_to(structure, states, "the next state", made.states, "the one given")
+    kept = writing.unshared([*(leaves.params or []), *leaves.updates, *old_tensors])
+    new_tensors = [new if new is old else kept(new) for old, new in zip(old_tensors, new_tensors, strict=True)]
+    moved = [(p, kept(u)) for p, u in zip(leaves.params or [], outcome.updates, strict=True) if u is not None]
+    for overwrite in outcome.ready:
+        overwrite()
+    for p, u in moved:
+        p.copy_(u)
+    changed = [(old, new) for old, new in zip(old_tensors, new_tensors, strict=True) if new is not old]
+    rooms = {(id(old), id(new)): (old, new) for old, new in changed if writing.is_room_for(old, new)}
+    olds = [old for old, _ in rooms.values()]
+    if not writing.can_overwrite([], [[*[p for p in leaves.params or [] if p is not None], *olds]]):
+        return tree.unflatten(structure, new_tensors)  # type: ignore[no-any-return]  # init gave p, or one tensor twice
+    writing.copy_(olds, [new for _, new in rooms.values()])
+    return tree.unflatten(  # type: ignore[no-any-return]
+        structure, [o if (id(o), id(n)) in rooms else n for o, n in zip(old_tensors, new_tensors, strict=True)]
+    )
+
+
+def _check(tx: GradientTransformation, params: Tree) -> None:
     check_transformation(tx, "step(sgd(0.1), grads, state, params)")
     if params is None:
         raise ValueError("A step needs the parameters: params, state = step(tx, grads, state, params)")
-    check_extras([link.rule for link in tx._links], extra)
-    return [*tx._links, _ADD], [*unnest(tx._layout, state), EmptyState()]
+
+
+def eval_params(tx: GradientTransformation, state: Any, params: Tree) -> Tree:
+    """Return the parameters to evaluate with, where a wrapper trains at others.
+
+    Args:
+        tx: transformation, with one wrapper such as `schedule_free`, masked or not.
+        state: what the last step returned.
+        params: the parameters that are trained.
+
+    Returns:
+        Tree like `params`. Parameters that no wrapper is for are returned as they are.
+
+    Raises:
+        ValueError: nothing in `tx` has parameters to evaluate with, or several have.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.schedule_free(fo.sgd(1.0)), torch.zeros(1)
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     params, state = fo.step(tx, torch.ones(1), state, params)
+        >>> params, fo.eval_params(tx, state, params)
+        (tensor([-1.5500]), tensor([-1.5000]))
+    """
+    check_transformation(tx, "eval_params(schedule_free(sgd(1.0)), state, params)")
+    found = [(link.rule, part) for link, part in zip(tx._links, unnest(tx._layout, state), strict=True)]
+    found = [(rule, part) for rule, part in found if rule.evaluate is not None]
+    if len(found) != 1:
+        what = "Several wrappers in" if found else "Nothing in"
+        raise ValueError(
+            f"{what} {tx!r} has parameters to evaluate with; write tx = schedule_free(sgd(1.0)), or give a part of it"
+        )
+    [(rule, part)] = found
+    fields = part[len(rule.counters) :]
+    leaves, structure = tree.flatten(params)
+    columns = [tree.flatten_up_to(structure, field, "the state", params, "params") for field in fields]
+    evaluate: Any = rule.evaluate
+    return tree.unflatten(
+        structure,
+        [
+            evaluate(p, type(part)._leaf_type(*row)) if isinstance(row[0], Tensor) else p
+            for p, *row in zip(leaves, *columns, strict=True)
+        ],
+    )

@@ -1,6 +1,9 @@
 """Gradient transformations: pure (init, update) pairs over trees of tensors."""
 
+from __future__ import annotations
+
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, ParamSpec
 
@@ -8,14 +11,11 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core import lift, passes
-from functorch_optim._core.checks import check_updates
-from functorch_optim._core.layout import nest, unnest
-from functorch_optim._core.links import Link
-from functorch_optim._core.passes import Bucket, Leaves
+from functorch_optim._core import functional
+from functorch_optim._core.leaf import marked
+from functorch_optim._core.links import Link, nest
 from functorch_optim._core.recorded import Recorded
-from functorch_optim._core.rule import EmptyState, Rule, TreeRule, check_extras
-from functorch_optim._execution.in_place import ADD
+from functorch_optim._core.rule import ADD, EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
 
 _P = ParamSpec("_P")
@@ -56,14 +56,16 @@ class GradientTransformation(Recorded):
                 )
         self._links: tuple[Link, ...] = (Link(TreeRule(init, update)),)
         self._layout: Any = 0
+        self._forms: dict[Any, Any] = {}  # what was prepared, by the form of the arguments
         self._call = (GradientTransformation, (init, update), {})
 
     @classmethod
-    def _of(cls, links: Sequence[Link], layout: Any) -> "GradientTransformation":
+    def _of(cls, links: Sequence[Link], layout: Any) -> GradientTransformation:
         """Make a transformation of links whose states nest as the indices in `layout` do."""
         made = cls.__new__(cls)
         made._links = tuple(links)
         made._layout = layout
+        made._forms = {}
         made._call = (cls._of, (links, layout), {})
         return made
 
@@ -81,7 +83,7 @@ class GradientTransformation(Recorded):
             TypeError: a leaf is no tensor, or a tensor of integers.
             ValueError: a mask or the labels of a partition do not fit the parameters.
         """
-        return nest(self._layout, lift.init(self._links, params))
+        return nest(self._layout, functional.init(self._links, params))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
         """Transform updates, gradients at first; no argument is modified.
@@ -102,10 +104,15 @@ class GradientTransformation(Recorded):
             ValueError: trees, shapes or dtypes do not match; `params` is missing; the state is another's.
             TypeError: an extra that nothing declares, or one that is missing.
         """
-        check_extras([link.rule for link in self._links], extra)
-        states = unnest(self._layout, state)
-        new_updates, new_states = lift.update(self._links, updates, states, params, extra)
-        return new_updates, nest(self._layout, new_states)
+        made = functional.call(self, updates, state, params, extra)
+        leaves = [
+            torch.zeros_like(g) if u is None and g is not None else u  # a step that is left out
+            for u, g in zip(made.outcome.updates, made.leaves.updates, strict=True)
+        ]
+        return (
+            tree.unflatten(made.structure, leaves),
+            nest(self._layout, functional.new_states(self._links, made)),
+        )
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """Unpack as a pair: init, update = tx."""
@@ -208,6 +215,27 @@ def leafwise(
         >>> updates, state[0].step
         ({'w': tensor([-0.1000,  0.1000])}, tensor(1))
     """
+    return of_rule(
+        init,
+        update,
+        scalars,
+        carry=carry,
+        elementwise=elementwise,
+        needs_params=needs_params,
+        sparse=sparse,
+    )
+
+
+def of_rule(
+    init: Callable[[Any], Any] | type | None,
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    scalars: Callable[..., Any] | None = None,
+    *,
+    carry: Callable[[], Any] | None = None,
+    sparse: Literal["touched", "dense"] | None = None,
+    **options: Any,
+) -> GradientTransformation:
+    """Make a transformation of a rule; see `leafwise`, and `Rule` for further options."""
     state_type: Any = init if isinstance(init, type) else _returned(init)
     make_state: Any = init
     if isinstance(init, type):
@@ -216,20 +244,47 @@ def leafwise(
         def make_state(p: Tensor) -> Any:
             return state_type(*[torch.zeros_like(p) for _ in range(count)])
 
+    if scalars is not None and not callable(scalars):
+        raise TypeError(f"scalars is a function of the step, got {scalars!r}; write scalars=lambda step: {scalars!r}")
     if carry is not None and scalars is None:
         raise ValueError("carry needs scalars(step, carried) -> (s, carried), which carries its numbers on")
-    if sparse not in ("touched", "dense", None) or (sparse == "touched" and not elementwise):
+    if sparse not in ("touched", "dense", None) or (sparse == "touched" and not options.get("elementwise")):
         raise ValueError(
             f"Invalid sparse: {sparse!r}; give 'touched', for an elementwise rule only, 'dense', or None to refuse"
         )
-    carried_type = None if carry is None else _returned(carry) or type(carry())
-    rule = Rule(make_state, update, scalars, carry, elementwise, needs_params, sparse, state_type, carried_type)
+    rule = Rule(
+        make_state,
+        update,
+        scalars,
+        carry,
+        sparse=sparse,
+        state_type=state_type,
+        carried_type=None if carry is None else _carried_type(carry),
+        **options,
+    )
     return GradientTransformation._of((Link(rule),), 0)
+
+
+def _carried_type(carry: Callable[[], Any]) -> Any:
+    """Find the NamedTuple that `carry` makes."""
+    declared = _returned(carry)
+    if declared is not None:
+        return declared
+    with marked():
+        made = carry()
+    if not hasattr(made, "_fields"):
+        raise TypeError(
+            f"carry must return a NamedTuple of numbers, got {made!r}. Write: class Carried(NamedTuple): total: Any, "
+            "and carry=lambda: Carried(0.0)"
+        )
+    return type(made)
 
 
 def _returned(function: Any) -> Any:
     """Return the NamedTuple that a function says it returns, or None."""
     declared = getattr(function, "__annotations__", {}).get("return")
+    if isinstance(declared, str):  # as `from __future__ import annotations` leaves it; a trace has no __globals__
+        declared = getattr(sys.modules.get(function.__module__), declared, None)
     return declared if hasattr(declared, "_fields") else None
 
 
@@ -286,13 +341,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         >>> fo.apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
         {'w': tensor([1.5000, 0.0000])}
     """
-    leaves, structure = tree.flatten(params)
-    update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
-    check_updates(update_leaves, leaves, lambda i: tree.paths(params)[i])
-    count = len(leaves)
-    over = Leaves(structure, lambda i: tree.paths(params)[i], leaves, [[True] * count])
-    added, _ = passes.run([_ADD], over, [Bucket(range(count), [None], [()])], update_leaves, [()], {})[:2]
-    return tree.unflatten(structure, [p if new is None else new for p, new in zip(leaves, added, strict=True)])
+    made = functional.call(_ADDED, updates, EmptyState(), params, {})
+    leaves = zip(made.leaves.params or [], made.outcome.updates, strict=True)
+    return tree.unflatten(made.structure, [p if new is None else new for p, new in leaves])
 
 
-_ADD = Link(ADD)
+_ADDED = GradientTransformation._of((Link(ADD),), 0)

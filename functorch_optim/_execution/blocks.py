@@ -4,86 +4,21 @@ A large tensor is run over piece by piece, and small ones are copied together in
 buffers of the size of a block besides what it reads and writes, whatever the size of the largest tensor.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functorch_optim import tree
-from functorch_optim._core.rule import Rule
-from functorch_optim._execution.foreach import foreach
 from functorch_optim._execution.kernel import Kernel, kernel
-from functorch_optim._execution.program import Program, record
-from functorch_optim._execution.representation import Columns, make, widened
+from functorch_optim._execution.program import Program, overwritten
 
 BLOCK = 1 << 18
 """Elements of a block: some buffers of a MiB each stay in the cache, and the calls for each do not weigh."""
 SMALL = 1 << 15
 """Elements below which it is cheaper to copy a tensor than to make the calls for it alone."""
-
-
-def in_blocks(
-    rules: Sequence[Rule],
-    updates: list[Tensor],
-    states: Sequence[Columns],
-    params: list[Tensor] | None,
-    scalars: Sequence[Any],
-) -> tuple[list[Tensor], list[Columns]]:
-    """Run elementwise rules, one after the other, into new tensors: block by block, and on small ones with foreach ops.
-
-    To put small tensors together and to take the results apart again costs more than a few calls for each.
-    """
-    program = record(rules, states, params is not None, scalars, widened(updates[0].new_empty(0)))
-    is_small = [update.numel() < SMALL for update in updates]
-    if any(is_small):
-        return _parted(is_small, rules, updates, states, params, scalars)
-    kept = [column for state in states for column in state]
-    inputs = [updates, *([params] if params is not None else []), *kept]
-    layouts = [layout_of(update) for update in updates]
-    outputs = [[empty_like(t, at) for t, at in zip(column, layouts, strict=True)] for column in (updates, *kept)]
-    in_place = ("g", *program.inputs[len(inputs) - len(kept) :])
-    blocks = Blocks(program.dtype, inputs, layouts)
-    with torch.no_grad():
-        cuts = [blocks.cut(column) for column in inputs], [blocks.cut(column) for column in outputs]
-        run(program, blocks, *cuts, in_place, tree.flatten(list(scalars))[0], Room(updates[0].device))
-    new_columns = iter(outputs[1:])
-    return outputs[0], [make(type(state), [next(new_columns) for _ in state]) for state in states]
-
-
-def _parted(
-    is_small: list[bool],
-    rules: Sequence[Rule],
-    updates: list[Tensor],
-    states: Sequence[Columns],
-    params: list[Tensor] | None,
-    scalars: Sequence[Any],
-) -> tuple[list[Tensor], list[Columns]]:
-    """Run rules on small tensors with foreach ops, and on others block by block."""
-
-    def of(column: list[Tensor], which: bool) -> list[Tensor]:
-        chosen = [tensor for tensor, small in zip(column, is_small, strict=True) if small == which]
-        return [widened(tensor) for tensor in chosen] if which else chosen
-
-    def run_on(which: bool) -> tuple[list[Tensor], list[Columns]]:
-        some = [make(type(state), [of(column, which) for column in state]) for state in states]
-        way = foreach if which else in_blocks
-        return way(rules, of(updates, which), some, None if params is None else of(params, which), scalars)
-
-    small = run_on(True)
-    if all(is_small):
-        return small
-    large = run_on(False)
-
-    def merged(some: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-        of_small, of_large = iter(some), iter(others)
-        return [next(of_small if small else of_large) for small in is_small]
-
-    columns = [
-        make(type(state), [merged(*fields) for fields in zip(*both, strict=True)])
-        for state, *both in zip(states, small[1], large[1], strict=True)
-    ]
-    return merged(small[0], large[0]), columns
 
 
 class Piece(NamedTuple):
@@ -183,64 +118,79 @@ class Blocks:
         elements = [flat(column[piece.i], self.layouts[piece.i]) for piece in pack]
         return [e if piece.whole else e[piece.start : piece.stop] for e, piece in zip(elements, pack, strict=True)]
 
-    def joined(self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]], room: "Room") -> Iterator[list[Tensor]]:
+    def joined(
+        self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]], scratch: "Scratch"
+    ) -> Iterator[list[Tensor]]:
         """Yield copies of packs, each in one tensor for each input; then copy back what was made of them.
 
         Args:
             inputs: for each input, its tensors.
             outputs: tensors to write, and the index of the input in whose copy is what belongs into them.
-            room: where the copies are.
+            scratch: where the copies are.
         """
         for k, sizes in enumerate(self.sizes):
-            copies = [room.of(f"pack {j}", self.dtype, sum(sizes)) for j in range(len(inputs))]
+            copies = [scratch.part(f"pack {j}", self.dtype, sum(sizes)) for j in range(len(inputs))]
             for copy, cut in zip(copies, inputs, strict=True):
                 torch.cat(cut.packs[k], out=copy)
             yield copies
             for cut, index in outputs:
-                torch._foreach_copy_(cut.packs[k], room.parts(f"pack {index}", self.dtype, sizes))
+                torch._foreach_copy_(cut.packs[k], scratch.parts(f"pack {index}", self.dtype, sizes))
 
-    def reserve(self, count: int, room: "Room") -> None:
+    def reserve(self, count: int, scratch: "Scratch") -> None:
         """Take the memory for copies of packs, of so many inputs."""
         for j in range(count):
-            room.of(f"pack {j}", self.dtype, max(map(sum, self.sizes), default=0))
+            scratch.part(f"pack {j}", self.dtype, max(map(sum, self.sizes), default=0))
 
 
-class Room:
-    """Memory to work in, for one block after the other."""
+class Scratch(threading.local):
+    """Memory to work in, for one block after the other; each thread has its own, and all programs share it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, int], Tensor] = {}
-        self.splits: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, int], Tensor] = {}
+        self.splits: dict[tuple[str, torch.dtype, tuple[int, ...]], list[Tensor]] = {}
 
-    def of(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
-        """Return a tensor of a size; for one name it is always in the same memory."""
-        view = self.views.get((name, size))
+    @staticmethod
+    @functools.lru_cache
+    def of(device: torch.device) -> "Scratch":
+        """Return the memory on a device."""
+        return Scratch(device)
+
+    def part(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
+        """Return a tensor of a size; for one name and dtype it is always in the same memory."""
+        key = (name, dtype)
+        if key not in self.memory or self.memory[key].numel() < size:
+            with torch.inference_mode(False):  # the next step may be made outside of it
+                self.memory[key] = torch.empty(size, dtype=dtype, device=self.device)
+            self.views, self.splits = {}, {}
+        view = self.views.get((name, dtype, size))
         if view is None:
-            if name not in self.memory or self.memory[name].numel() < size:
-                self.memory[name] = torch.empty(size, dtype=dtype, device=self.device)
-                self.views = {key: old for key, old in self.views.items() if key[0] != name}
-                self.splits = {key: old for key, old in self.splits.items() if key[0] != name}
-            view = self.views[name, size] = self.memory[name][:size]
+            self.views[name, dtype, size] = view = self.memory[key][:size]
         return view
 
     def parts(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Tensor]:
         """Return the same in parts."""
-        parts = self.splits.get((name, sizes))
+        whole = self.part(name, dtype, sum(sizes))
+        parts = self.splits.get((name, dtype, sizes))
         if parts is None:
-            parts = self.splits[name, sizes] = list(torch.split(self.of(name, dtype, sum(sizes)), list(sizes)))
+            if len(self.splits) >= _MANY:
+                self.splits = {}
+            parts = self.splits[name, dtype, sizes] = list(torch.split(whole, list(sizes)))
         return parts
 
 
-def run(
+_MANY = 64
+"""Lists of parts that are kept."""
+
+
+def _run(
     program: Program,
     blocks: Blocks,
     inputs: Sequence[Cut],
     outputs: Sequence[Cut],
     in_place: tuple[str, ...],
     numbers: Sequence[Any],
-    room: Room,
 ) -> None:
     """Run a program over tensors, block by block.
 
@@ -251,28 +201,98 @@ def run(
         outputs: for each output, tensors to write; they may be those of an input.
         in_place: for each output, the input that it overwrites, or would if that were given up.
         numbers: the program's scalars.
-        room: memory to work in.
     """
-    overwritten = [program.inputs.index(name) for name in in_place]
-    donated = all(cut is inputs[k] for cut, k in zip(outputs, overwritten, strict=True))
+    indices = [program.inputs.index(name) for name in in_place]
+    donated = all(cut is inputs[k] for cut, k in zip(outputs, indices, strict=True))
     over_inputs = kernel(program, in_place)
     apart = over_inputs if donated else kernel(program, None)
+    scratch = Scratch.of(program.device)
 
     def call(of: Kernel, row: Sequence[Tensor]) -> None:
         size = row[0].numel()
-        of.function(*row, *numbers, *[room.of(f"{i} {dtype}", dtype, size) for i, dtype in enumerate(of.buffers)])
+        of.function(*row, *numbers, *[scratch.part(f"{i} {dtype}", dtype, size) for i, dtype in enumerate(of.buffers)])
 
     for row in zip(*[cut.alone for cut in (inputs if donated else (*inputs, *outputs))], strict=True):
         call(apart, row)
-    for copies in blocks.joined(inputs, list(zip(outputs, overwritten, strict=True)), room):
+    for copies in blocks.joined(inputs, list(zip(outputs, indices, strict=True)), scratch):
         call(over_inputs, copies)
 
 
-def reserve(program: Program, blocks: Blocks, cut: Cut, in_place: tuple[str, ...], room: Room) -> None:
-    """Take the memory that `run` works in, so that it does not run out when something has been written."""
-    longest = max([*map(Tensor.numel, cut.alone), *map(sum, blocks.sizes)], default=0)
-    for i, dtype in enumerate(kernel(program, in_place).buffers):
-        room.of(f"{i} {dtype}", dtype, longest)
+class InBlocks:
+    """Runs a program in blocks."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.overwritten = overwritten(program)
+
+    def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
+        """Run into new tensors."""
+        column = inputs[0]
+        layouts = [layout_of(tensor) for tensor in column]
+        blocks = Blocks(self.program.dtype, inputs, layouts)
+        outputs = [
+            [empty_like(t, layout) for t, layout in zip(inputs[self.program.inputs.index(name)], layouts, strict=True)]
+            for name in self.overwritten
+        ]
+        cuts = [blocks.cut(some) for some in inputs], [blocks.cut(some) for some in outputs]
+        _run(self.program, blocks, *cuts, self.overwritten, numbers)
+        return outputs
+
+    def over(self, columns: Sequence[list[Tensor]]) -> "OverBlocks":
+        """Get ready to overwrite parameters and states; see `Overwriting`."""
+        return OverBlocks(self.program, self.overwritten, columns)
+
+
+class OverBlocks:
+    """Parameters and states, cut into blocks that are overwritten."""
+
+    length: int | None = BLOCK
+
+    def __init__(self, program: Program, overwritten: tuple[str, ...], columns: Sequence[list[Tensor]]) -> None:
+        self.program, self.overwritten = program, overwritten
+        columns = [[tensor.detach() for tensor in column] for column in columns]
+        layouts = [layout_of(tensor) for tensor in columns[0]]
+        self.mirrors: list[tuple[Tensor, Tensor]] = []  # tensors that lie otherwise, and copies that lie right
+        lying = [self._lying(column, layouts) for column in columns]
+        self.blocks = Blocks(program.dtype, lying, layouts, self.length)
+        self.cuts = [self.blocks.cut(column) for column in lying]
+        self.written = [self.cuts[program.inputs.index(name) - 1] for name in overwritten]
+
+    def __call__(self, updates: list[Tensor], numbers: Sequence[Any]) -> Callable[[], None]:
+        """Take the memory for a step, and return the step."""
+        inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
+        self.reserve()
+        return functools.partial(self._step, inputs, numbers)
+
+    def reserve(self) -> None:
+        """Take the memory that a step works in, so that it does not run out when something has been written."""
+        scratch = Scratch.of(self.program.device)
+        self.blocks.reserve(len(self.program.inputs), scratch)
+        longest = max([*map(Tensor.numel, self.cuts[0].alone), *map(sum, self.blocks.sizes)], default=0)
+        for i, dtype in enumerate(kernel(self.program, self.overwritten).buffers):
+            scratch.part(f"{i} {dtype}", dtype, longest)
+
+    def _step(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
+        for tensor, mirror in self.mirrors:
+            mirror.copy_(tensor)
+        self.run(inputs, numbers)
+        for tensor, mirror in self.mirrors:
+            tensor.copy_(mirror)
+
+    def run(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
+        """Overwrite."""
+        _run(self.program, self.blocks, inputs, self.written, self.overwritten, numbers)
+
+    def _lying(self, column: list[Tensor], layouts: list[Tensor]) -> list[Tensor]:
+        """Replace tensors that do not lie in memory as their parameter does by copies."""
+        lying = []
+        for tensor, layout in zip(column, layouts, strict=True):
+            if lies(tensor, layout):
+                lying.append(tensor)
+            else:
+                lying.append(empty_like(tensor, layout))
+                self.mirrors.append((tensor, lying[-1]))
+        return lying
 
 
 def flat(tensor: Tensor, layout: Tensor) -> Tensor:

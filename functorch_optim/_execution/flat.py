@@ -11,11 +11,10 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._control import is_masked
-from functorch_optim._core.rule import Rule
+from functorch_optim._execution.mode import PLAIN, Mode
 from functorch_optim._execution.recomputed import can_recompute, recomputed
-from functorch_optim._execution.reference import tensor_by_tensor
+from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns, make
-from functorch_optim._execution.ways import PLAIN
 
 SMALL = 1 << 14
 """Elements up to which an operation costs less than the copies that save it."""
@@ -23,14 +22,16 @@ MANY = 4
 """Tensors from which on it pays."""
 
 
-def can_join(updates: list[Tensor], states: Sequence[Columns], params: list[Tensor] | None, scalars: Any) -> bool:
+def can_join(
+    mode: Mode, updates: list[Tensor], states: Sequence[Columns], params: list[Tensor] | None, scalars: Any
+) -> bool:
     """Tell whether it pays to join tensors: many small ones, for rules with a state, which do enough with them.
 
     In each column all must need derivatives, or none, and all be batched by the same `torch.vmap`, or none: a tensor
     that is joined to others becomes like them. What is compiled, is joined by the compiler.
     """
     small = [i for i, update in enumerate(updates) if update.numel() <= SMALL]
-    if torch.compiler.is_compiling() or not any(states) or len(small) < MANY:
+    if mode == "compiled" or not any(states) or len(small) < MANY:
         return False
     numbers = [leaf for leaf in tree.flatten(list(scalars))[0] if isinstance(leaf, Tensor)]
     if any(number.ndim > 0 or type(number) not in PLAIN for number in numbers):
@@ -61,14 +62,15 @@ def _kind(tensor: Tensor) -> Any:
 
 
 def flat(
-    rules: Sequence[Rule],
+    mode: Mode,
+    stages: Sequence[Stage],
     updates: list[Tensor],
     states: Sequence[Columns],
     params: list[Tensor] | None,
     scalars: Sequence[Any],
 ) -> tuple[list[Tensor], list[Columns]]:
     """Run elementwise rules, one after the other, on all small tensors at once, and on each other one."""
-    if not any(rule.needs_params for rule in rules):
+    if not any(stage.rule.needs_params for stage in stages):
         params = None
     ends = _Ends(updates)
     joined = (
@@ -77,8 +79,8 @@ def flat(
         ends.joined(params) if params is not None else None,
         scalars,
     )
-    way = recomputed if can_recompute(*joined) else tensor_by_tensor
-    new_updates, new_states = way(rules, *joined)
+    way = recomputed if can_recompute(mode, *joined) else tensor_by_tensor
+    new_updates, new_states = way(stages, *joined)
     return ends.parted(new_updates), [make(type(state), [ends.parted(c) for c in state]) for state in new_states]
 
 

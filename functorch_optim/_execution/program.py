@@ -5,18 +5,18 @@ rule which raises leaves everything as it was; and what runs it knows which of i
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.rule import Rule
+from functorch_optim._core.rule import ADD, Rule
 from functorch_optim._core.stand_in import StandIn
-from functorch_optim._execution.reference import applied
+from functorch_optim._execution.reference import Stage, applied
 
 
 class Name(str):
@@ -59,6 +59,8 @@ class Program:
         outputs: the transformed update, and the new states in the order of the inputs.
         dtype: of inputs and outputs.
         device: the same.
+        moves: whether the first output is not the update, but the parameter after it.
+        updates: whether there is such an output; where nothing moves, all outputs are states.
     """
 
     inputs: tuple[Name, ...]
@@ -67,17 +69,19 @@ class Program:
     outputs: tuple[Name, ...]
     dtype: torch.dtype
     device: torch.device
+    moves: bool = False
+    updates: bool = True
 
     def __str__(self) -> str:
         lines = [f"{i.result} = {_name(i.function)}({', '.join(map(str, i.args))})" for i in self.instructions]
         return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
 
 
-def record(rules: Sequence[Rule], states: Sequence[Any], with_params: bool, scalars: Any, like: Tensor) -> Program:
+def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, scalars: Any, like: Tensor) -> Program:
     """Run rules on names instead of tensors, and write down what they do.
 
     Args:
-        rules: elementwise ones.
+        stages: elementwise rules.
         states: for each, any instance of the NamedTuple that holds its state.
         with_params: whether parameters are given.
         scalars: the numbers of a step, for each rule.
@@ -86,9 +90,14 @@ def record(rules: Sequence[Rule], states: Sequence[Any], with_params: bool, scal
     Raises:
         TypeError, AttributeError: a rule is not what a rule must be.
     """
-    found = _programs.get(rules, states, with_params, scalars, like)
-    if found is not None:
-        return found
+    leaves, structure = tree.flatten(list(scalars))
+    kinds = tuple([_kind(scalar) for scalar in leaves])
+    algorithms = [_identity(stage.rule.update) for stage in stages]
+    sources = tuple([stage.source for stage in stages])
+    key = (tuple(algorithms), sources, tuple(map(len, states)), with_params, structure, kinds, like.dtype, like.device)
+    known = None if None in algorithms else _recorded.get(key)
+    if known is not None:
+        return known
     recording = _Recording(like)
     g = recording.input("g")
     p = recording.input("p") if with_params else None
@@ -98,12 +107,65 @@ def record(rules: Sequence[Rule], states: Sequence[Any], with_params: bool, scal
     ]
     numbers = tree.map(recording.number, list(scalars))
     outputs: list[Any] = []
-    for rule, state, s in zip(rules, symbols, numbers, strict=True):
-        g, new_state = applied(rule, g, state, p, s)
+    for k, (stage, s) in enumerate(zip(stages, numbers, strict=True)):
+        g, new_state = applied(stage, g, symbols, k, p, s)
         outputs += new_state
-    program = recording.finished(rules[-1].name, [g, *outputs])
-    _programs.put(program, rules, states, with_params, scalars, like)
+    program = recording.finished(stages[-1].rule, [g, *outputs])
+    if None not in algorithms:
+        while len(_recorded) >= _LARGEST:
+            _recorded.pop(next(iter(_recorded)), None)
+        _recorded[key] = program
     return program
+
+
+_LARGEST = 256
+_recorded: dict[Any, Program] = {}
+"""Programs of rules that are made anew again and again: functions with the same code, that close over the same things,
+compute the same."""
+
+
+def _identity(value: Any, depth: int = 3) -> Any:
+    """Return a key that functions share which have the same code and close over the same things; None if unsure."""
+    if isinstance(value, bool | int | float | str | NoneType):
+        return type(value), value
+    if not isinstance(value, FunctionType) or depth == 0:
+        return None
+    try:
+        cells = [_identity(cell.cell_contents, depth - 1) for cell in value.__closure__ or ()]
+    except ValueError:  # a cell that is still empty
+        return None
+    defaults = [_identity(default, depth - 1) for default in (*(value.__defaults__ or ()), *_keywords(value))]
+    if None in cells or None in defaults:
+        return None
+    return _Same(value.__code__), _Same(value.__globals__), tuple(cells), tuple(defaults)
+
+
+class _Same:
+    """Equal to what holds the very same thing; code of other modules may be equal, too, and mean something else."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.it is self.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+def _keywords(function: FunctionType) -> list[Any]:
+    return list((function.__kwdefaults__ or {}).values())
+
+
+def _kind(scalar: Any) -> Any:
+    return (type(scalar), scalar.dtype, scalar.device) if isinstance(scalar, Tensor) else type(scalar)
+
+
+def overwritten(program: Program) -> tuple[str, ...]:
+    """Name for each output the input in whose place it stands: the parameter, if it is one, and the states."""
+    states = [name for name in program.inputs if name.startswith("x")]
+    first = ("p" if program.moves else "g",) if program.updates else ()
+    return (*first, *states)
 
 
 class _Symbol(StandIn):
@@ -200,8 +262,8 @@ class _Recording:
         self.instructions.append(Instruction(function, written, written_kwargs, result, dtype))
         return _Symbol(self, result, sample)
 
-    def finished(self, name: str, outputs: list[Any]) -> Program:
-        names = []
+    def finished(self, rule: Rule, outputs: list[Any]) -> Program:
+        names, name = [], rule.name
         for output in outputs:
             if not isinstance(output, _Symbol) or not isinstance(output.sample, Tensor) or output.sample.ndim == 0:
                 raise TypeError(f"The rule of {name} must return tensors like those it was given, got {output!r}")
@@ -218,6 +280,7 @@ class _Recording:
             tuple(names),
             self.like.dtype,
             self.like.device,
+            rule is ADD,
         )
 
 
@@ -263,33 +326,3 @@ def _written(value: Any) -> Any:
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", function))
-
-
-class _Programs:
-    """Programs that were recorded, for as long as the functions live that they were recorded of."""
-
-    def __init__(self) -> None:
-        self.programs: dict[Any, Any] = {}
-
-    def _key(self, rules: Sequence[Rule], states: Any, with_params: bool, scalars: Any, like: Tensor) -> Any:
-        kinds = tuple([type(scalar) for scalar in tree.flatten(list(scalars))[0]])
-        updates = tuple([(id(rule.update), len(state)) for rule, state in zip(rules, states, strict=True)])
-        return updates, with_params, kinds, like.dtype, like.device
-
-    def get(self, rules: Sequence[Rule], *rest: Any) -> Program | None:
-        program, functions = self.programs.get(self._key(rules, *rest), (None, ()))
-        return program if all(f() is rule.update for f, rule in zip(functions, rules, strict=False)) else None
-
-    def put(self, program: Program, rules: Sequence[Rule], *rest: Any) -> None:
-        key = self._key(rules, *rest)
-
-        def forget(_: Any) -> None:
-            self.programs.pop(key, None)
-
-        try:
-            self.programs[key] = program, [weakref.ref(rule.update, forget) for rule in rules]
-        except TypeError:  # a function without weak references, such as a builtin
-            self.programs.pop(key, None)
-
-
-_programs = _Programs()

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from functorch_optim import tree
-from functorch_optim._core.rule import Rule
-from functorch_optim._execution.blocks import BLOCK, empty_like, flat, in_blocks, layout_of
-from functorch_optim._execution.reference import tensor_by_tensor
+from functorch_optim._execution.blocks import BLOCK, InBlocks, empty_like, flat, layout_of
+from functorch_optim._execution.mode import PLAIN, Mode
+from functorch_optim._execution.program import record
+from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns, make, map_columns
-from functorch_optim._execution.ways import PLAIN, can_block
 
 LARGE = 1 << 19
 """Elements from which on the memory counts: 2 MiB in single precision. Computing again takes a fifth longer there."""
@@ -24,20 +23,18 @@ LARGE = 1 << 19
 Function = Callable[[Sequence[Tensor]], Sequence[Any]]
 
 
-def can_recompute(updates: list[Tensor], states: Sequence[Columns], params: list[Tensor] | None, scalars: Any) -> bool:
+def can_recompute(
+    mode: Mode, updates: list[Tensor], states: Sequence[Columns], params: list[Tensor] | None, scalars: Any
+) -> bool:
     """Tell whether some tensors are large, and will be differentiated by autograd alone."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
-        return False
-    if not any(states) or all(update.numel() < LARGE for update in updates):
+    if mode != "recorded" or not any(states) or all(update.numel() < LARGE for update in updates):
         return False
     leaves = tree.flatten((updates, states, params, scalars))[0]
     return all(type(leaf) in PLAIN for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def recomputed(
-    rules: Sequence[Rule],
+    stages: Sequence[Stage],
     updates: list[Tensor],
     states: Sequence[Columns],
     params: list[Tensor] | None,
@@ -48,25 +45,25 @@ def recomputed(
     The last ones, where they have neither state nor numbers, do not: autograd saves nothing of a sum, as that of a
     parameter and its update, and would have to save the parameter to compute it again.
     """
-    last = len(rules)
+    last = len(stages)
     while last > 0 and not states[last - 1] and not tree.flatten(scalars[last - 1])[0]:
         last -= 1
-    needed = any(rule.needs_params for rule in rules[:last])
+    needed = any(stage.rule.needs_params for stage in stages[:last])
     new_updates: list[Tensor] = []
     new_states: list[Columns] = [map_columns(None, state) for state in states]
     for i, update in enumerate(updates):
         one = [make(type(columns), [[column[i]] for column in columns]) for columns in states]
         p = [params[i]] if params is not None else None
         way = _saving_arguments if update.numel() >= LARGE else tensor_by_tensor
-        new, some = way(rules[:last], [update], one[:last], p if needed else None, scalars[:last])
-        new_updates += tensor_by_tensor(rules[last:], new, one[last:], p, scalars[last:])[0]
+        new, some = way(stages[:last], [update], one[:last], p if needed else None, scalars[:last])
+        new_updates += tensor_by_tensor(stages[last:], new, one[last:], p, scalars[last:])[0]
         for columns, more in zip(new_states, some, strict=False):
             for column, tensors in zip(columns, more, strict=True):
                 column.extend(tensors)
     return new_updates, new_states
 
 
-def _saving_arguments(rules: Sequence[Rule], *arguments: Any) -> tuple[list[Tensor], list[Columns]]:
+def _saving_arguments(stages: Sequence[Stage], *arguments: Any) -> tuple[list[Tensor], list[Columns]]:
     """Run rules on one tensor, as one function of all tensors among the arguments."""
     leaves, structure = tree.flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -77,12 +74,12 @@ def _saving_arguments(rules: Sequence[Rule], *arguments: Any) -> tuple[list[Tens
         given = list(constants)
         for i, tensor in zip(places, tensors, strict=True):
             given[i] = tensor
-        update, states = way(rules, *tree.unflatten(structure, given))
+        update, states = way(stages, *tree.unflatten(structure, given))
         return [*update, *[tensor for columns in states for column in columns for tensor in column]]
 
     outputs = _outputs(function, tensors)
     if outputs is None:
-        return tensor_by_tensor(rules, *arguments)
+        return tensor_by_tensor(stages, *arguments)
     apply: Any = _Recomputed.apply
     known = [*tensors, *apply(function, outputs, *tensors)]
     found = iter([known[place] for place in outputs.places])
@@ -91,20 +88,22 @@ def _saving_arguments(rules: Sequence[Rule], *arguments: Any) -> tuple[list[Tens
 
 
 def _without_graph(
-    rules: Sequence[Rule],
+    stages: Sequence[Stage],
     updates: list[Tensor],
     states: Sequence[Columns],
     params: list[Tensor] | None,
     scalars: Sequence[Any],
 ) -> tuple[list[Tensor], list[Columns]]:
-    """Run rules the fast way."""
-    if not can_block(updates[0], scalars):
-        return tensor_by_tensor(rules, updates, states, params, scalars)
-
-    def number(scalar: Any) -> Any:
-        return scalar.item() if isinstance(scalar, Tensor) and scalar.is_floating_point() else scalar
-
-    return in_blocks(rules, updates, states, params, tree.map(number, list(scalars)))
+    """Run rules in blocks, where numbers allow it."""
+    leaves = tree.flatten(list(scalars))[0]
+    numbers = [n.item() if isinstance(n, Tensor) and n.is_floating_point() and n.ndim == 0 else n for n in leaves]
+    if updates[0].device.type != "cpu" or any(isinstance(n, Tensor) and n.ndim > 0 for n in numbers):
+        return tensor_by_tensor(stages, updates, states, params, scalars)
+    given = tree.unflatten(tree.flatten(list(scalars))[1], numbers)
+    program = record(stages, states, params is not None, given, updates[0].new_empty(0))
+    inputs = [updates, *([params] if params is not None else []), *[column for state in states for column in state]]
+    outputs = iter(InBlocks(program).new(inputs, numbers))
+    return next(outputs), [make(type(state), [next(outputs) for _ in state]) for state in states]
 
 
 class _Outputs(NamedTuple):

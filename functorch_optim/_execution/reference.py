@@ -1,8 +1,9 @@
-"""Tensor by tensor: right everywhere, and what all other ways are tested against."""
+"""Tensor by tensor: right everywhere, and the reference of all other ways."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import check_pair
@@ -10,8 +11,40 @@ from functorch_optim._core.rule import Rule
 from functorch_optim._execution.representation import Columns, map_columns, row
 
 
+class Stage(NamedTuple):
+    """One rule of several that are run one after the other.
+
+    Attributes:
+        rule: the rule.
+        source: the stage whose state holds the parameters of this one, and the field; None for the parameters.
+    """
+
+    rule: Rule
+    source: tuple[int, str] | None = None
+
+
+class Held(NamedTuple):
+    """The numbers of a gate at a step that it leaves out."""
+
+    scalars: Any
+
+
+class Masked(NamedTuple):
+    """The numbers of a rule that is run at some steps, where it is not known at which.
+
+    Attributes:
+        scalars: the numbers.
+        is_open: whether the rule is run.
+        due: whether its update is used: of a gate, whether the links inside are run.
+    """
+
+    scalars: Any
+    is_open: Any
+    due: Any
+
+
 def tensor_by_tensor(
-    rules: Sequence[Rule],
+    stages: Sequence[Stage],
     updates: list[Tensor],
     states: Sequence[Columns],
     params: list[Tensor] | None,
@@ -21,26 +54,46 @@ def tensor_by_tensor(
     new_updates: list[Tensor] = []
     new_states: list[Columns] = [map_columns(None, state) for state in states]
     for i, update in enumerate(updates):
+        rows = [row(state, i) for state in states]
         p = params[i] if params is not None else None
-        for k, rule in enumerate(rules):
-            update, new_state = applied(rule, update, row(states[k], i), p, scalars[k])  # noqa: PLW2901
+        for k, stage in enumerate(stages):
+            update, new_state = applied(stage, update, rows, k, p, scalars[k])  # noqa: PLW2901
             for column, tensor in zip(new_states[k], new_state, strict=True):
                 column.append(tensor)
         new_updates.append(update)
     return new_updates, new_states
 
 
-def applied(rule: Rule, g: Any, state: Any, p: Any, s: Any) -> tuple[Any, Any]:
-    """Run a rule, and check what it returns.
+def applied(stage: Stage, g: Any, states: Sequence[Any], k: int, p: Any, s: Any) -> tuple[Any, Any]:
+    """Run the rule of stage k, and check its result.
 
     Raises:
         TypeError: it does not return a pair of an update and a state like the one it was given.
     """
-    returned = rule.update(g, state, p, s)
+    rule, state = stage.rule, states[k]
+    if stage.source is not None:
+        p = getattr(states[stage.source[0]], stage.source[1])
+    scalars = s.scalars if isinstance(s, Masked) else s
+    if isinstance(scalars, Held):
+        returned = torch.zeros_like(g), rule.hold(g, state, p, scalars.scalars)  # type: ignore[misc]
+    else:
+        returned = rule.update(g, state, p, scalars)
     check_pair(f"The rule of {rule.name}", "update", returned)
     if not isinstance(returned[1], tuple) or len(returned[1]) != len(state):
         raise TypeError(
             f"The rule of {rule.name} must return a state like the one it was given, with "
             f"{', '.join(getattr(state, '_fields', ())) or 'no fields'}, but it returned {returned[1]!r}"
         )
-    return returned
+    if not isinstance(s, Masked):
+        return returned
+    update, new = returned
+    if rule.hold is not None and not isinstance(scalars, Held):
+        new = _where(s.due, new, rule.hold(g, state, p, scalars))
+    return torch.where(s.due, update, torch.zeros_like(update)), _where(s.is_open, new, state)
+
+
+def _where(condition: Any, new: Any, old: Any) -> Any:
+    if isinstance(condition, bool):
+        return new if condition else old
+    kept = [torch.where(condition, one, other) for one, other in zip(new, old, strict=True)]
+    return type(new)(*kept) if kept else ()

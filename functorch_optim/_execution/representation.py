@@ -49,24 +49,26 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor
 
 
-def cast(
-    given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool, once: bool = False
-) -> Callable[[Any], Any]:
+def cast(given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) -> Callable[[Any], Any]:
     """Return a function that makes of a scalar what rules compute with.
+
+    Where torch.compile traces, each number is computed once. Its compiler would compute `beta ** step` again for every
+    eight elements, in double precision, which takes twelve times as long as the rest of Adam.
 
     Args:
         given: a tensor as rules are given it.
         original: the dtype that it had.
         to_number: whether to make python numbers of tensors, on the CPU, where that waits for nothing.
         as_pairs: whether complex tensors are pairs of reals.
-        once: whether to keep a compiler from computing a number, `beta ** step` say, in a loop over elements again for
-            each of them, which takes two to three times as long.
     """
     dtype = given.real.dtype if given.is_complex() else given.dtype
+    compiled = torch.compiler.is_compiling()
 
     def converted(scalar: Any) -> Any:
         if callable(scalar):
             scalar = scalar(original)
+        if isinstance(scalar, bool):  # a condition, for torch.where
+            return torch.tensor(scalar, device=given.device)
         if not isinstance(scalar, Tensor):
             # A 0-dim float32 tensor times a python float has a float64 tangent under torch.func.jvp (torch 2.13).
             moving = forward_ad._current_level >= 0 and isinstance(scalar, float)
@@ -80,7 +82,7 @@ def cast(
             return scalar.item()
         scalar = scalar.to(given.device, dtype, non_blocking=on_cpu)
         # The maximum of equal numbers, which torch's compiler gives a loop of its own; of fewer it may unroll it.
-        return scalar.expand(16).amax() if once and scalar.ndim == 0 else scalar
+        return scalar.expand(16).amax() if compiled and scalar.ndim == 0 else scalar
 
     return converted
 

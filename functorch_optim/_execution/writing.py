@@ -1,25 +1,44 @@
 """Writing to tensors that are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_optim._execution.ways import PLAIN, can_batch
+from functorch_optim._execution.mode import PLAIN
 
 _CreationMeta: Any = torch._C._autograd.CreationMeta
 _creation_meta: Any = torch._C._autograd._get_creation_meta
 
 
-def add_(params: list[Tensor], updates: list[Tensor]) -> None:
-    """Add updates to parameters in place."""
-    sparse = any(update.layout != torch.strided for update in updates)
-    if sparse or torch.is_grad_enabled() or not can_batch([*params, *updates], (), ()):
-        for p, u in zip(params, updates, strict=True):
-            p.add_(u)
-    elif params:
-        torch._foreach_add_(params, updates)
+def is_plain_type(tensor: Tensor) -> bool:
+    """Tell whether this is a tensor, and none of a class derived from it."""
+    return type(tensor) in PLAIN
+
+
+def can_overwrite(updates: list[Tensor], columns: Sequence[list[Tensor]]) -> bool:
+    """Tell whether parameters and states can be overwritten while updates are read."""
+    written = [tensor for column in columns for tensor in column]
+    everything = [*updates, *written]
+    if (
+        any(map(Tensor.is_inference, written))
+        or any(map(Tensor.is_conj, everything))
+        or any(map(Tensor.is_neg, everything))
+    ):
+        return False
+    if any([tensor.layout != torch.strided for tensor in everything]):  # noqa: C419
+        return False
+    if all(map(Tensor.is_contiguous, everything)) and _are_apart(everything):
+        return True
+    return not any(map(is_expanded, written)) and not share_memory(updates, written)
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether contiguous tensors have no memory in common."""
+    spans = sorted([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.nbytes])
+    return all([start + size <= after for (start, size), (after, _) in pairwise(spans)])  # noqa: C419
 
 
 def is_room_for(old: Any, new: Any) -> bool:

@@ -1,7 +1,7 @@
 """Finding, and replacing, the tensors that a function closes over."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from functorch_optim import tree
+from functorch_optim._core.checks import HALF
 from functorch_optim.meta._derivative import has_derivative, requires_grad
 
 _functorch = torch._C._functorch
@@ -156,6 +157,40 @@ def check_unchanged(others: Sequence[tuple["weakref.ref[Tensor]", int]]) -> None
                 f"A tensor of shape {tuple(tensor.shape)} that the function closes over was changed in place before "
                 "the derivative was taken, for which the function runs again: change it afterwards, or give a copy"
             )
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Return two numbers, by which to know a tensor again: a product with fixed weights, and the norm."""
+    x = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    x = x.to(torch.float32 if x.dtype in HALF else x.dtype if x.is_floating_point() else torch.float64)
+    x = x.flatten().nan_to_num(1.0, 2.0, -2.0)  # NaN is like NaN
+    weights = torch.arange(1.0, 1 + x.numel(), dtype=x.dtype, device=x.device).sin()
+    return torch.stack([(x * weights).sum(), torch.linalg.vector_norm(x)])
+
+
+def check_repeated(first: Iterable[Tensor], again: Sequence[Tensor]) -> None:
+    """Raise when a function returns other numbers than those that the fingerprints of the first time are of.
+
+    The same computation may round differently, where threads add up in another order: a difference of the square root
+    of the precision, relative to the norm, is let pass.
+    """
+    for old, tensor in zip(first, again, strict=True):
+        new = fingerprint(tensor)
+        tolerance = torch.finfo(tensor.dtype if tensor.is_floating_point() else new.dtype).eps ** 0.5
+        if _holds((new - old).abs() > tolerance * old[1]):
+            raise RuntimeError(
+                f"A result of shape {tuple(tensor.shape)} has other values now that the function runs again for the "
+                "derivative, which would be wrong. It must do the same both times: draw random numbers from torch's "
+                "default generators, or give them as arguments, and until the derivative is taken leave as they are "
+                "the mode of modules (train, eval) and the Python values that the function reads"
+            )
+
+
+def _holds(condition: Tensor) -> bool:
+    """Tell whether a condition holds anywhere, in any batch of torch.vmap too."""
+    *_, condition = _unwrapped(condition)
+    with torch._C._DisableFuncTorch():
+        return condition.device.type != "meta" and bool(condition.any())
 
 
 def computed(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """Optimizer steps on copies of a module's weights."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_optim._core.rule import with_loss
 from functorch_optim._core.transformation import GradientTransformation, apply_updates, check_transformation
+from functorch_optim.meta._exact import exact_derivatives
+from functorch_optim.meta._extras import with_loss
 
 
 class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad is
@@ -34,8 +36,10 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         buffers: tensors by name, where buffers begin; those not named here begin at the module's.
         state: where the state of `tx` begins; None is `tx.init` of the fast weights.
         first_order: whether gradients are constants, so that there are no second derivatives: derivatives flow through
-            theta + u, and through what `tx` does with theta and its hyperparameters. Only what a transformation
-            differentiates by itself, as `lbfgs` does after its first evaluation, is no constant.
+            theta + u, and through what `tx` does with theta and its hyperparameters. What comes in by gradients alone
+            has derivative 0 through the steps: the data, and numbers in the loss, such as the strength of an
+            augmentation. Only what a transformation differentiates by itself, as `lbfgs` does after its first
+            evaluation, is no constant.
         differentiable: False for an adaptation without outer derivatives, at test time say: memory does not grow with
             the steps, and nothing reaches the parameters of the module, nor the hyperparameters.
 
@@ -123,7 +127,8 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         tensors = {**self.params, **self._copied(self.buffers)}
         placed = {place: tensors[name] for place, name in self._places.items() if name in tensors}
         # torch's own tie_weights (2.13) does not restore a submodule that has two names.
-        output = torch.func.functional_call(self._module, placed, args, kwargs, tie_weights=False)
+        with exact_derivatives() if self._second_order else contextlib.nullcontext():
+            output = torch.func.functional_call(self._module, placed, args, kwargs, tie_weights=False)
         self.buffers = {name: placed[name] for name in self.buffers}
         return output
 
@@ -145,7 +150,7 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         self._check(loss)
         grads = self._grads(loss)
         value = loss if self._second_order else loss.detach()
-        extra = with_loss([link.rule for link in self._tx._links], value, extra)
+        extra = with_loss(self._tx, value, extra)
         with torch.set_grad_enabled(self._differentiable):
             updates, state = self._tx.update(grads, self.state, self.params, **extra)
             params = apply_updates(self.params, updates)

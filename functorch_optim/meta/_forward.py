@@ -11,6 +11,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from functorch_optim import tree
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.vector import common_dtype, unflattened
+from functorch_optim.meta._exact import exact_derivatives
 
 
 def forward_grad(
@@ -93,7 +94,8 @@ def forward_grad(
             given = list(args)
             for place, argument in zip(places, like_chosen(moved), strict=True):
                 given[place] = argument
-            result = function(*given, **kwargs)
+            with exact_derivatives():
+                result = function(*given, **kwargs)
             number, aux = result if has_aux else (result, ())
             _check_number(number)
             return number, aux

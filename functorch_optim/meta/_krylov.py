@@ -2,6 +2,9 @@
 
 Loops end early where values are known. Where they are not, under vmap and compile, members of a batch that have
 converged wait for the others: so that what is computed of them meanwhile is finite, 0 / 0 is 0 here.
+
+A solver that ends above its tolerance raises. Under vmap the members have values outside of the batch, and one of them
+is enough; while torch.compile traces there are none, and nothing is raised.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._control import is_known, while_loop
+from functorch_optim._control import is_known, known_values, while_loop
 from functorch_optim._core.checks import Path, check_updates
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim.tree import Tree
@@ -26,11 +29,13 @@ class Limits(NamedTuple):
         tol: relative tolerance: a fraction of |b|.
         atol: absolute tolerance.
         max_iter: largest number of iterations.
+        promised: whether a tolerance was asked for.
     """
 
     tol: float
     atol: Tensor
     max_iter: int
+    promised: bool
 
 
 class Run(NamedTuple):
@@ -68,6 +73,27 @@ def normal_cg(apply: Apply, b: Tensor, x: Tensor, limits: Limits, ridge: Any) ->
     """Run conjugate gradients on the normal equations; see `solve_normal_cg`."""
     transposed = torch.func.vjp(apply, torch.zeros_like(b))[1]
     return cg(lambda p: transposed(apply(p))[0] + ridge * p, transposed(b)[0], x, limits)
+
+
+def least_squares_cg(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
+    """Run conjugate gradients on the normal equations until |b - A x| is small; see `solve_auto`.
+
+    Source: Bjorck, Numerical Methods for Least Squares Problems, algorithm 7.4.1, CGLS.
+    """
+    transposed = torch.func.vjp(apply, torch.zeros_like(b))[1]
+
+    def step(run: Run) -> Run:
+        p, ss = run.more
+        q = apply(p)
+        alpha = _ratio(ss, q.dot(q))
+        r = run.r - alpha * q
+        s = transposed(r)[0]
+        new_ss = s.dot(s)
+        return Run(run.x + alpha * p, r, r.dot(r), (s + _ratio(new_ss, ss) * p, new_ss))
+
+    r = b - apply(x)
+    s = transposed(r)[0]
+    return _iterated(step, Run(x, r, r.dot(r), (s, s.dot(s))), b, limits)
 
 
 def bicgstab(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
@@ -150,13 +176,61 @@ def _least_squares(columns: list[Tensor], size: Tensor) -> tuple[Tensor, Tensor]
 
 def dense(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
     """Make the matrix and solve; see `solve_dense`."""
-    matrix = torch.vmap(apply, out_dims=1)(torch.eye(b.numel(), dtype=b.dtype, device=b.device))
-    return Run(torch.linalg.solve(matrix, b), b, b.dot(b))
+    return Run(torch.linalg.solve(_matrix(apply, b), b), b, b.dot(b))
+
+
+def auto(apply: Apply, b: Tensor, x: Tensor, limits: Limits) -> Run:
+    """Solve with the matrix where it is small; see `solve_auto`."""
+    if b.numel() > LARGEST_MATRIX:
+        return least_squares_cg(apply, b, x, limits)
+    A = _matrix(apply, b).double()  # noqa: N806
+    is_finite = A.isfinite()  # LAPACK would raise on NaN
+    U, sizes, Vh = torch.linalg.svd(A.where(is_finite, 0))  # noqa: N806
+    parts = U.mT @ b.double().masked_fill(~is_finite.all(), torch.nan)
+    is_noise = sizes <= b.numel() * torch.finfo(b.dtype).eps * sizes[0]
+    y = parts * ~is_noise / sizes.masked_fill(is_noise, 1)
+    r = U @ (parts * is_noise)
+    run = Run((Vh.mT @ y).to(b), r, r.dot(r))
+    _check_solved(run, b, limits, f"as A is singular to the precision of {b.dtype}", _LESS)
+    return run
+
+
+LARGEST_MATRIX = 256
+"""The number of unknowns up to which `solve_auto` makes the matrix: half a MiB, and 0.03 s for its singular values."""
+
+_MORE = (
+    f"Take solve_auto, which solves any nonsingular system of up to {LARGEST_MATRIX} unknowns, or solve_dense; or give "
+    "more iterations, as in partial(solve_gmres, max_iter=10000, restart=100), or a ridge, as in partial(solve_cg, "
+    "ridge=1e-6). tol=0.0 takes what max_iter iterations give"
+)
+_LESS = (
+    "Regularize the problem; or its linear systems, as in partial(solve_auto, ridge=1e-6); or compute in float64. "
+    "solve_normal_cg gives the x of least |b - A x|"
+)
+
+
+def _matrix(apply: Apply, b: Tensor) -> Tensor:
+    identity = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
+    return torch.vmap(apply, out_dims=1, chunk_size=64)(identity)
 
 
 def _iterated(step: Callable[[Run], Run], run: Run, b: Tensor, limits: Limits) -> Run:
     square = _tolerance(b, limits) ** 2
-    return while_loop(lambda run: run.rr > square, step, run, limits.max_iter)
+    run = while_loop(lambda run: run.rr > square, step, run, limits.max_iter)
+    _check_solved(run, b, limits, f"after {limits.max_iter} iterations", _MORE)
+    return run
+
+
+def _check_solved(run: Run, b: Tensor, limits: Limits, why: str, advice: str) -> None:
+    """Raise where a tolerance was asked for and is not met; NaN shows by itself."""
+    # The largest number in b is 1, see `over_trees`.
+    share = run.rr.sqrt() / torch.linalg.vector_norm(b).clamp(min=1)
+    unmet = known_values(share.masked_fill(~(run.rr > _tolerance(b, limits) ** 2), 0))
+    if limits.promised and unmet is not None and unmet.any():
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"The linear system A x = b is not solved {why}: the residual is {float(unmet.max()):.1e} of the "
+            f"right-hand side, and tol is {limits.tol:.1e}. {advice}"
+        )
 
 
 def _tolerance(b: Tensor, limits: Limits) -> Tensor:
@@ -178,7 +252,7 @@ def over_trees(
     b: Tree,
     init: Tree,
     ridge: Any,
-    tol: float,
+    tol: float | None,
     atol: float,
     max_iter: int | None,
 ) -> Tree:
@@ -201,7 +275,9 @@ def over_trees(
     largest = vector.abs().amax()
     unit = largest.masked_fill(largest == 0, 1)
     x = torch.zeros_like(vector) if init is None else numbers(init, "init") / unit
-    limits = Limits(tol, atol / unit, 10 * vector.numel() if max_iter is None else max_iter)
+    if tol is None:
+        tol = torch.finfo(vector.dtype).eps ** (2 / 3)
+    limits = Limits(tol, atol / unit, 10 * vector.numel() if max_iter is None else max_iter, bool(tol or atol))
     run = method(apply, vector / unit, x, limits)
     x = (run.x * unit).masked_fill(run.rr.isnan(), torch.nan)  # no loop goes on with NaN: it would not change x
     return tree.unflatten(structure, unflattened(x, leaves))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functorch_optim import tree
-from functorch_optim.meta._capture import Capture, Substitute, check_unchanged
+from functorch_optim.meta._capture import Capture, Substitute, check_repeated, check_unchanged, fingerprint
 from functorch_optim.meta._derivative import (
     alive,
     forward_mode,
@@ -23,6 +23,7 @@ from functorch_optim.meta._derivative import (
     requires_grad,
     split,
 )
+from functorch_optim.meta._exact import exact_derivatives
 from functorch_optim.tree import Tree
 
 
@@ -35,7 +36,9 @@ def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
     The function may close over tensors, learned hyperparameters say, and their derivatives are right. Inside of it the
     rules of torch.func hold: gradients are taken by `torch.func.grad` and not by `backward`, graphs are cut by `detach`
     and not by `torch.no_grad`, arguments are not modified. Random numbers of torch's default generators are drawn again
-    alike, those of generators of your own are not. It pays where tensors are large: every operation is looked at.
+    alike. Those of other generators are not, nor is a module put back into training mode, or a Python number set back
+    that the function reads: results that differ from the first ones, by more than rounding, are an error. It pays where
+    tensors are large: every operation is looked at.
 
     Args:
         function: pure function of trees, which returns a tree of tensors and plain python values.
@@ -48,7 +51,7 @@ def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
         TypeError: the function returns something that is no tree, which could hide a tensor.
         RuntimeError: it modifies an argument; or it gives a tensor that it closes over, and that a derivative is wanted
             of, to a transform or an autograd.Function, out of sight: make that an argument. When the derivative is
-            taken: it does not do the same again, or what it closes over was modified.
+            taken: it does not do the same again, by its tensors or its results, or what it closes over was modified.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
 
@@ -69,7 +72,8 @@ def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             args, kwargs = rebuilt(tensors)
-            outputs, results[:] = _split_results(function(*args, **kwargs))
+            with exact_derivatives():
+                outputs, results[:] = _split_results(function(*args, **kwargs))
             return outputs
 
         def again(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -116,14 +120,16 @@ def _attached(function: Function, outputs: Sequence[Tensor], tensors: Sequence[T
     """Give outputs, computed of constants, the derivatives of the function of the tensors that computes them."""
     if torch.is_grad_enabled() and any(map(requires_grad, tensors)):
         apply: Any = _Checkpointed.apply
-        return list(apply(function, len(outputs), *outputs, *tensors))
+        return list(apply(function, len(outputs), *outputs, *map(fingerprint, outputs), *tensors))
     if forward_ad._current_level >= 0 and any(map(has_derivative, tensors)):  # forward mode alone keeps nothing
-        return function(tensors)
+        again = function(tensors)
+        check_repeated(map(fingerprint, outputs), again)
+        return again
     return list(outputs)
 
 
 class _Checkpointed(torch.autograd.Function):
-    """`_Checkpointed.apply(f, n, *outputs, *tensors)` is the n outputs, with the derivatives of f(tensors).
+    """`apply(f, n, *outputs, *fingerprints, *tensors)` is the n outputs, with the derivatives of f(tensors).
 
     The derivative forgets what it computes, too: torch.func.grad records it, for higher derivatives that nobody may
     want.
@@ -138,6 +144,7 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.function, n, *tensors = inputs
+        ctx.count = n
         ctx.differentiable = [i for i, out in enumerate(output) if is_differentiable(out)]
         ctx.mark_non_differentiable(*[out for out in output if not is_differentiable(out)])
         ctx.save_for_backward(*tensors[n:])
@@ -147,38 +154,49 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         function, differentiable, n = ctx.function, ctx.differentiable, len(cotangents)
-        tensors = [alive(tensor) for tensor in ctx.saved_tensors]
-        asked = ctx.needs_input_grad[2 + n :]
+        saved = [alive(tensor) for tensor in ctx.saved_tensors]
+        first, tensors = saved[:n], saved[n:]
+        asked = ctx.needs_input_grad[2 + 2 * n :]
         needed = [i for i, tensor in enumerate(tensors) if asked[i] and is_differentiable(tensor)]
 
-        def transposed(given: Sequence[Tensor]) -> list[Tensor]:
+        def transposed(given: Sequence[Tensor], first: Sequence[Tensor] | None = None) -> list[Tensor]:
             tensors, cotangents = given[: -len(differentiable)], given[-len(differentiable) :]
-            moving = _moving(function, tensors, needed, differentiable)
+            moving = _moving(function, tensors, needed, differentiable, first)
             with torch.enable_grad():  # without it, recurrent layers compute nothing that can be differentiated
                 return pullback(moving, [tensors[i] for i in needed])(cotangents)
 
         given = [*tensors, *[cotangents[i] for i in differentiable]]
-        grads = transposed([tensor.detach() for tensor in given])
-        return (None, None, *[None] * n, *replaced([None] * len(tensors), needed, _attached(transposed, grads, given)))
+        grads = transposed([tensor.detach() for tensor in given], first)
+        attached = replaced([None] * len(tensors), needed, _attached(transposed, grads, given))
+        return (None, None, *[None] * 2 * n, *attached)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        n = len(tangents) - 2 - len(ctx.saved_tensors)
-        given = {i: t for i, t in enumerate(tangents[2 + n :]) if t is not None}
-        needed = [i for i in given if is_differentiable(ctx.saved_tensors[i])]
+        n = ctx.count
+        given = {i: t for i, t in enumerate(tangents[2 + 2 * n :]) if t is not None}
         with forward_mode():
-            tensors = [primal(tensor) for tensor in ctx.saved_tensors]
-            moving = _moving(ctx.function, tensors, needed, ctx.differentiable)
+            saved = [primal(tensor) for tensor in ctx.saved_tensors]
+            first, tensors = saved[:n], saved[n:]
+            needed = [i for i in given if is_differentiable(tensors[i])]
+            moving = _moving(ctx.function, tensors, needed, ctx.differentiable, first)
             primals = [tensors[i] for i in needed]
             moves = pushforward(moving, primals, moving(primals))([given[i] for i in needed])
         return tuple(replaced([None] * n, ctx.differentiable, moves))
 
 
-def _moving(function: Function, tensors: Sequence[Tensor], needed: Sequence[int], wanted: Sequence[int]) -> Function:
-    """Return some of the outputs as a function of some of the tensors."""
+def _moving(
+    function: Function,
+    tensors: Sequence[Tensor],
+    needed: Sequence[int],
+    wanted: Sequence[int],
+    first: Sequence[Tensor] | None,
+) -> Function:
+    """Return some of the outputs as a function of some of the tensors; `first` has fingerprints to compare all with."""
 
     def moving(some: Sequence[Tensor]) -> list[Tensor]:
         outputs = function(replaced(tensors, needed, some))
+        if first is not None:
+            check_repeated(first, outputs)
         return [outputs[i] for i in wanted]
 
     return moving

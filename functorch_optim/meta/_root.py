@@ -33,6 +33,7 @@ from functorch_optim.meta._derivative import (
     pushforward,
     replaced,
 )
+from functorch_optim.meta._exact import exact_derivatives
 from functorch_optim.meta._krylov import check_alike
 from functorch_optim.tree import Tree
 
@@ -51,6 +52,7 @@ def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], 
                 f"The solution has a {what} at {tree.paths(x)[i]!r}; it must be a tree of floating-point or complex "
                 "tensors. Return what else there is as aux, with has_aux=True"
             )
+    optimality_fn = exact_derivatives()(optimality_fn)
     present = [i for i, leaf in enumerate(x_leaves) if leaf is not None]
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     blank = [None] * len(x_leaves)

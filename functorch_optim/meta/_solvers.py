@@ -1,8 +1,9 @@
 """Linear solvers over trees, which know the operator A only as the function x -> A x.
 
 They are functions `solve(matvec, b, *, init, ridge, tol, atol, max_iter) -> x`, and stop where |b - A x| is at most the
-larger of tol |b| and atol. Whatever the tree is, the numbers are one real vector: a complex number is two, so that A
-need only be linear over the reals, as derivatives of functions of complex numbers are.
+larger of tol |b| and atol. A solver that cannot get there raises; with tol = atol = 0 nothing is asked of it, and it
+returns what `max_iter` iterations give. Whatever the tree is, the numbers are one real vector: a complex number is two,
+so that A need only be linear over the reals, as derivatives of functions of complex numbers are.
 """
 
 import functools
@@ -12,6 +13,58 @@ from torch import Tensor
 
 from functorch_optim.meta import _krylov as krylov
 from functorch_optim.tree import Tree
+
+
+def solve_auto(
+    matvec: Callable[[Tree], Tree],
+    b: Tree,
+    *,
+    init: Tree = None,
+    ridge: float | Tensor = 0.0,
+    tol: float | None = None,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+) -> Tree:
+    """Solve (A + ridge I) x = b, for any A: by its matrix up to 256 unknowns, iteratively above.
+
+    The matrix is made by as many products with A, with `torch.vmap`, and its singular values tell what it can: a
+    condition number of 1e8 leaves 8 digits in float64. Of a singular A whose equations have solutions, as of weights
+    that a loss does not depend on, x is the smallest solution. Singular values below n eps times the largest count as
+    zero, for n unknowns whose dtype has the machine epsilon eps: 1e-14 in float64 for 50 unknowns, 6e-6 in float32.
+
+    Above, conjugate gradients on the normal equations (CGLS): sure to converge where A is nonsingular, but about as
+    many iterations as the condition number of A, each a product with A and one with A'.
+
+        r = b - A x;              p = s = A'r
+        alpha = s's / |A p|^2;    x <- x + alpha p;    r <- r - alpha A p
+        s <- A'r;                 p <- s + (s's / s_old's_old) p
+
+    Args:
+        matvec: x -> A x, a linear function of trees like `b`, made of functions that `torch.vmap` can batch and torch
+            differentiate.
+        b: right-hand side: tree of real or complex tensors (a complex number is two unknowns); None where one is
+            missing.
+        init: where iterations begin, built like `b`; None is zero.
+        ridge: number that is added to the diagonal of A.
+        tol: relative tolerance >= 0; None is eps^(2/3): 4e-11 in float64, 2e-5 in float32.
+        atol: absolute tolerance >= 0.
+        max_iter: see `solve_cg`; of iterations only.
+
+    Returns:
+        Tree like `b`.
+
+    Raises:
+        ValueError: see `solve_cg`.
+        torch.linalg.LinAlgError: see `solve_cg`.
+
+    Example:
+        >>> import torch
+        >>> from functorch_optim.meta import solve_auto
+        >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        >>> solve_auto(lambda x: A @ x, torch.tensor([2.0, 3.0])).round(decimals=4)
+        tensor([-3.,  1.])
+    """
+    return krylov.over_trees(krylov.auto, matvec, b, init, ridge, tol, atol, max_iter)
 
 
 def solve_cg(
@@ -34,17 +87,19 @@ def solve_cg(
         b: right-hand side: tree of real or complex tensors; None where one is missing.
         init: where to begin, built like `b`; None is zero.
         ridge: number that is added to the diagonal of A.
-        tol: relative tolerance >= 0.
+        tol: relative tolerance >= 0; 0, with `atol` 0 too, asks for `max_iter` iterations and no accuracy.
         atol: absolute tolerance >= 0.
         max_iter: largest number of iterations; None is ten times the number of unknowns. Inside of `torch.vmap` and
             `torch.compile`, where a loop cannot end early, each of them is computed: choose it small there.
 
     Returns:
-        Tree like `b`: the best that was found, whether or not the tolerance was met. Derivatives go through the
-        iterations; `custom_root` has those of the solution.
+        Tree like `b`. Derivatives go through the iterations; `custom_root` has those of the solution.
 
     Raises:
         ValueError: `matvec` returns a tree, shapes or dtypes other than those of `b`; the message names the path.
+        torch.linalg.LinAlgError: the tolerance is not met, under `torch.vmap` for some member of the batch. It is a
+            RuntimeError. Inside of `torch.compile` nothing can be raised: there x is what the last iteration gave, and
+            |b - matvec(x)| tells.
 
     Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems, 1952; names and defaults are
     those of jaxopt and scipy.
@@ -71,7 +126,8 @@ def solve_normal_cg(
     """Solve (A'A + ridge I) x = A'b by conjugate gradients, for any A; A' is found by differentiating `matvec`.
 
     It is sure to converge, where A is nonsingular, but slower than others on A that is badly conditioned: the
-    condition number is squared. An iteration is one product with A and one with A'.
+    condition number is squared. So is what the tolerance leaves open: with condition number k, x may be off by k^2 tol.
+    An iteration is one product with A and one with A'.
 
     Args:
         matvec: see `solve_cg`; made of functions that torch can differentiate.
@@ -87,6 +143,7 @@ def solve_normal_cg(
 
     Raises:
         ValueError: see `solve_cg`.
+        torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd edition, section 8.3; jaxopt.
 
@@ -136,6 +193,7 @@ def solve_gmres(
 
     Raises:
         ValueError: see `solve_cg`.
+        torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Saad & Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems,
     SIAM Journal on Scientific and Statistical Computing 7, 1986.
@@ -167,7 +225,7 @@ def solve_bicgstab(
         alpha = rho / q'v;          s = r - alpha v;      t = A s;      omega = t's / t't
         x <- x + alpha p + omega s;                       r <- s - omega t
 
-    It may break down, for a skew-symmetric A say, and then returns what it has; `solve_gmres` does not.
+    It may break down, for a skew-symmetric A say, and then raises as `solve_cg` does; `solve_gmres` does not.
 
     Args:
         matvec: see `solve_cg`.
@@ -183,6 +241,7 @@ def solve_bicgstab(
 
     Raises:
         ValueError: see `solve_cg`.
+        torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of nonsymmetric
     linear systems, SIAM Journal on Scientific and Statistical Computing 13, 1992.
@@ -203,7 +262,7 @@ def solve_neumann(
     *,
     init: Tree = None,
     ridge: float | Tensor = 0.0,
-    tol: float = 1e-5,
+    tol: float = 0.0,
     atol: float = 0.0,
     max_iter: int | None = 20,
     step_size: float | Tensor = 1.0,
@@ -220,7 +279,7 @@ def solve_neumann(
         b: see `solve_cg`.
         init: see `solve_cg`.
         ridge: see `solve_cg`.
-        tol: see `solve_cg`; 0 adds up all terms.
+        tol: see `solve_cg`; 0, the default, adds up all terms.
         atol: see `solve_cg`.
         max_iter: largest number of terms; None is ten times the number of unknowns.
         step_size: number > 0: 1 for an A near the identity, as a fixed point's is; a learning rate for a Hessian.
@@ -230,6 +289,7 @@ def solve_neumann(
 
     Raises:
         ValueError: see `solve_cg`.
+        torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Lorraine, Vicol & Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation,
     arXiv:1911.02590, algorithm 3.

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.hyperparameters import check_integer
-from functorch_optim._core.rule import with_loss
 from functorch_optim._core.transformation import GradientTransformation, apply_updates, check_transformation
 from functorch_optim._core.vector import common_dtype
 from functorch_optim.meta._capture import computed
 from functorch_optim.meta._derivative import replaced, split
+from functorch_optim.meta._exact import exact_derivatives
+from functorch_optim.meta._extras import takes, with_loss
 from functorch_optim.meta._rematerialization import checkpoint as checkpointed
 from functorch_optim.tree import Tree
 
@@ -40,7 +41,7 @@ class Unrolled(NamedTuple):
 
 
 def unroll(
-    loss_fn: Callable[[Tree, Any], Any],
+    loss_fn: Callable[..., Any],
     transformation: GradientTransformation,
     params: Tree,
     batches: Iterable[Any],
@@ -50,6 +51,7 @@ def unroll(
     truncate: int | None = None,
     checkpoint: bool | int = False,
     has_aux: bool = False,
+    buffers: Tree = None,
 ) -> Any:
     """Train on one batch after the other, and keep what derivatives need.
 
@@ -60,15 +62,19 @@ def unroll(
     torch.func, batched by `torch.vmap`, and compiled whole.
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, a 0-dim tensor.
+        loss_fn: `loss_fn(params, batch)`, a 0-dim tensor; with `buffers`, `loss_fn(params, batch, buffers)`.
         transformation: makes updates of gradients. The extras `value` and `value_fn`, where it declares them, are the
             loss of the batch and the loss as a function of the parameters.
         params: tree of tensors to begin with.
         batches: each is given to `loss_fn` for one step: a list of tensors, say; a tensor, of which each step takes a
-            slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data.
+            slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data. One pair for every step
+            is `[(x, y)] * steps`. An iterator is used up by a call: make it anew for the next.
         state: the state to begin with, such as that of a former call. None: `transformation.init(params)`.
         first_order: whether gradients are taken for constants, as in first-order MAML: no second derivatives of
-            `loss_fn` are needed then.
+            `loss_fn` are needed then. Derivatives with respect to parameters, state and hyperparameters of the
+            transformation go on through the steps. What comes in by gradients alone does not: batches, and what
+            `loss_fn` closes over, such as the strength of an augmentation, have derivatives of `losses` only, and those
+            of the trained parameters are 0. To learn them, leave it False.
         truncate: gradients flow through this many steps at most: parameters and state are detached after each of as
             many steps. Sums of `losses` then have the gradient of truncated backpropagation; that of the final
             parameters comes from the steps since the last cut alone.
@@ -76,15 +82,18 @@ def unroll(
             parameters and state alone, of every `checkpoint` steps. True: of every square root of the number of steps,
             for memory that grows like it. The derivatives are the same. See `fo.meta.checkpoint`.
         has_aux: whether `loss_fn` returns a pair, the loss and a tree of something else.
+        buffers: tree of tensors that steps carry besides, such as `dict(module.named_buffers())` with the running
+            statistics of BatchNorm. `loss_fn` is given copies, which it may modify in place, as modules do; the next
+            step begins with those. Under `torch.vmap` every task has its own. None: there are none.
 
     Returns:
-        The trained parameters, the state, and the losses. With `has_aux` a pair: these, and a list of what else
-        `loss_fn` returned, an entry for each batch.
+        The trained parameters, the state, and the losses. With `has_aux` a tuple: these, and a list of what else
+        `loss_fn` returned, an entry for each batch. With `buffers` a tuple, too, whose last entry are the last ones.
 
     Raises:
-        TypeError: `transformation` is none; `batches` cannot be iterated, or is a dict; `truncate` or `checkpoint` is
-            no integer.
-        ValueError: `truncate` or `checkpoint` is less than 1.
+        TypeError: `transformation` is none; `batches` cannot be iterated, or is a dict, or a tuple that looks like one
+            batch, such as a pair of tensors; `truncate` or `checkpoint` is no integer.
+        ValueError: `truncate` or `checkpoint` is less than 1; `batches` is an iterator that has been used up.
         RuntimeError: see `fo.meta.checkpoint`.
 
     Source: Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning, arXiv:1502.03492;
@@ -106,22 +115,25 @@ def unroll(
         check_integer("truncate", truncate, 1)
     if not isinstance(checkpoint, bool):
         check_integer("checkpoint", checkpoint, 1)
-    rules = [link.rule for link in transformation._links]
-    searching = any("value_fn" in rule.extras.names for rule in rules)
+    searching = takes(transformation, "value_fn")
     state = transformation.init(params) if state is None else state
+    if not first_order:  # first derivatives are right
+        loss_fn = exact_derivatives()(loss_fn)
 
-    def segment(params: Tree, state: Any, batches: Sequence[Any], first: int) -> tuple[Tree, Any, list[Any]]:
+    def segment(
+        params: Tree, state: Any, buffers: Tree, batches: Sequence[Any], first: int
+    ) -> tuple[Tree, Any, Tree, list[Any]]:
         results = []
         for i, batch in enumerate(batches, start=first):
             if truncate is not None and i > 0 and i % truncate == 0:
-                params, state = tree.stop_gradient((params, state))
-            grads, result = _grad_and_value(loss_fn, params, batch, has_aux)
+                params, state, buffers = tree.stop_gradient((params, state, buffers))
+            grads, loss, aux, carried = _grad_and_value(loss_fn, params, batch, buffers, has_aux)
             grads = tree.stop_gradient(grads) if first_order else grads
-            extra = {"value_fn": functools.partial(_loss, loss_fn, batch, has_aux)} if searching else {}
-            updates, state = transformation.update(grads, state, params, **with_loss(rules, result[0], extra))
-            params = apply_updates(params, updates)
-            results.append(result)
-        return params, state, results
+            extra = {"value_fn": functools.partial(_loss, loss_fn, batch, buffers, has_aux)} if searching else {}
+            updates, state = transformation.update(grads, state, params, **with_loss(transformation, loss, extra))
+            params, buffers = apply_updates(params, updates), carried
+            results.append((loss, aux))
+        return params, state, buffers, results
 
     steps = _listed(batches)
     length = len(steps)
@@ -129,13 +141,16 @@ def unroll(
         segment = checkpointed(segment)
         length = max(math.isqrt(len(steps)), 1) if checkpoint is True else checkpoint
     results: list[Any] = []
+    carried = buffers
     for first in range(0, len(steps), max(length, 1)):
-        params, state, some = segment(params, state, steps[first : first + length], first)
+        params, state, carried, some = segment(params, state, carried, steps[first : first + length], first)
         results += some
     losses = [loss for loss, _ in results]
     stacked = torch.stack(losses) if losses else torch.zeros(0, dtype=common_dtype(tree.flatten(params)[0]))
-    unrolled = Unrolled(params, state, stacked)
-    return (unrolled, [aux for _, aux in results]) if has_aux else unrolled
+    returned: tuple[Any, ...] = (Unrolled(params, state, stacked),)
+    returned += ([aux for _, aux in results],) if has_aux else ()
+    returned += (carried,) if buffers is not None else ()
+    return returned if len(returned) > 1 else returned[0]
 
 
 def _listed(batches: Any) -> list[Any]:
@@ -144,18 +159,53 @@ def _listed(batches: Any) -> list[Any]:
             f"unroll needs batches, one for each step, got a {type(batches).__name__}; give a list of them, a tensor "
             "with a batch in each slice, zip(xs, ys), or range(steps)"
         )
-    return list(batches)
+    listed = list(batches)
+    if isinstance(batches, tuple) and _is_one_batch(batches):
+        shapes = ", ".join([str(tuple(part.shape)) for part in batches if isinstance(part, Tensor)])
+        raise TypeError(
+            f"unroll needs batches, one for each step, got a tuple of tensors of shapes {shapes}, which looks like one "
+            "batch. Give [batch] for one step, [batch] * steps for more, zip(xs, ys) for a step with each pair of "
+            "slices, or a list where each tensor is a batch"
+        )
+    if not listed and not hasattr(batches, "__len__"):
+        raise ValueError(
+            f"unroll got a {type(batches).__name__} without batches: an iterator is used up by its first use. Make it "
+            "anew for every call, as zip(xs, ys) does, or make a list of it once"
+        )
+    return listed
 
 
-def _loss(loss_fn: Callable[[Tree, Any], Any], batch: Any, has_aux: bool, params: Tree) -> Tensor:
-    result: Any = loss_fn(params, batch)
-    loss: Tensor = result[0] if has_aux else result
-    return loss
+def _is_one_batch(batches: tuple[Any, ...]) -> bool:
+    """Tell whether a tuple is a named one, a pair of tensors, or of tensors that differ in form."""
+    if not all(isinstance(part, Tensor) for part in batches):
+        return hasattr(batches, "_fields")
+    forms = {(part.dtype, part.ndim, tuple(part.shape[1:])) for part in batches}
+    return hasattr(batches, "_fields") or len(batches) == 2 or len(forms) > 1
+
+
+def _called(
+    loss_fn: Callable[..., Any], params: Tree, batch: Any, buffers: Tree, has_aux: bool
+) -> tuple[Tensor, Any, Tree]:
+    """Return the loss, what else the function returns, and the buffers that it leaves."""
+    if buffers is None:
+        result = loss_fn(params, batch)
+    else:
+        # A sum with a zero of all that goes in is a copy, and one for each task where torch.vmap batches any of it.
+        inputs = [leaf for leaf in tree.flatten((params, batch))[0] if isinstance(leaf, Tensor)]
+        zero = sum([leaf.new_zeros((), dtype=torch.float32) for leaf in inputs], torch.zeros(()))
+        buffers = tree.map(lambda buffer: buffer + zero.to(buffer), buffers)
+        result = loss_fn(params, batch, buffers)
+    value, aux = result if has_aux else (result, None)
+    return value, aux, buffers
+
+
+def _loss(loss_fn: Callable[..., Any], batch: Any, buffers: Tree, has_aux: bool, params: Tree) -> Tensor:
+    return _called(loss_fn, params, batch, buffers, has_aux)[0]
 
 
 def _grad_and_value(
-    loss_fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, has_aux: bool
-) -> tuple[Tree, tuple[Tensor, Any]]:
+    loss_fn: Callable[..., Any], params: Tree, batch: Any, buffers: Tree, has_aux: bool
+) -> tuple[Tree, Tensor, Any, Tree]:
     """Differentiate a loss with respect to the tensors of a tree; return what else there is too."""
     leaves, structure = tree.flatten(params)
     present = [i for i, leaf in enumerate(leaves) if leaf is not None]
@@ -163,13 +213,14 @@ def _grad_and_value(
     rest: list[Any] = []
 
     def loss(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        result = loss_fn(tree.unflatten(structure, replaced(leaves, present, tensors)), batch)
-        value, aux = result if has_aux else (result, None)
-        aux_tensors, rebuild = split(aux)
+        given = tree.unflatten(structure, replaced(leaves, present, tensors))
+        value, *others = _called(loss_fn, given, batch, buffers, has_aux)
+        others_tensors, rebuild = split(others)
         rest[:] = [rebuild]
-        return value, aux_tensors
+        return value, others_tensors
 
-    grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in present])
-    *known, value = computed([*grads, *aux, value])
-    grads, aux = known[: len(present)], known[len(present) :]
-    return tree.unflatten(structure, replaced([None] * len(leaves), present, grads)), (value, rest[0](aux))
+    grads, (value, others) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in present])
+    *known, value = computed([*grads, *others, value])
+    grads, others = known[: len(present)], known[len(present) :]
+    aux, carried = rest[0](others)
+    return tree.unflatten(structure, replaced([None] * len(leaves), present, grads)), value, aux, carried

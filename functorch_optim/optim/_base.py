@@ -2,25 +2,44 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from functorch_optim import tree
 from functorch_optim._core import saving
-from functorch_optim._core.passes import Donations, Work
-from functorch_optim._core.rule import TreeRule, check_extras, with_loss
+from functorch_optim._core.rule import check_extras, with_loss
 from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation
-from functorch_optim._execution import writing
-from functorch_optim._execution.in_place import InPlace, way_of
+from functorch_optim._execution.choose import way_of
 from functorch_optim.optim import _factories as factories
 from functorch_optim.optim._loading import checked_state
 from functorch_optim.optim._plan import Plan
-from functorch_optim.optim._steady import Steady
+from functorch_optim.optim._step import PreparedStep
+
+_profiler_enabled: Any = torch._C._autograd._profiler_enabled
+
+
+def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.optim's hooks and the profiler see a step, where there are any.
+
+    torch.optim.Optimizer does so at every step, which takes as long as the step of a small network.
+    """
+    hooked = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        seen = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled()
+        # The step of a derived class, which calls this one, was wrapped by torch.
+        return (hooked if seen and type(self).step is wrapper else step)(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
+    return wrapper
 
 
 class OptimizerBase(torch.optim.Optimizer):
@@ -30,8 +49,11 @@ class OptimizerBase(torch.optim.Optimizer):
 
     _transformation: Any  # transformation, or factory of one
     _count: type | None = Tensor  # how `state[p]` keeps the step, see Plan
+    _rounds = False  # whether the numbers that scalars carry on are rounded to the default dtype, whatever their own
+    _evaluating = False
     _live = False  # whether the factory may be given functions that read numbers from the group at every step
 
+    @watched
     def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         """Update all parameters that have a gradient.
 
@@ -47,6 +69,9 @@ class OptimizerBase(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
             TypeError: an extra that nothing declares.
         """
+        return self._step(closure, **extra)
+
+    def _step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         loss = None
         if closure is not None:
             _untraced(self._with_loss, extra, "the loss, to come")
@@ -68,97 +93,47 @@ class OptimizerBase(torch.optim.Optimizer):
         return extra
 
     def _update(self, loss: Any, extra: dict[str, Any]) -> None:
+        if self._evaluating:
+            raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before opt.step()")
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "A CUDA graph would repeat the numbers of this very step. Capture the functional step, whose "
                     "counter is on the device: params, state = fo.step(tx, grads, state, params)"
                 )
-            self._check_gradients()
-            plans = [self._plan(index) for index in range(self._number_of_trees)]
+            try:
+                plans = [self._plan(index) for index in range(self._number_of_trees)]
+            except (TypeError, ValueError):
+                self._check_gradients()  # which torch looks at first
+                raise
             if extra or any(plan.asks for plan in plans):
                 extra = self._with_loss(extra, loss)
             # Everything is computed, or at least ready, before anything is changed.
-            steps = [self._prepare(index, plan, extra) for index, plan in enumerate(plans)]
-            for step in steps:
-                step()
+            steps = [self._prepared(index, plan) for index, plan in enumerate(plans)]
+            outcomes = [step.compute(extra) for step in steps]
+            for index, (step, outcome) in enumerate(zip(steps, outcomes, strict=True)):
+                tree_states = step.commit(outcome, self.state)
+                if tree_states:
+                    keys = _tree_keys(index, step.plan)
+                    new = {keys[k]: new for k, new in tree_states.items()}
+                    self.state[REST] = {**self.state.get(REST, {}), **new}
 
-    def _prepare(self, index: int, plan: Plan, extra: dict[str, Any]) -> Callable[[], None]:
-        """Make ready for the step of a tree; change nothing.
-
-        Returns:
-            What makes the step.
-        """
-        if plan.steady is not None and not torch.is_grad_enabled() and plan.steady.fits(self.state):
-            again: Callable[[], None] = plan.steady.prepare(extra)
-            return again
-        donations = Donations(functools.partial(self._work, index))
-        updates, states, tree_states = self._compute(index, plan, extra, donations)
-        overwrites = donations.ready()
-
-        def commit() -> None:
-            for overwrite in overwrites:
-                overwrite()
-            moved = [i for i, update in enumerate(updates) if update is not None]
-            writing.add_([plan.params[i] for i in moved], [updates[i] for i in moved])
-            self._write_states(plan.params, states)
-            if tree_states:
-                self.state[REST] = {**self.state.get(REST, {}), **tree_states}
-            # It takes time to see whether the next step will be like this one; two of a kind are a sign of that.
-            again, plan.steady = plan.stepped, None
-            plan.stepped = True
-            if again and not torch.is_grad_enabled():
-                plan.steady = Steady.after(plan, donations, self.state)
-
-        return commit
-
-    def _work(
-        self, index: int, rules: Sequence[Any], params: list[Tensor], states: Sequence[Any], scalars: Sequence[Any]
-    ) -> Work:
-        """Make what overwrites parameters of a tree and their states."""
+    def _prepared(self, index: int, plan: Plan) -> PreparedStep:
+        """Prepare the step of a tree, or find it where the last one was like it."""
+        prepared = self.__dict__.setdefault("_steps", {})
+        known = prepared.get(index)
+        if known is not None and known.plan is plan and known.fits(self.state):
+            return known  # type: ignore[no-any-return]
+        self._check_gradients()
+        prepared.pop(index, None)
         group = self.param_groups[index] if self._has_factory else self.defaults
-        return InPlace(rules, params, states, scalars, way_of(group))
-
-    def _write_states(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        """Write new states into the tensors of the old ones, as torch.optim does: others may hold or share them."""
-        old, new = [], []
-        recorded = torch.is_grad_enabled()  # then autograd may hold the old ones, also where they have no derivative
-        for p, state in zip(params, states, strict=True):
-            replaced = {}
-            for key, value in state.items():
-                present = self.state[p].get(key)
-                if not recorded and writing.is_room_for(present, value):
-                    old.append(present)
-                    new.append(value)
-                else:
-                    replaced[key] = value
-            if replaced:
-                self.state[p].update(replaced)  # at once, whatever interrupts
-        writing.copy_(old, new)
+        step = PreparedStep(plan, self.state, self._tree_states(index, plan), way_of(group), self._rounds)
+        if step.adds:
+            prepared[index] = step
+        return step
 
     def _check_gradients(self) -> None:
         """Raise when a gradient is of a kind that this optimizer does not take."""
-
-    def _compute(
-        self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations
-    ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
-        """Compute the updates of a tree and its next states; change nothing."""
-        keys, known = _tree_keys(index, plan), self._tree_states(index, plan)
-        olds = [self.state.get(p, {}) for p in plan.params]
-        updates, states, tree_states = plan.update(olds, known, extra, None if torch.is_grad_enabled() else donations)
-        moved = [i for i, p in enumerate(plan.params) if p.grad is not None]
-        writing.check_writable([plan.params[i] for i in moved], lambda position: plan.path(moved[position]))
-        # What is about to be written, or belongs to the user, must not be part of what is to be written later.
-        old_tensors = [value for old in olds for value in old.values()]
-        kept = writing.unshared([*plan.params, *[p.grad for p in plan.params], *old_tensors])
-        return (
-            [kept(update) for update in updates],
-            [
-                {key: value if value is old.get(key) else kept(value) for key, value in state.items()}
-                for state, old in zip(states, olds, strict=True)
-            ],
-            {keys[k]: tree.map(kept, state) for k, state in tree_states.items() if tree.flatten(state)[0]},
-        )
 
     def _tree_states(self, index: int, plan: Plan) -> dict[int, Any]:
         """Return the states of functions of the whole tree, by link."""
@@ -184,6 +159,7 @@ class OptimizerBase(torch.optim.Optimizer):
         groups = [self.param_groups[index]] if self._has_factory else self.param_groups
         for gone in [number for number in plans if number >= self._number_of_trees]:
             del plans[gone]
+            self.__dict__.get("_steps", {}).pop(gone, None)
         if index not in plans or not plans[index][0].is_of(groups):
             plans[index] = (factories.Snapshot(groups, self._live), self._new_plan(self._transformation, groups))
         plan: Plan = plans[index][1]
@@ -218,7 +194,7 @@ class OptimizerBase(torch.optim.Optimizer):
             return
         # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
         candidate = type(self).__new__(type(self))
-        candidate.__dict__.update({**self.__dict__, "_plans": {}})
+        candidate.__dict__.update({**self.__dict__, "_plans": {}, "_steps": {}})
         # The classes of torch.optim fill in what older param groups lack. Their care for older states is ours.
         super(OptimizerBase, candidate).__setstate__({**state, "state": defaultdict(dict)})
         for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
@@ -227,7 +203,7 @@ class OptimizerBase(torch.optim.Optimizer):
         loaded = {key: value.it if isinstance(value, _AsSaved) else value for key, value in state["state"].items()}
         candidate.state.update(loaded)
         candidate._check_loaded(self)
-        self.__dict__.update({**candidate.__dict__, "_plans": {}})
+        self.__dict__.update({**candidate.__dict__, "_plans": {}, "_steps": {}})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or that of torch.optim's class; see there.
@@ -292,8 +268,7 @@ def _disabled(function: Callable[..., Any], *args: Any) -> Any:
 
 def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
     """Name the states of functions of the whole tree: by tree, and by number among them."""
-    whole = [k for k, link in enumerate(plan.links) if isinstance(link.rule, TreeRule)]
-    return {k: f"{index}.{number}" for number, k in enumerate(whole)}
+    return {k: f"{index}.{number}" for number, k in enumerate(plan.whole)}
 
 
 class _AsSaved:

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import is_zero
-from functorch_optim._core.passes import Donations
-from functorch_optim._core.rule import step_dtype
 from functorch_optim._core.transformation import GradientTransformation
-from functorch_optim.optim import _native as native
-from functorch_optim.optim._plan import Plan
 from functorch_optim.optim._torch_like import TorchLike, also
 from functorch_optim.optimizers.adadelta import adadelta
 from functorch_optim.optimizers.adafactor import adafactor
@@ -60,7 +56,6 @@ class SGD(TorchLike, torch.optim.SGD):
     """
 
     _transformation = staticmethod(_sgd)
-    _native = staticmethod(native.sgd)
     _count = None
     _sparse_error = None
 
@@ -79,7 +74,6 @@ class Adam(TorchLike, torch.optim.Adam):
     """
 
     _transformation = staticmethod(adam)
-    _native = staticmethod(native.adam)
     _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
@@ -164,7 +158,6 @@ class Adagrad(TorchLike, torch.optim.Adagrad):
     """
 
     _transformation = staticmethod(adagrad)
-    _native = staticmethod(native.adagrad)
     _sparse_error = None
 
 
@@ -238,13 +231,7 @@ class ASGD(TorchLike, torch.optim.ASGD):
 
     __init__ = also(torch.optim.ASGD.__init__, fused=None)
     _transformation = staticmethod(asgd)
-
-    def _compute(self, index: int, plan: Plan, extra: dict[str, Any], donations: Donations) -> tuple[Any, Any, Any]:
-        updates, states, tree_states = super()._compute(index, plan, extra, donations)
-        for state in states:
-            # torch.optim computes them in the default dtype, even when a loaded state has them in another.
-            state.update({key: state[key].to(step_dtype()).to(state[key]) for key in ("eta", "mu") if key in state})
-        return updates, states, tree_states
+    _rounds = True  # torch.optim computes eta and mu in the default dtype, even when a loaded state has them in another
 
 
 class Adafactor(TorchLike, torch.optim.Adafactor):

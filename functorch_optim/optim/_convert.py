@@ -1,16 +1,16 @@
 """From a live torch.optim optimizer to the functional form, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_optim import optim, tree
-from functorch_optim._core import lift, saving
+from functorch_optim._core import functional, saving
 from functorch_optim._core.checks import check_updates
 from functorch_optim._core.combine import partition
-from functorch_optim._core.layout import nest, unnest
+from functorch_optim._core.links import nest, unnest
 from functorch_optim._core.rule import Rule, TreeRule
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._core.vector import common_dtype, flattened
@@ -71,7 +71,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
     transformations = {str(label): one.transformation for label, one in enumerate(sets)}
     tx = sets[0].transformation if len(sets) == 1 else partition(transformations, tree.unflatten(structure, labels))
     params = tree.map(_copy, originals)
-    states = lift.init(tx._links, params)
+    states = functional.init(tx._links, params)
     offset = 0
     for one in sets:
         for k, link in enumerate(one.plan.links):
@@ -173,23 +173,32 @@ def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
         found: dict[Any, _Set] = {}
         for i, p in enumerate(plan.params):
             given = optimizer.state.get(p, {})
-            position, state = plan.completed(i, checked_state(plan, i, given, set(given)), p)
+            position, state = plan.completed(i, checked_state(plan, i, given, set(given)))
             one = found.setdefault(position, _Set(transformation, plan, position, {}, tree_states))
             one.states[p] = (i, state)
         is_one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory
         if len(found) > 1 and (is_one or any(isinstance(k.rule, TreeRule) or k.rule.sees_tree for k in plan.links)):
             raise ValueError(
-                f"The parameters are at different steps, {', '.join([f'{step:g}' for step, *_ in found])}, but "
+                f"The parameters are at different steps, {_steps(found)}, but "
                 f"{transformation!r} looks at all of them together, or is one for all: it cannot be parted"
             )
         sets += found.values()
     return sets
 
 
+def _steps(positions: Iterable[Any]) -> str:
+    """List the steps of positions."""
+    return ", ".join([f"{dict(position.steps).get('step', 0.0):g}" for position in positions])
+
+
 def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structure: Any) -> Any:
     """Make the state of a link as the parameters of a set have it, from the one that `init` made."""
-    step, fresh, carried = one.position
-    counters: list[Any] = [0 if k in fresh else int(step), *[number for link, number in carried if link == k]]
+    links = one.plan.links
+    users = [i for _, (i, _) in one.states.items() if k in one.plan.parts[i].links]
+    steps = dict(one.position.steps)
+    step = one.position.step_of(one.plan.parts[users[0]], k) if users else steps.get("step", 0.0)
+    counters: list[Any] = [int(step)] * links[k].rule.counts
+    counters += [number for link, number in one.position.carried if link == k]
     columns: list[list[Any]] = []
     for p, (i, state) in one.states.items():
         part = one.plan.parts[i]

@@ -13,6 +13,9 @@ from functorch_optim._core.transformation import GradientTransformation
 
 Factory = Callable[..., GradientTransformation]
 
+# Annotations of hyperparameters that stay whole; as text under `from __future__ import annotations`.
+_WHOLE = (bool, int, "bool", "int")
+
 
 def name_of(transformation: Any) -> str:
     """Name a transformation or factory."""
@@ -91,7 +94,7 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
         )
     if live:
         for name, value in given.items():
-            whole = isinstance(value, numbers.Integral) and known[name].annotation not in (bool, int)
+            whole = isinstance(value, numbers.Integral) and known[name].annotation not in _WHOLE
             number = float(value) if whole else value  # torch.optim takes weight_decay=False too
             given[name] = _live(number, functools.partial(group.__getitem__, name))
     made = factory(**given)

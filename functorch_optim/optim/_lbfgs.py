@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
-from functorch_optim.optimizers._limited_memory import STRONG_WOLFE, Settings, from_torch, minimize, to_torch
+from functorch_optim.optimizers._limited_memory import (
+    PATIENCE,
+    STRONG_WOLFE,
+    Memory,
+    Settings,
+    from_torch,
+    minimize,
+    to_torch,
+)
 
 _COUNTS = ("func_evals", "n_iter")
 _REST = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")  # since the first iteration
@@ -20,12 +29,23 @@ def whole_bounds(group: Mapping[str, Any]) -> dict[str, int]:
     return {name: math.ceil(min(group[name], sys.maxsize)) for name in ("max_iter", "max_eval")}
 
 
+def _hooked(step: Callable[..., Any]) -> Any:
+    """Add torch's hooks, and run both as they are in a compiled function: iterations end when data says so."""
+    disable: Any = torch.compiler.disable
+    hooked = disable(torch.optim.Optimizer.profile_hook_step(step))
+    hooked.hooked = True  # or torch's constructor would add them once more
+    return hooked
+
+
 class LBFGS(torch.optim.LBFGS):
     """Train with the iterations of `fo.lbfgs`; all arguments are those of torch.optim.LBFGS.
 
     Same numbers, and the same state, in `state[first parameter]`; state dicts go both ways. Differs from
     torch.optim:
 
+    - A line search shortens its step where the loss or its slope is not finite. torch.optim's goes on further out.
+    - A warning when a step stands still because `max_eval` leaves the line search too few evaluations, as `max_iter=1`
+      may: all steps after it will.
     - When the closure raises, parameters and state are as they were before the step. torch.optim leaves the parameters
       where it tried them, and cannot step again when it was the first step.
     - float16 and bfloat16 are computed in float32, mixed dtypes in the widest of them, and parameters rounded where
@@ -67,8 +87,9 @@ class LBFGS(torch.optim.LBFGS):
 
     vars(__init__)["__wrapped__"] = torch.optim.LBFGS.__init__  # for the signature
 
+    @_hooked
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Any:
         """Minimize for up to `max_iter` iterations.
 
         Args:
@@ -112,7 +133,7 @@ class LBFGS(torch.optim.LBFGS):
         with torch.enable_grad():
             first = closure()
         begin = flattened(params, dtype)
-        memory = from_torch(self.state[params[0]], begin)
+        memory = before = from_torch(self.state[params[0]], begin)
         try:
             loss = begin.new_tensor(float(first))
             if bounds["max_iter"] > 0:
@@ -123,6 +144,9 @@ class LBFGS(torch.optim.LBFGS):
             write(begin)
             raise
         write(x)
+        is_cut_short = PATIENCE > bounds["max_eval"] < memory.func_evals - before.func_evals
+        if settings.line_search_fn == STRONG_WOLFE and is_cut_short and torch.equal(x, begin):
+            _warn_of_a_stop(memory, loss, bounds["max_eval"])
         self.state[params[0]].update(to_torch(memory, settings.history_size))
         return first
 
@@ -150,6 +174,16 @@ class LBFGS(torch.optim.LBFGS):
         # torch's pickles lack these, and its methods need them.
         self._params = self.param_groups[0]["params"]
         self._numel_cache = None
+
+
+def _warn_of_a_stop(memory: Memory, loss: Tensor, max_eval: int) -> None:
+    """Warn where a step stands still although the slope promises more than the rounding of a loss."""
+    if -memory.prev_flat_grad.dot(memory.d) > torch.finfo(loss.dtype).eps ** 0.5 * loss.abs():
+        warnings.warn(
+            f"LBFGS stands still: its line search found no lower loss in max_eval={max_eval} evaluations, and all "
+            "steps to come are the same. Give it more: LBFGS(params, max_eval=25, line_search_fn='strong_wolfe')",
+            stacklevel=4,
+        )
 
 
 def _check(state: dict[str, Any], size: int) -> None:

@@ -54,7 +54,7 @@ def checked_state(
         )
     # torch's SGD and Muon do not count.
     uncounted = plan.count is None or all(key.startswith("momentum_buffer") for key in state)
-    lacking = sorted((part.known & required) - set(state) - ({"step"} if uncounted else set()))
+    lacking = sorted((part.known & required) - set(state) - (set(part.counters) if uncounted else set()))
     if lacking and set(state) & part.known:  # what a derived class alone has put there is no state of ours
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
@@ -67,7 +67,7 @@ def checked_state(
     for key, value in state.items():
         if key in part.scalars:
             checked[key] = _checked_number(plan, i, key, value)
-            if as_torch and key != "step" and isinstance(value, Tensor) and p.is_floating_point():
+            if as_torch and key not in part.counters and isinstance(value, Tensor) and p.is_floating_point():
                 checked[key] = checked[key].to(p.dtype)
         elif isinstance(value, Tensor):
             checked[key] = _checked_tensor(plan, i, key, value, initial.get(key))
@@ -87,7 +87,11 @@ def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
     number = value.item() if isinstance(value, Tensor) and not value.is_meta else value
     if isinstance(number, bool) or not isinstance(number, int | float | Tensor):
         raise ValueError(f"The saved {key} of parameter {plan.path(i)!r} is {value!r}, where a number belongs")
-    if key == "step" and not isinstance(number, Tensor) and not (number >= 0 and float(number).is_integer()):
+    if (
+        key in plan.parts[i].counters
+        and not isinstance(number, Tensor)
+        and not (number >= 0 and float(number).is_integer())
+    ):
         raise ValueError(f"The saved step of parameter {plan.path(i)!r} is {number}, but it is a count of updates")
     return plan.as_kept(key, value)
 
@@ -122,7 +126,8 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
 
 def exported_state(plan: Plan, i: int, state: State) -> State:
     """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
-    kept = {key: value for key, value in state.items() if key != "step" or plan.count is not None}
+    counters = plan.parts[i].counters if plan.count is None else ()
+    kept = {key: value for key, value in state.items() if key not in counters}
     checked = checked_state(plan, i, kept, set(), plan.parts[i].known)
     scalars = plan.parts[i].scalars
     return {

@@ -2,16 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import is_zero
-from functorch_optim._core.passes import Work
-from functorch_optim._execution.in_place import InPlace, check_options, way_of
-from functorch_optim.optim import _native as native
-from functorch_optim.optim._base import OptimizerBase
+from functorch_optim._execution.choose import check_options
+from functorch_optim.optim._base import OptimizerBase, watched
 
 
 class TorchLike(OptimizerBase):
@@ -21,21 +19,6 @@ class TorchLike(OptimizerBase):
     _sparse_error: str | None = "{} does not support sparse gradients"
     _options: dict[str, Any] = {}  # what was asked of a class that torch.optim has without, see `also`  # noqa: RUF012
 
-    _native: native.Kernel | None = None  # torch's fused kernel, where there is one
-
-    def _work(
-        self, index: int, rules: Sequence[Any], params: list[Tensor], states: Sequence[Any], scalars: Sequence[Any]
-    ) -> Work:
-        group = self.param_groups[index]
-        kernel, way = type(self)._native, way_of(group)
-        if kernel is None or way not in ("fused", None):
-            return super()._work(index, rules, params, states, scalars)
-        if native.takes(group, params, states):
-            return native.Native(kernel, group, params, states)
-        return InPlace(
-            rules, params, states, scalars, None
-        )  # complex parameters, say: nobody waits for a compiler here
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
         for name, value in self._options.items():
@@ -44,7 +27,8 @@ class TorchLike(OptimizerBase):
             check_options(self.defaults)
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @watched
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
 
         Args:
@@ -57,7 +41,7 @@ class TorchLike(OptimizerBase):
             RuntimeError: a gradient is of a kind that this optimizer does not take, or a parameter cannot be modified
                 in place.
         """
-        return super().step(closure)
+        return self._step(closure)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation
-from functorch_optim._execution.in_place import check_options
+from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
 from functorch_optim.optim._base import OptimizerBase
 
@@ -67,6 +68,7 @@ class Optimizer(OptimizerBase):
     """
 
     _complete = True  # whether all groups are there
+    _evaluating = False  # whether the parameters are where they are to be evaluated
 
     def __init__(
         self,
@@ -122,7 +124,37 @@ class Optimizer(OptimizerBase):
         except Exception:
             self.param_groups.pop()
             self.__dict__.pop("_plans", None)
+            self.__dict__.pop("_steps", None)
             raise
+
+    def eval(self) -> None:
+        """Move the parameters to where they are to be evaluated, as `schedule_free` needs it; change nothing else.
+
+        `step` is an error until `train` has moved them back. Without such a transformation nothing moves.
+        """
+        if not self._evaluating:
+            self._move("evaluate")
+        self._evaluating = True
+
+    def train(self) -> None:
+        """Move the parameters back to where they are trained."""
+        if self._evaluating:
+            self._move("resume")
+        self._evaluating = False
+
+    @torch.no_grad()
+    def _move(self, where: str) -> None:
+        moved = []
+        for index in range(self._number_of_trees):
+            plan = self._plan(index)
+            for p, part in zip(plan.params, plan.parts, strict=True):
+                state = self.state.get(p, {})
+                for k, keys in zip(part.links, part.keys, strict=True):
+                    move = getattr(plan.links[k].rule, where)
+                    if move is not None and all(key in state for key in keys):
+                        moved.append((p, move(p, plan.state_type(k, p)(*[state[key] for key in keys]))))
+        for p, new in moved:
+            p.copy_(new)
 
     def __repr__(self) -> str:
         name = type(self).__name__

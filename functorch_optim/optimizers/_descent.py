@@ -1,5 +1,7 @@
 """What all optimizers have around their rule."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 from functorch_optim._core.combine import chain

@@ -1,5 +1,7 @@
 """L-BFGS for one vector: what it remembers, its iterations, and torch.optim.LBFGS's name for everything."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,8 +20,16 @@ NARROW = 1e-9
 """A line search ends when no parameter changes by more than this; torch.optim's, whatever `tolerance_change` is."""
 
 
+PATIENCE = 25
+"""So many evaluations the first line search of an update may take to find a lower loss, where `max_eval` is less."""
+
+
 class Settings(NamedTuple):
-    """The hyperparameters of `lbfgs` in an update; its docstring explains the fields."""
+    """The hyperparameters of `lbfgs` in an update; its docstring explains the fields.
+
+    `patience` is `PATIENCE`; or 0, where `max_eval` holds whatever comes, as in torch.optim, whose updates may stand
+    still.
+    """
 
     lr: Tensor | float
     max_iter: int
@@ -28,6 +38,7 @@ class Settings(NamedTuple):
     tolerance_change: float
     history_size: int
     line_search_fn: str | None
+    patience: int = 0
 
 
 class Memory(NamedTuple):
@@ -119,8 +130,9 @@ def minimize(
         if not searches:
             return end(run, ahead, t, loss, grad)
         point = Point(t, loss, grad, grad.dot(d))
-        is_last = run.memory.func_evals - before.func_evals > settings.max_eval
-        search = line_search.advance(run.search, point, run.loss, run.grad, _largest(d), is_last, NARROW)
+        evaluations, is_first = run.memory.func_evals - before.func_evals, run.memory.n_iter - before.n_iter == 1
+        is_last, until_lower = evaluations > settings.max_eval, is_first & (evaluations <= settings.patience)
+        search = line_search.advance(run.search, point, run.loss, run.grad, _largest(d), is_last, NARROW, until_lower)
         run = run._replace(search=search)
 
         def arrive(run: _Run) -> _Run:
@@ -149,7 +161,7 @@ def minimize(
     run = _Run(~(_largest(grad) <= settings.tolerance_grad), x, loss, grad, memory, search)
     run = cond(run.going, begin, same, run)
     if searches:
-        run = while_loop(lambda run: run.going, turn, run, settings.max_eval)
+        run = while_loop(lambda run: run.going, turn, run, max(settings.max_eval, settings.patience))
         return run.x, run.memory
     # The last iteration does not evaluate where it ends.
     turns = min(settings.max_iter - 1, max(settings.max_eval - 1, 1))

@@ -6,9 +6,14 @@
 It is written as what follows from one evaluation, so that it takes one for each turn of a loop, whatever it is doing:
 `begin` sets the first trial, `advance` is told of loss and slope there, and sets the next or is done.
 
+A trial where loss or slope are not finite is outside of the function's domain: it counts as one with an infinite loss,
+so that the search turns back, halving the way. torch.optim goes on further out.
+
 Source: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 (bracketing) and 3.6 (zoom), in the
 version of minFunc and torch.optim.LBFGS.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -79,7 +84,14 @@ def begin(f: Tensor, g: Tensor, gtd: Tensor, t: Tensor) -> Search:
 
 
 def advance(
-    search: Search, new: Point, f: Tensor, g: Tensor, d_norm: Tensor, is_last: Tensor, tolerance_change: float
+    search: Search,
+    new: Point,
+    f: Tensor,
+    g: Tensor,
+    d_norm: Tensor,
+    is_last: Tensor,
+    tolerance_change: float,
+    until_lower: Tensor | None = None,
 ) -> Search:
     """Take in an evaluation at `search.t`.
 
@@ -91,10 +103,15 @@ def advance(
         d_norm: largest element of |d|.
         is_last: whether no further evaluation may follow.
         tolerance_change: the search ends when no parameter changes by more than this over the bracket.
+        until_lower: whether further ones may follow after all, as long as no lower loss has been found.
 
     Returns:
         The search; when it is done, `low` is the point to go to.
     """
+    new = _bounded(new, f.isfinite() & search.gtd.isfinite())
+    if until_lower is not None:
+        is_lower = (new.f < f) | (search.zooming & (search.low.f < f))
+        is_last = is_last & (is_lower | ~until_lower)
     enough = f + C1 * new.t * search.gtd
     flat = new.gtd.abs() <= -C2 * search.gtd
 
@@ -135,6 +152,13 @@ def advance(
     return cond(search.zooming & ~search.done, narrow, same, search)
 
 
+def _bounded(new: Point, begins_well: Tensor) -> Point:
+    """Give a trial outside of the domain an infinite loss; where the search begins there, nothing is a way out."""
+    fails = begins_well & ~(new.f.isfinite() & new.gtd.isfinite())
+    nowhere = Point(new.t, torch.full_like(new.f, torch.inf), torch.zeros_like(new.g), torch.zeros_like(new.gtd))
+    return select(fails, nowhere, new)
+
+
 def _extrapolated(previous: Point, new: Point) -> Tensor:
     """Step further, to where a cubic has its minimum, but 10 times as far at most."""
     return _cubic_minimum(previous, new, new.t + 0.01 * (new.t - previous.t), new.t * 10)
@@ -163,9 +187,11 @@ def _cubic_minimum(p: Point, q: Point, smallest: Tensor, largest: Tensor) -> Ten
     (t1, g1), (t2, g2) = select(p.t <= q.t, ((p.t, p.gtd), (q.t, q.gtd)), ((q.t, q.gtd), (p.t, p.gtd)))
     gap = p.t - q.t
     # torch divides a number by a tensor like this; a true division rounds otherwise.
-    d1 = p.gtd + q.gtd - 3 * (p.f - q.f) * gap.masked_fill(gap == 0, 1).reciprocal()
+    rise = p.f - q.f
+    is_bounded = rise.isfinite()
+    d1 = p.gtd + q.gtd - 3 * rise.masked_fill(~is_bounded, 0) * gap.masked_fill(gap == 0, 1).reciprocal()
     square = d1 * d1 - g1 * g2
-    exists = square >= 0
+    exists = is_bounded & (square >= 0)
     d2 = safe_sqrt(square.masked_fill(~exists, 0))
     top, bottom = g2 + d2 - d1, g2 - g1 + 2 * d2
     # On a straight line the minimum is at infinity, and what follows at a bound: the derivative must not be inf * 0.

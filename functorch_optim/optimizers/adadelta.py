@@ -1,5 +1,7 @@
 """Adadelta."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 from torch import Tensor

@@ -1,5 +1,7 @@
 """Adafactor: Adagrad's memory, factored."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from functorch_optim._core.combine import partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import safe_sqrt
+from functorch_optim._numerics import minimum, safe_sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
@@ -82,7 +84,7 @@ def adafactor(
 
     Args:
         lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule.
-        beta2_decay: <= 0.
+        beta2_decay: exponent <= 0.
         eps: (eps1, eps2), >= 0. eps1 None: machine epsilon of the parameter's dtype.
         d: clipping threshold of the root mean square of a step, >= 1.
         weight_decay: decoupled, >= 0.
@@ -94,6 +96,9 @@ def adafactor(
 
     The derivative of a maximum is that of its larger argument; at ties that of V, of RMS(w) / d and of RMS(p), and half
     of lr and of 1 / sqrt(t). So with the default, d = 1, a vector's first step, where RMS(w) is 1, counts as clipped.
+
+    A NaN in the gradient of a vector stays in its element: where RMS(w) or RMS(p) is NaN, the maxima above are 1 and
+    eps2. Over a matrix it spreads, by the mean of R.
 
     Same numbers as torch.optim.Adafactor, but where torch takes the eps1 None of the first parameter's dtype for all
     others too. Differs from the paper as torch does: see its note on eps1 and lr.
@@ -120,7 +125,7 @@ def adafactor(
     def scalars(step: Tensor) -> AdafactorScalars:
         return AdafactorScalars(
             weight=step ** at(beta2_decay, step),
-            rho=torch.minimum(step**-0.5, at(lr, step) + torch.zeros_like(step)),
+            rho=minimum(step**-0.5, at(lr, step)),
             eps1=_machine_epsilon if eps1 is None else at(eps1, step),
             eps2=at(eps2, step),
             d=at(d, step),
@@ -129,8 +134,8 @@ def adafactor(
 
     def step(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Any:
         w = g * torch.rsqrt(torch.clamp_min(v, s.eps1 * s.eps1))
-        w = w / torch.clamp_min(_rms(w) / s.d, 1)
-        return -s.rho * torch.clamp_min(_rms(p), s.eps2) * w - s.decay * p
+        w = w / _at_least(1, _rms(w) / s.d)
+        return -s.rho * _at_least(s.eps2, _rms(p)) * w - s.decay * p
 
     def factored(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
         r = torch.lerp(state.row_var, _mean(g * g, -1), s.weight)
@@ -174,6 +179,11 @@ def _machine_epsilon(dtype: torch.dtype) -> float:
 
 def _mean(x: Tensor, dim: int) -> Tensor:
     return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)  # of nothing: 0
+
+
+def _at_least(least: Any, size: Tensor) -> Tensor:
+    """Return the larger one. NaN is not larger, as to python's max, so that it stays in the elements that have it."""
+    return torch.clamp_min(size.masked_fill(size.isnan(), 0), least)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Adagrad."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,7 +10,8 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, fil
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._numerics import safe_sqrt
-from functorch_optim.optimizers._descent import descent
+from functorch_optim.optimizers._descent import uphill_or_down
+from functorch_optim.transforms.decay import add_decayed_weights
 
 
 @leaf_state
@@ -81,7 +84,7 @@ def adagrad(
 
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
-        lr_decay: >= 0.
+        lr_decay: rate >= 0 at which the learning rate decays.
         weight_decay: L2 penalty >= 0. Unless it is the number 0, `update` needs the parameters, and gradients must not
             be sparse.
         initial_accumulator_value: see `scale_by_rss`.
@@ -103,9 +106,12 @@ def adagrad(
     check("learning rate", lr)
     check("lr_decay value", lr_decay)
 
-    def decayed_lr(count: Tensor) -> Any:
-        return at(lr, count + 1) / (1 + count * at(lr_decay, count + 1))
+    def scalars(step: Tensor) -> Any:
+        return -at(lr, step) / (1 + (step - 1) * at(lr_decay, step))
 
-    return descent(
-        scale_by_rss(initial_accumulator_value, eps), lr=decayed_lr, weight_decay=weight_decay, maximize=maximize
+    return uphill_or_down(
+        add_decayed_weights(weight_decay),
+        scale_by_rss(initial_accumulator_value, eps),
+        leafwise(None, lambda g, state, p, s: (s * g, state), scalars, elementwise=True, sparse="touched"),
+        maximize=maximize,
     )

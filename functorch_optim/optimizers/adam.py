@@ -1,5 +1,7 @@
 """Adam, AMSGrad, AdamW, and Adam for sparse gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import debias, safe_sqrt
+from functorch_optim._numerics import debias, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.tree import Tree
 
@@ -51,6 +53,8 @@ class AdamScalars(NamedTuple):
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
         eps: eps sqrt(1 - beta2^t), or eps alone for the lazy rule.
+        t: the step, and
+        plain_eps: eps, for torch's own kernels, which correct for bias by themselves. The rule does not need them.
     """
 
     weight1: Any
@@ -58,6 +62,8 @@ class AdamScalars(NamedTuple):
     weight2: Any
     rate: Any
     eps: Any
+    t: Any
+    plain_eps: Any
 
 
 @factory
@@ -103,11 +109,10 @@ def scale_by_adam(
     check("epsilon value", eps)
 
     def scalars(step: Tensor) -> AdamScalars:
-        beta1, beta2 = at(betas[0], step), at(betas[1], step)
-        root = debias(beta2, step).sqrt()
-        return AdamScalars(
-            1 - beta1, beta2, 1 - beta2, root / debias(beta1, step), at(eps, step) * (1 if lazy else root)
-        )
+        beta1, beta2, e = at(betas[0], step), at(betas[1], step), at(eps, step)
+        root = sqrt(debias(beta2, step))
+        rate = root / debias(beta1, step)
+        return AdamScalars(1 - beta1, beta2, 1 - beta2, rate, e * (1 if lazy else root), step, e)
 
     def moments(g: Tensor, state: Any, s: AdamScalars) -> tuple[Tensor, Tensor]:
         # The weight goes first: g * g overflows where g is greater than 1e19 in float32.
@@ -192,8 +197,8 @@ def adamw(
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
         betas: see `scale_by_adam`.
         eps: see `scale_by_adam`.
-        weight_decay: >= 0; a step shrinks the parameters by lr * weight_decay. Unless it is the number 0, `update`
-            needs the parameters.
+        weight_decay: factor >= 0; a step shrinks the parameters by lr * weight_decay. Unless it is the number 0,
+            `update` needs the parameters.
         amsgrad: see `scale_by_adam`.
         mask: where parameters decay; see `add_decayed_weights`.
         maximize: ascend instead; parameters still shrink.

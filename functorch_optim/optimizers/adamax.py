@@ -1,5 +1,7 @@
 """Adamax: Adam with the infinity norm."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """ASGD: averaged stochastic gradient descent."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +9,8 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._numerics import at_least, double
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 
@@ -94,14 +97,14 @@ def asgd(
         return ASGDCarried(at(lr, torch.ones((), dtype=torch.float64)), 1.0)
 
     def scalars(step: Tensor, carried: ASGDCarried) -> tuple[ASGDScalars, ASGDCarried]:
-        eta, mu = carried.eta.to(step), carried.mu.to(step)
+        eta, mu = double(carried.eta), double(carried.mu)
         eta_next = at(lr, step) / (1 + at(lambd, step) * at(lr, step) * step) ** at(alpha, step)
-        mu_next = 1 / torch.clamp(step - at(t0, step), min=1)
+        mu_next = 1 / at_least(step - at(t0, step), 1.0)
         return ASGDScalars(eta, at(lambd, step) * eta, mu), ASGDCarried(eta_next, mu_next)
 
     def update(g: Tensor, state: ASGDState, p: Any, s: ASGDScalars) -> Any:
         u = -(s.eta * g + s.decay * p)
         return u, ASGDState(torch.lerp(state.ax, p + u, s.mu))
 
-    rule = leafwise(ASGDState, update, scalars, carry=carry, elementwise=True, needs_params=True)
+    rule = of_rule(ASGDState, update, scalars, carry=carry, elementwise=True, needs_params=True, narrow=True, lr=lr)
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)

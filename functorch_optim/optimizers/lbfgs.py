@@ -1,5 +1,7 @@
 """L-BFGS: Newton's method, with an inverse Hessian made of the last few steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from functorch_optim._control import is_known, is_masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_integer, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
-from functorch_optim.optimizers._limited_memory import STRONG_WOLFE, Memory, Settings, minimize, new_memory
+from functorch_optim.optimizers._limited_memory import PATIENCE, STRONG_WOLFE, Memory, Settings, minimize, new_memory
 from functorch_optim.tree import Tree
 
 
@@ -82,8 +84,10 @@ def lbfgs(
         lr: step length >= 0, or with a line search the first that is tried: number, 0-dim tensor, or schedule of the
             number of updates done.
         max_iter: largest number of iterations in an update, >= 1.
-        max_eval: number of evaluations in an update that it ends after, >= 1; None is 1.25 max_iter. It is looked at
-            after an iteration, so that there are at least two, unless the gradient is small at once.
+        max_eval: number of evaluations in an update that it ends after, >= 1; it is looked at after an iteration, so
+            that there are at least two, unless the gradient is small at once. A line search ends with it too, and the
+            update stands still where that has found no lower loss. None is 1.25 max_iter, but the first line search
+            may take 25 evaluations to find one.
         tolerance_grad: see above, >= 0.
         tolerance_change: see above, >= 0. A line search ends by 1e-9 whatever it is, as torch's does.
         history_size: number of pairs that are kept, >= 1. The state has room for all from the start.
@@ -94,14 +98,24 @@ def lbfgs(
         TypeError: a count is no integer.
 
     Same numbers as torch.optim.LBFGS, but that an additive update rounds the parameters once more, which badly curved
-    problems amplify. Different from it: numbers are computed in the widest dtype of the parameters (float32 at least),
-    the loss too; a parameter without a gradient stays where it is even when the history would move it; parameters may
-    be empty; and an update may be differentiated: the derivative is that of the iterations and trials that were made,
-    as if their number were given. Wrap `update` in `torch.no_grad()` where the parameters require grad and no
-    derivative is wanted. Put it first in a chain: it evaluates gradients itself, and knows them only untransformed.
+    problems amplify. Different from it:
+
+    - A line search shortens its step where loss or slope are not finite, outside of a logarithm's domain say; torch's
+      goes on further out.
+    - With `max_iter` below 20 and no `max_eval`, an update goes on where torch's would stand still, and so would all
+      updates after it.
+    - Numbers are computed in the widest dtype of the parameters (float32 at least), the loss too.
+    - A parameter without a gradient stays where it is even when the history would move it; parameters may be empty.
+    - An update may be differentiated: the derivative is that of the iterations and trials that were made, as if their
+      number were given. Wrap `update` in `torch.no_grad()` where the parameters require grad and no derivative is
+      wanted.
+
+    Put it first in a chain: it evaluates gradients itself, and knows them only untransformed.
 
     Inside of `torch.vmap` and `torch.compile` nothing can end early: every update takes the time of `max_iter`
-    iterations (`max_eval` evaluations with a line search), each with `history_size` pairs. Choose them small there.
+    iterations (with a line search, of `max_eval` evaluations; of 25 at least where that is None), each with
+    `history_size` pairs. Choose them small there. Trials that are not taken are differentiated there too: where the
+    loss has an infinite derivative, on the border of its domain, that of the update is NaN.
 
     Source: Liu & Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming 45,
     1989; Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 7.4 and 7.5, and 3.5 and 3.6 for the line
@@ -128,9 +142,10 @@ def lbfgs(
     check_number("tolerance_change", tolerance_change)
     if line_search_fn not in (None, STRONG_WOLFE):
         raise ValueError(f"Invalid line_search_fn: {line_search_fn!r}; only 'strong_wolfe' is supported, and None")
+    patience = PATIENCE if max_eval is None else 0
     if max_eval is None:
         max_eval = max_iter * 5 // 4
-    fixed = Settings(0.0, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
+    fixed = Settings(0.0, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn, patience)
 
     def init(params: Tree) -> LBFGSState:
         leaves = tree.flatten(params)[0]

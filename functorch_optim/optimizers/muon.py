@@ -1,5 +1,7 @@
 """Muon: momentum, orthogonalized."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Literal, NamedTuple
 

@@ -1,5 +1,7 @@
 """NAdam: Adam with Nesterov momentum."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +9,8 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import debias, safe_sqrt
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._numerics import as_kept, debias, double, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import descent
 
 
@@ -99,9 +101,9 @@ def scale_by_nadam(
         psi = at(momentum_decay, step)
         mu = beta1 * (1 - 0.5 * 0.96 ** (step * psi))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * psi))
-        product = carried.mu_product * mu.to(carried.mu_product)
-        root = debias(beta2, step).sqrt()
-        now, ahead = (1 - mu) / (1 - product.to(mu)), mu_next / (1 - product.to(mu) * mu_next)
+        product = carried.mu_product * as_kept(mu, carried.mu_product)
+        root = sqrt(debias(beta2, step))
+        now, ahead = (1 - mu) / (1 - double(product)), mu_next / (1 - double(product) * mu_next)
         return NAdamScalars(1 - beta1, beta2, 1 - beta2, now * root, ahead * root, at(eps, step) * root), NAdamCarried(
             product
         )
@@ -111,7 +113,7 @@ def scale_by_nadam(
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         return (s.now * g + s.ahead * m) / (safe_sqrt(v) + s.eps), ScaleByNAdamState(m, v)
 
-    return leafwise(ScaleByNAdamState, update, scalars, carry=carry, elementwise=True)
+    return of_rule(ScaleByNAdamState, update, scalars, carry=carry, elementwise=True, narrow=True)
 
 
 @factory

@@ -1,5 +1,7 @@
 """RAdam: Adam that waits until its variance can be trusted."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import debias, safe_sqrt
+from functorch_optim._numerics import debias, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import descent
 
 
@@ -86,9 +88,9 @@ def scale_by_radam(
         rho_t = rho_inf - 2 * step * beta2**step / debias(beta2, step)
         rectified = rho_t > 5
         # Numbers for which r_t is finite, where it is not used.
-        rho, inf = torch.where(rectified, rho_t, 6), torch.where(rectified, rho_inf, 6)
-        r = ((rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho)).sqrt()
-        rate = torch.where(rectified, r * debias(beta2, step).sqrt(), 1) / debias(beta1, step)
+        rho, inf = where(rectified, rho_t, 6.0), where(rectified, rho_inf, 6.0)
+        r = sqrt((rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho))
+        rate = where(rectified, r * sqrt(debias(beta2, step)), 1.0) / debias(beta1, step)
         return RAdamScalars(1 - beta1, beta2, 1 - beta2, rectified, rate, at(eps, step))
 
     def update(g: Tensor, state: ScaleByRAdamState, p: Tensor | None, s: RAdamScalars) -> Any:

@@ -1,5 +1,7 @@
 """RMSprop."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +120,7 @@ def rmsprop(
         alpha: see `scale_by_rms`.
         eps: see `scale_by_rms`.
         weight_decay: L2 penalty >= 0. Unless it is the number 0, `update` needs the parameters.
-        momentum: >= 0; the number 0 switches it off, and no buffer is kept.
+        momentum: factor >= 0; the number 0 switches it off, and no buffer is kept.
         centered: see `scale_by_rms`.
         maximize: ascend instead.
 

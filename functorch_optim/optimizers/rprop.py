@@ -1,5 +1,7 @@
 """Rprop: resilient backpropagation."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

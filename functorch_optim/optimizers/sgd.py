@@ -1,5 +1,7 @@
 """Stochastic gradient descent."""
 
+from __future__ import annotations
+
 from functorch_optim._core.hyperparameters import Hyperparameter, is_zero
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import descent
@@ -24,7 +26,7 @@ def sgd(
 
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
-        momentum: >= 0; the number 0 switches it off, and no buffer is kept.
+        momentum: factor >= 0; the number 0 switches it off, and no buffer is kept.
         dampening: what a new gradient is dampened by; not the first one.
         weight_decay: L2 penalty >= 0. Unless it is the number 0, `update` needs the parameters.
         nesterov: Nesterov's momentum; needs momentum > 0 and dampening = 0.

@@ -9,6 +9,9 @@ write `Schedule(lambda step: ...)` instead where a tensor takes part.)
 Every argument that is not said to be a list, a word or an int may be a number or a 0-dim tensor; so may the entries of
 lists. Derivatives are finite everywhere; where a schedule jumps or bends they are those of one side.
 
+Arguments are named as torch's and ordered as its schedulers', with the value in front. Where positional ones are in
+another order, optax's say, and their numbers tell, that is an error which names the call that would be right.
+
 Every scheduler of torch has a counterpart, but for three. LambdaLR needs none: any function of the step is a schedule.
 MultiplicativeLR multiplies by f(1) f(2) ... f(t): as many factors as steps, of a function that is not known; write the
 product down, as `exponential` does for a constant factor. ReduceLROnPlateau looks at the loss, so it is not a function

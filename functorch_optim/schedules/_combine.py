@@ -1,5 +1,7 @@
 """Schedules of schedules."""
 
+from __future__ import annotations
+
 import functools
 import operator
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Schedules that come back to where they began."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Literal
 

@@ -1,13 +1,14 @@
 """Schedules that go one way."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import check_choice
-from functorch_optim._core.known import where
+from functorch_optim._numerics import where
 from functorch_optim.schedules._pieces import between, mix, progress
 from functorch_optim.schedules._schedule import Number, check_numbers, factory
 
@@ -27,6 +28,7 @@ def linear(start_value: Number, end_value: Number, total_iters: Number) -> Calla
         ValueError: a number is NaN, or `total_iters` is negative.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.linear(1.0, 0.0, 4)(torch.arange(6))
         tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
@@ -51,6 +53,7 @@ def linear_factor(
         ValueError: a number is NaN, or `total_iters` is negative.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.linear_factor(0.1, 0.5, total_iters=2)(torch.arange(4))
         tensor([0.0500, 0.0750, 0.1000, 0.1000], dtype=torch.float64)
@@ -77,6 +80,7 @@ def cosine(value: Number, total_iters: Number, end_value: Number = 0.0) -> Calla
         ValueError: a number is NaN, or `total_iters` is negative.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.cosine(1.0, 4)(torch.arange(6))
         tensor([1.0000, 0.8536, 0.5000, 0.1464, 0.0000, 0.0000], dtype=torch.float64)
@@ -97,6 +101,7 @@ def exponential(value: Number, gamma: Number) -> Callable[[Tensor], Number]:
         ValueError: a number is NaN.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.exponential(1.0, 0.5)(torch.arange(4))
         tensor([1.0000, 0.5000, 0.2500, 0.1250], dtype=torch.float64)
@@ -123,6 +128,7 @@ def polynomial(
         ValueError: a number is NaN, or `total_iters` or `power` is negative.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.polynomial(1.0, 4, power=2.0)(torch.arange(6))
         tensor([1.0000, 0.5625, 0.2500, 0.0625, 0.0000, 0.0000], dtype=torch.float64)
@@ -132,8 +138,8 @@ def polynomial(
     def function(step: Tensor) -> Tensor:
         left = 1 - progress(step, total_iters)
         over = left == 0  # where the derivative of a root is infinite
-        last = (torch.as_tensor(power, device=step.device) == 0).to(step)  # 0^0 = 1
-        return mix(end_value, value, where(over, last, where(over, 1, left) ** power))
+        last = where(power == 0, 1.0, 0.0)  # 0^0 = 1
+        return mix(end_value, value, where(over, last, where(over, 1.0, left) ** power))
 
     return function
 
@@ -158,6 +164,7 @@ def swa(
     Source: Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, arXiv:1803.05407.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.swa(1.0, 0.5, 4)(torch.arange(6))
         tensor([1.0000, 0.9268, 0.7500, 0.5732, 0.5000, 0.5000], dtype=torch.float64)

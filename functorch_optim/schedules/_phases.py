@@ -1,5 +1,7 @@
 """Schedules of several phases."""
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import check_choice
-from functorch_optim._core.known import where
+from functorch_optim._numerics import where
 from functorch_optim.schedules._pieces import between, follow, legs
 from functorch_optim.schedules._schedule import (
     Number,
@@ -157,8 +159,9 @@ def piecewise_interpolate(
         >>> schedules.piecewise_interpolate([0.0, 1.0, 0.5], [2, 4])(torch.arange(6))
         tensor([0.0000, 0.5000, 1.0000, 0.7500, 0.5000, 0.5000], dtype=torch.float64)
     """
-    check_each("value", values)
-    check_milestones(milestones, "values", values, "piecewise_interpolate([0.0, 0.1, 0.0], [10, 100])")
+    example = "piecewise_interpolate([0.0, 0.1, 0.0], [10, 100])"
+    check_each("value", values, example)
+    check_milestones(milestones, "values", values, example)
     check_choice("interpolation", interpolation, "linear", "cosine")
     milestones = tuple(milestones)
     return follow([*legs(values, milestones, interpolation), constant(values[-1])], milestones)
@@ -186,8 +189,8 @@ def one_cycle(
         total_steps: number of steps > 0.
         pct_start: part of the steps that the rise takes, in [0, 1].
         anneal_strategy: "cos", along half cosine waves, or "linear".
-        div_factor: > 0, how many times smaller than the peak the value at step 0 is.
-        final_div_factor: > 0, how many times smaller than that the last value is.
+        div_factor: number > 0: the peak divided by the value at step 0.
+        final_div_factor: number > 0: the value at step 0 divided by the last value.
         three_phase: whether the fall is as long as the rise and a third phase goes on to the last value.
 
     Raises:

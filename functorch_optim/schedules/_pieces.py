@@ -1,23 +1,23 @@
 """What schedules are made of: functions of the step whose derivatives are finite everywhere."""
 
+from __future__ import annotations
+
 import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from functorch_optim._core.known import where
-from functorch_optim._numerics import safe_sqrt
-from functorch_optim.schedules._schedule import Number
+from functorch_optim._numerics import cos, safe_sqrt, where
+from functorch_optim.schedules._schedule import Number, Schedule
 
 
-def progress(step: Tensor, total_iters: Number) -> Tensor:
+def progress(step: Tensor, total_iters: Number) -> Any:
     """Return step / total_iters until the end, and 1, with derivative zero, from there on."""
     under_way = step < total_iters
-    length = where(under_way, total_iters, torch.ones_like(step))
-    return where(under_way, step / length, 1)
+    length = where(under_way, total_iters, 1.0)
+    return where(under_way, step / length, 1.0)
 
 
 def mix(start: Number, end: Number, weight: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def mix(start: Number, end: Number, weight: Tensor) -> Tensor:
     return start * (1 - weight) + end * weight
 
 
-def half_wave(x: Tensor) -> Tensor:
+def half_wave(x: Tensor) -> Any:
     """Rise from 0 at 0 to 1 at 1 as half a cosine wave."""
-    return (1 - torch.cos(math.pi * x)) / 2
+    return (1 - cos(math.pi * x)) / 2
 
 
 def _straight(x: Tensor) -> Tensor:
@@ -70,13 +70,14 @@ def follow(
     """
 
     def function(step: Tensor) -> Tensor:
-        value = torch.zeros_like(step)
+        value: Any = 0.0
         for i, (piece, begin) in enumerate(zip(pieces, [0, *milestones], strict=True)):
             holds = past(step, begin) if i > 0 else step >= 0
             if i < len(milestones):
-                holds = holds & ~past(step, milestones[i])
+                holds = holds & (past(step, milestones[i]) ^ True)
             # A piece is not asked for steps at which it does not hold: it need not be finite there.
-            value = where(holds, piece(where(holds, step - begin, 0)), value)
-        return value
+            own = where(holds, step - begin, 0.0)
+            value = where(holds, piece.at_number(own) if isinstance(piece, Schedule) else piece(own), value)
+        return value  # type: ignore[no-any-return]
 
     return function

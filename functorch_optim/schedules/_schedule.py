@@ -1,16 +1,17 @@
 """What a schedule is, and the checks of what schedules are given."""
 
+from __future__ import annotations
+
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import check
-from functorch_optim._core.known import Known
+from functorch_optim._core.hyperparameters import check, check_returned
 from functorch_optim._core.recorded import Recorded
 
 _P = ParamSpec("_P")
@@ -43,7 +44,7 @@ class Schedule(Recorded):
         self._call = (Schedule, (function,), {})
 
     @classmethod
-    def of(cls, function: Callable[[Tensor], Number]) -> "Schedule":
+    def of(cls, function: Callable[[Tensor], Number]) -> Schedule:
         """Make a schedule of a function, unless it is one."""
         return function if isinstance(function, Schedule) else cls(function)
 
@@ -53,12 +54,20 @@ class Schedule(Recorded):
         Args:
             step: number of updates already done: number or tensor.
         """
-        given: Any = step
-        if not isinstance(given, Known):
-            given = given.to(torch.float64) if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
-        elif self._call[0] is Schedule:  # a function of the user's
-            given = given.tensor
-        return self._function(given) + torch.zeros_like(given)
+        given = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
+        value = self.at_number(given)
+        check_returned(self._function, value)
+        return value + torch.zeros_like(given)
+
+    def at_number(self, step: Number) -> Number:
+        """Return the value at this step as a float where the step is one, if it can be computed so.
+
+        Args:
+            step: number of updates already done: float, or float64 tensor.
+        """
+        if isinstance(step, float) and self._call[0] is Schedule:  # a function of the user's, which takes tensors
+            step = torch.tensor(step, dtype=torch.float64)
+        return self._function(step)  # type: ignore[arg-type]  # ours take floats too
 
     def __add__(self, other: Any) -> Any:
         return _combined(operator.add, self, other)
@@ -95,7 +104,9 @@ def _combined(operation: Callable[..., Any], *operands: Any) -> Any:
     functions = [Schedule.of(operand) if callable(operand) else operand for operand in operands]
 
     def function(step: Tensor) -> Number:
-        values: Number = operation(*[operand(step) if callable(operand) else operand for operand in functions])
+        values: Number = operation(
+            *[operand.at_number(step) if isinstance(operand, Schedule) else operand for operand in functions]
+        )
         return values
 
     schedule = Schedule(function)
@@ -110,9 +121,11 @@ def factory(make: Callable[_P, Callable[[Tensor], Number]]) -> Callable[_P, Sche
     differentiated at every step, and is up to date when they were changed in place.
     """
     remake: Any = make
+    names = remake.__code__.co_varnames[: remake.__code__.co_argcount]
 
     @functools.wraps(make)
     def made(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
+        _check_order(make.__name__, names, args)
         function = make(*args, **kwargs)
         if _has_tensor(args) or _has_tensor(tuple(kwargs.values())):
 
@@ -139,23 +152,26 @@ def _wide(argument: Any) -> Any:
 
 
 _COUNT, _LENGTH = "value >= 0", "value > 0"  # how many steps, and how many of something that cannot be empty
-_ALLOWED = {
+_STEPS = {
     "T_0": _LENGTH,
     "T_max": _LENGTH,
     "anneal_epochs": _COUNT,
     "decay_iters": _COUNT,
-    "div_factor": "value > 0",
-    "final_div_factor": "value > 0",
-    "pct_start": "0 <= value <= 1",
-    "power": "value >= 0",
     "stable_iters": _COUNT,
     "step_size": _LENGTH,
     "step_size_down": _COUNT,
     "step_size_up": _LENGTH,
-    "timescale": "value > 0",
     "total_iters": _COUNT,
     "total_steps": _LENGTH,
     "warmup_iters": _COUNT,
+}
+_ALLOWED = {
+    **_STEPS,
+    "div_factor": "value > 0",
+    "final_div_factor": "value > 0",
+    "pct_start": "0 <= value <= 1",
+    "power": "value >= 0",
+    "timescale": "value > 0",
 }
 
 
@@ -170,19 +186,63 @@ def check_numbers(**numbers: Number) -> None:
         check(name, number, _ALLOWED.get(name, "a number"), trees=False)
 
 
-def check_each(name: str, numbers: Sequence[Number]) -> None:
-    """Raise unless every entry of a list is a tensor, or a python number that is not NaN."""
+_VALUES = ("value", "start_value", "end_value", "peak_value", "eta_min", "base_lr", "max_lr")
+_FACTORS = ("gamma", "factor", "start_factor", "end_factor", "swa_lr")
+_OTHER_ORDERS = {
+    # Those of optax, of `linear` and `cosine` when taken for each other, and of a factor before its step size.
+    "warmup_cosine": (1, 2, 3, 0, 4),
+    "polynomial": (0, 3, 2, 1),
+    "one_cycle": (1, 0),
+    "linear": (0, 2, 1),
+    "cosine": (0, 2, 1),
+    "step": (0, 2, 1),
+}
+
+
+def _check_order(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
+    """Raise when positional arguments are, as numbers tell, in the order of another function.
+
+    Raises:
+        ValueError: a number of steps is between 0 and 1, or 0.0 or 1.0 while a value is an integer above 1; a factor is
+            an integer above 1; or a warm-up would come down from more than the number of all steps.
+    """
+    given = {name: arg for name, arg in zip(names, args, strict=False) if type(arg) in (int, float)}
+    counts = [count for count in given if count in _STEPS and count not in ("step_size_up", "step_size_down")]
+    has_count = any(type(given.get(value)) is int and given[value] > 1 for value in _VALUES)
+    wrong = [
+        *[count for count in counts if 0 < given[count] < 1],
+        *[count for count in counts if has_count and type(given[count]) is float and given[count] <= 1],
+        *[factor for factor in _FACTORS if type(given.get(factor)) is int and given[factor] > 1],
+    ]
+    if {"peak_value", "total_iters", "start_value"} <= given.keys():
+        wrong += ["start_value"] * (given["start_value"] > max(given["peak_value"], given["total_iters"]))
+    if wrong:
+        order = [place for place in _OTHER_ORDERS.get(name, ()) if place < len(args)]
+        ordered = [args[place] for place in order] if len(order) == len(args) else list(args)
+        right = "the value comes first, which torch's schedulers take from their optimizer"
+        if ordered != list(args):
+            right = f"write {name}({', '.join(map(repr, ordered))})"
+        raise ValueError(
+            f"{name}({', '.join(map(repr, args))}) has {given[wrong[0]]} in the place of {wrong[0]}. Its arguments are "
+            f"{name}({', '.join(names)}); {right}"
+        )
+
+
+def check_each(name: str, numbers: Sequence[Number], example: str) -> None:
+    """Raise unless this is a list, and each of its entries a tensor, or a python number that is not NaN."""
+    if isinstance(numbers, Real | Mapping):
+        raise TypeError(f"Invalid {name}s: {numbers!r}; give a list, as in {example}")
     for index, number in enumerate(numbers):
         check_numbers(**{f"{name} at index {index}": number})
 
 
 def check_milestones(milestones: Sequence[Number], what: str, pieces: Sequence[Any], example: str) -> None:
     """Raise unless there is a milestone between any two pieces, and they are in order."""
+    check_each("milestone", milestones, example)
     if len(milestones) != len(pieces) - 1:
         raise ValueError(
             f"{len(pieces)} {what} need {len(pieces) - 1} milestones, got {len(milestones)}; as in {example}"
         )
-    check_each("milestone", milestones)
     numbers = [milestone for milestone in milestones if not isinstance(milestone, Tensor)]
     if sorted(numbers) != numbers:
         raise ValueError(f"The milestones {list(milestones)} are not in order")

@@ -1,10 +1,12 @@
 """Schedules that stay, and that go in steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from functorch_optim._numerics import floor
 from functorch_optim.schedules._pieces import follow
 from functorch_optim.schedules._schedule import Number, check_each, check_milestones, check_numbers, factory
 
@@ -20,6 +22,7 @@ def constant(value: Number) -> Callable[[Tensor], Number]:
         ValueError: it is NaN.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.constant(0.1)(5)
         tensor(0.1000, dtype=torch.float64)
@@ -41,6 +44,7 @@ def constant_factor(value: Number, factor: Number = 1 / 3, total_iters: Number =
         ValueError: a number is NaN, or `total_iters` is negative.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.constant_factor(1.0, 0.1, 2)(torch.arange(4))
         tensor([0.1000, 0.1000, 1.0000, 1.0000], dtype=torch.float64)
@@ -62,12 +66,13 @@ def step(value: Number, step_size: Number, gamma: Number = 0.1) -> Callable[[Ten
         ValueError: a number is NaN, or `step_size` is not > 0.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.step(1.0, 2)(torch.arange(5))
         tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100], dtype=torch.float64)
     """
     check_numbers(value=value, step_size=step_size, gamma=gamma)
-    return lambda step: value * gamma ** torch.floor(step / step_size)
+    return lambda step: value * gamma ** floor(step / step_size)
 
 
 @factory
@@ -83,16 +88,17 @@ def multi_step(value: Number, milestones: Sequence[Number], gamma: Number = 0.1)
         ValueError: a number is NaN.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.multi_step(1.0, [2, 4])(torch.arange(5))
         tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100], dtype=torch.float64)
     """
+    check_each("milestone", milestones, "multi_step(0.1, [30, 80])")
     check_numbers(value=value, gamma=gamma)
-    check_each("milestone", milestones)
     milestones = tuple(milestones)
 
     def function(step: Tensor) -> Tensor:
-        passed = torch.zeros_like(step)
+        passed = 0.0 * step
         for milestone in milestones:
             passed = passed + (step >= milestone)
         return value * gamma**passed
@@ -112,12 +118,14 @@ def piecewise_constant(values: Sequence[Number], milestones: Sequence[Number]) -
         ValueError: a number is NaN, there is not one milestone fewer than values, or they are not in order.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.piecewise_constant([1.0, 0.5, 2.0], [2, 3])(torch.arange(5))
         tensor([1.0000, 1.0000, 0.5000, 2.0000, 2.0000], dtype=torch.float64)
     """
-    check_each("value", values)
-    check_milestones(milestones, "values", values, "piecewise_constant([0.1, 0.01], [100])")
+    example = "piecewise_constant([0.1, 0.01], [100])"
+    check_each("value", values, example)
+    check_milestones(milestones, "values", values, example)
     return follow([constant(value) for value in values], tuple(milestones))
 
 
@@ -134,6 +142,7 @@ def table(values: Tensor) -> Callable[[Tensor], Tensor]:
         ValueError: there is no value.
 
     Example:
+        >>> import torch
         >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.table(torch.tensor([0.3, 0.2, 0.1]))(torch.arange(5))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.testing._problem import Subject, awkward, moderate, parameters, problems, standard
-from functorch_optim.testing._properties import INCOMPLETE, PROPERTIES, SLOW
+from functorch_optim.testing._properties import INCOMPLETE, PROPERTIES, SINGLE
 from functorch_optim.testing._report import falsify, reported, to_check
 from functorch_optim.tree import Tree
 
@@ -40,6 +40,7 @@ def check_transformation(
     | `saving` | through `state_dict`, `torch.load(weights_only=True)`, pickle |
     | `ways` | tensor by tensor, in blocks, by foreach kernels, recorded by autograd |
     | `steps` | `fo.step` and `fo.step_` |
+    | `used_hyperparameters` | none is forgotten |
     | `derivatives` | reverse and forward mode, against finite differences |
     | `finite_derivatives` | also where gradients are zero |
     | `compiled` | whole, and once |
@@ -55,7 +56,7 @@ def check_transformation(
         extra: what `update` declares by keyword, besides `value`, the loss, and `value_fn`, a function of the
             parameters, which are there.
         tolerance: of rounding in float64, relative.
-        examples: how many trees each property is tried on; the last three, which take long, are on one.
+        examples: how many trees each property is tried on; the last four are on one.
 
     Raises:
         PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
@@ -82,7 +83,7 @@ def check_transformation(
     for name in to_check(PROPERTIES, skip):
         check = PROPERTIES[name]
         missing = check in INCOMPLETE and "missing_gradients" not in skip
-        if check not in SLOW:
+        if check not in SINGLE:
             first = awkward(missing, extra) if params is None else None
             falsify(check, subject, problems(drawn, missing=missing, extra=extra), examples, first)
         elif params is None:

@@ -1,15 +1,16 @@
 """Clipping: by value, by each tensor's norm, by the norm of the whole tree."""
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
-from functorch_optim._core.known import alike, where
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
-from functorch_optim._numerics import safe_norm
+from functorch_optim._numerics import isfinite, safe_norm, where
 
 
 @factory
@@ -87,8 +88,8 @@ def clip_by_global_norm(
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
         norm_type: order of the norm: number > 0, or inf.
-        eps: >= 0: number, 0-dim tensor, or schedule. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`; with
-            the default, 0, the clipped norm is exactly c.
+        eps: number >= 0 added to the norm: number, 0-dim tensor, or schedule. 1e-6 gives the numbers of
+            `torch.nn.utils.clip_grad_norm_`; with the default, 0, the clipped norm is exactly c.
         nonfinite: what to do when the norm is NaN or inf. "propagate": nothing, as torch does: a NaN makes all updates
             NaN. "skip": all updates are set to zero, without waiting for the device. "raise": a RuntimeError; this
             waits for the device, and torch refuses it under `torch.vmap` and `torch.compile`.
@@ -115,10 +116,10 @@ def clip_by_global_norm(
 
     def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:
         norm = global_norm(updates, norm_type, step)
-        finite = torch.isfinite(norm)
+        finite = isfinite(norm)
         if nonfinite == "raise" and not finite:
             raise RuntimeError(
-                f"The total norm of order {norm_type} is {norm.item()}, so it cannot be clipped. Find the cause, or "
+                f"The total norm of order {norm_type} is {float(norm)}, so it cannot be clipped. Find the cause, or "
                 "choose clip_by_global_norm(..., nonfinite='skip')"
             )
         if skip:  # what is thrown away must not reach derivatives either
@@ -134,21 +135,22 @@ def clip_by_global_norm(
     return leafwise(None, update, scalars, elementwise=True, sparse="touched")
 
 
-def global_norm(tensors: list[Tensor], norm_type: float, like: Tensor) -> Tensor:
-    """Take the norm of all elements of all tensors, as a 0-dim tensor like `like`."""
+def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
+    """Take the norm of all elements of all tensors: a float where the step is one and nothing is differentiated."""
     if not tensors:
-        return torch.zeros_like(like)
+        return 0.0 * step
     taken = norms(tensors, norm_type)
     if any(norm.device != taken[0].device or norm.dtype != taken[0].dtype for norm in taken):
         taken = [norm.to(device=taken[0].device, dtype=torch.float64) for norm in taken]
     [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
-    return alike(norm, like)
+    is_known = isinstance(step, float) and norm.device.type == "cpu"
+    return norm if not is_known or (norm.requires_grad and torch.is_grad_enabled()) else norm.item()
 
 
-def _shrink(norm: Tensor, max_norm: Any) -> Tensor:
+def _shrink(norm: Any, max_norm: Any) -> Any:
     """Return min(1, max_norm / norm); NaN for NaN; with derivative zero where nothing is clipped."""
     fits = norm <= max_norm
-    return where(fits, 1, max_norm / where(fits, 1, norm))
+    return where(fits, 1.0, max_norm / where(fits, 1.0, norm))
 
 
 def _finite_part(g: Tensor) -> Tensor:

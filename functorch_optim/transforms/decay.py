@@ -1,5 +1,7 @@
 """Weight decay."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,8 @@ def add_decayed_weights(
     decoupled weight decay, as in torch's AdamW (Loshchilov & Hutter, arXiv:1711.05101).
 
     Args:
-        weight_decay: >= 0: number, 0-dim tensor, or schedule. The number 0 switches it off: parameters are not needed.
+        weight_decay: factor >= 0: number, 0-dim tensor, or schedule. The number 0 switches it off, and then `update`
+            does not need the parameters.
         mask: True where a parameter decays: a tree of bools, a prefix of one, or a function of the parameters; see
             `masked`. None: everywhere.
 

@@ -1,14 +1,16 @@
 """Momentum."""
 
+from __future__ import annotations
+
 from numbers import Real
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._numerics import where
 
 
 @leaf_state
@@ -66,7 +68,7 @@ def trace(
         )
 
     def scalars(step: Tensor) -> TraceScalars:
-        gain = 1.0 if is_zero(dampening) else torch.where(step == 1, torch.ones_like(step), 1 - at(dampening, step))
+        gain = 1.0 if is_zero(dampening) else where(step == 1, 1.0, 1 - at(dampening, step))
         return TraceScalars(at(momentum, step), gain)
 
     def update(g: Tensor, state: TraceState, p: Tensor | None, s: TraceScalars) -> Any:

@@ -1,5 +1,7 @@
 """Lowering the scale of updates when the loss stops improving."""
 
+from __future__ import annotations
+
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -44,9 +46,9 @@ def reduce_on_plateau(
     """Multiply updates by a scale that is lowered when a value stops improving: `g <- s g`.
 
     The value is given to every update: `tx.update(updates, state, params, value=loss)`. It is better when it is less
-    than `best (1 - threshold)` ("rel") or `best - threshold` ("abs"); with `mode="max"`, when it is greater than
-    `best (1 + threshold)` or `best + threshold`. NaN is never better. After more than `patience` values in a row that
-    are not better
+    than `best - threshold |best|` ("rel") or `best - threshold` ("abs"); with `mode="max"`, when it is greater than
+    `best + threshold |best|` or `best + threshold`. NaN is never better. After more than `patience` values in a row
+    that are not better
 
         s <- max(factor s, min_scale)
 
@@ -54,10 +56,13 @@ def reduce_on_plateau(
 
     An update is multiplied by the scale as it was before its value was looked at: a value lowers the scale of the
     updates after its own. So a loop of `tx.update(..., value=v)` goes as torch's loop of `optimizer.step();
-    scheduler.step(v)` with ReduceLROnPlateau. It differs from torch's in that `min_scale` and `eps` are relative to the
-    learning rate, whose place the scale takes here: for torch's `min_lr` and `eps` divide them by it. Every update
-    counts as an epoch of torch's; to look once an epoch, keep giving the last epoch's value, with a `patience` of
-    (patience + 1) n - 1 and a `cooldown` of n cooldown for epochs of n updates.
+    scheduler.step(v)` with ReduceLROnPlateau. It differs from torch's in two ways. `min_scale` and `eps` are relative
+    to the learning rate, whose place the scale takes here: for torch's `min_lr` and `eps` divide them by it. And where
+    the best value is negative, a negative log-density say, "rel" asks for an improvement too: torch's limit,
+    `best (1 - threshold)`, is then worse than `best`, so that values which slowly get worse count as better.
+
+    Every update counts as an epoch of torch's; to look once an epoch, keep giving the last epoch's value, with a
+    `patience` of (patience + 1) n - 1 and a `cooldown` of n cooldown for epochs of n updates.
 
     The scale is differentiable in `factor` and `min_scale`; no derivative flows through comparisons, nor through the
     value.
@@ -65,13 +70,13 @@ def reduce_on_plateau(
     Args:
         factor: in [0, 1): number or 0-dim tensor.
         patience: number of values, a whole number >= 0, that may be no better: number or 0-dim tensor.
-        threshold: >= 0, how much better is better: number or 0-dim tensor.
+        threshold: margin >= 0 by which a value must be better to count: number or 0-dim tensor.
         cooldown: number of values, a whole number >= 0, after a reduction for which bad ones are not counted: number or
             0-dim tensor.
         mode: "min" when less is better, "max" when more is.
         threshold_mode: "rel" or "abs".
-        min_scale: >= 0, the scale is not lowered further than that: number or 0-dim tensor.
-        eps: >= 0, the scale is lowered only when it changes by more than that: number or 0-dim tensor.
+        min_scale: lower limit >= 0 of the scale: number or 0-dim tensor.
+        eps: number >= 0; the scale is lowered only by more than this: number or 0-dim tensor.
 
     Returns:
         Transformation whose state is a `ReduceOnPlateauState`.
@@ -102,7 +107,10 @@ def reduce_on_plateau(
 
     def is_better(value: Tensor, best: Tensor) -> Tensor:
         margin = sign * at(threshold, best)
-        limit = best * (1 - margin) if threshold_mode == "rel" else best - margin
+        if threshold_mode == "rel":  # of a negative number, less is more away from zero; infinity is where it begins
+            limit = best * (1 - torch.where((best < 0) & best.isfinite(), -margin, margin))
+        else:
+            limit = best - margin
         better: Tensor = value < limit if mode == "min" else value > limit
         return better
 

@@ -1,16 +1,14 @@
 """Scaling updates: by a number, by a schedule, by the learning rate."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-
-
-def _multiply(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
-    return s * g, state
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
 
 
 @factory
@@ -30,7 +28,11 @@ def scale(factor: Hyperparameter) -> GradientTransformation:
         tensor([-0.5000, -0.5000])
     """
     check("factor", factor, "a number")
-    return leafwise(None, _multiply, lambda step: at(factor, step), elementwise=True, sparse="touched")
+
+    def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
+        return s * g, state
+
+    return leafwise(None, update, lambda step: at(factor, step), elementwise=True, sparse="touched")
 
 
 @factory
@@ -72,7 +74,11 @@ def scale_by_learning_rate(lr: Hyperparameter) -> GradientTransformation:
         tensor([-0.1000, -0.1000])
     """
     check("learning rate", lr)
-    return leafwise(None, _multiply, lambda step: -at(lr, step), elementwise=True, sparse="touched")
+
+    def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
+        return s * g, state
+
+    return of_rule(None, update, lambda step: -at(lr, step), elementwise=True, sparse="touched", lr=lr)
 
 
 @factory

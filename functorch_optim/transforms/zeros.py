@@ -1,5 +1,7 @@
 """Setting updates to zero: all of them, those of frozen parameters, those that are NaN."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

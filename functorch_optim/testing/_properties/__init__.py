@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from functorch_optim.testing._problem import Problem, Subject
 from functorch_optim.testing._properties.forms import saving, stateful, steps, ways
-from functorch_optim.testing._properties.numbers import double_precision, schedules, tensors
+from functorch_optim.testing._properties.numbers import double_precision, schedules, tensors, used_hyperparameters
 from functorch_optim.testing._properties.transforms import (
     compiled,
     derivatives,
@@ -36,7 +36,7 @@ INCOMPLETE: tuple[Property, ...] = (
 )
 """Run on such trees, where some gradients are missing, unless `missing_gradients` is skipped."""
 
-SLOW: tuple[Property, ...] = (derivatives, finite_derivatives, compiled)
-"""Run on one tree, for they take long."""
+SINGLE: tuple[Property, ...] = (used_hyperparameters, derivatives, finite_derivatives, compiled)
+"""Run on one tree: of the first one is enough, and the others take long."""
 
-PROPERTIES: dict[str, Property] = {check.__name__: check for check in (*COMPLETE, *INCOMPLETE, *SLOW)}
+PROPERTIES: dict[str, Property] = {check.__name__: check for check in (*COMPLETE, *INCOMPLETE, *SINGLE)}

@@ -8,12 +8,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from functorch_optim import _execution as execution
 from functorch_optim import tree
+from functorch_optim._core import prepare
 from functorch_optim._core.saving import load_state_dict, state_dict
 from functorch_optim._core.stepping import step, step_
 from functorch_optim._core.transformation import GradientTransformation
-from functorch_optim._execution import blocks
+from functorch_optim._execution import choose
+from functorch_optim._execution.blocks import InBlocks
+from functorch_optim._execution.foreach import Foreach
 from functorch_optim.optim._wrapper import Optimizer
 from functorch_optim.testing._comparison import assert_same, unmodified
 from functorch_optim.testing._copies import through_a_file, through_pickle
@@ -31,19 +33,24 @@ def saving(subject: Subject, problem: Problem) -> None:
     assert_same_training(trained, expected, "after loading", subject, problem)
 
 
+_MACHINES: dict[str, Callable[..., Any]] = {
+    "in blocks": lambda program, sizes, numbers, way, overwrites: InBlocks(program),
+    "by foreach kernels": lambda program, sizes, numbers, way, overwrites: Foreach(program, numbers),
+}
+
+
 def ways(subject: Subject, problem: Problem) -> None:
     """It gives the same tensor by tensor, in blocks, by foreach kernels, and where autograd records it.
 
-    In blocks in float64, float32 and bfloat16.
+    The first three in float64, float32 and bfloat16.
     """
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         given = problem.map(lambda leaf: leaf.to(dtype))  # noqa: B023
-        with mock.patch.object(execution, "can_batch", return_value=False):
+        with mock.patch.object(prepare, "is_plain", return_value=False):
             expected = given.train(subject())
-        with mock.patch.object(blocks, "SMALL", 0):  # tensors as small as these would go through foreach kernels
-            assert_same_training(given.train(subject()), expected, f"in blocks, in {dtype},", subject, given)
-    with mock.patch.object(execution, "can_block", return_value=False):
-        assert_same_training(problem.train(subject()), expected, "by foreach kernels", subject, problem)
+        for name, machine in _MACHINES.items():
+            with mock.patch.object(choose, "machine", machine):
+                assert_same_training(given.train(subject()), expected, f"{name}, in {dtype},", subject, given)
     recorded = problem.map(lambda leaf: leaf.detach().requires_grad_())
     assert_same_training(recorded.train(subject()), expected, "recorded", subject, problem)
 

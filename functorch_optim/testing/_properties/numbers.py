@@ -1,5 +1,6 @@
 """Numbers: hyperparameters of other kinds, and their precision."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,29 @@ def schedules(subject: Subject, problem: Problem) -> None:
             assert_same_training((params, state), expected, what, subject, problem)
 
 
+def used_hyperparameters(subject: Subject, problem: Problem) -> None:
+    """Each hyperparameter matters: with half its value, or with a thousand times it, training ends elsewhere.
+
+    A number that is taken and forgotten passes all other checks. Skip it where one only matters to parameters or
+    gradients of another kind. For 0 it is tried with 0.1, which is not half of it. All steps are taken three times, for
+    what only matters later.
+    """
+    problem = replace(problem, history=[*problem.history] * 3)
+    expected = tensors_of(problem.train(subject()))
+
+    def is_same(path: str, value: float) -> bool:
+        trained = tensors_of(problem.train(subject({path: torch.tensor(value, dtype=torch.float64)})))
+        pairs = [(trained.get(name), leaf) for name, leaf in expected.items()]
+        return all(a is not None and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+
+    for path, value in subject.numbers.items():
+        if all(is_same(path, other) for other in (value / 2 or 0.1, 1e3 * value or 0.1)):
+            raise AssertionError(
+                f"the hyperparameter {path!r} is not used: parameters and states are the same with half of {value} and "
+                "with a thousand times it; if it only matters at other values, check it at one of these"
+            )
+
+
 def double_precision(subject: Subject, problem: Problem) -> None:
     """In training in float64 nothing is computed in less: no bias correction is rounded to float32.
 
@@ -72,7 +96,7 @@ def _check_scalars(rule: Any) -> None:
     if rule.scalars is None or not rule.extras.names <= {"updates"}:
         return
     extras = {"updates": [torch.ones(2)]} if rule.sees_tree else {}
-    carried = [torch.tensor(0.5, dtype=torch.float64) for _ in rule.counters[1:]]
+    carried = [torch.tensor(0.5, dtype=torch.float64) for _ in rule.counters[rule.counts :]]
     arguments = [rule.carried_type(*carried)] if carried else []
     scalars = rule.scalars(torch.tensor(2.0, dtype=torch.float64), *arguments, **extras)
     for path, leaf in tensors_of(scalars).items():

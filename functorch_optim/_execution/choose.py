@@ -1,0 +1,138 @@
+"""Which machine runs what: the only place that chooses, and that has thresholds.
+
+| rules, on tensors | machine |
+|---|---|
+| elementwise ones, on plain tensors of which no derivative is wanted | a recorded program: |
+| - overwriting, one of torch's fused kernels computes it; unless `fused=False` or `foreach` is given | native |
+| - the same into new tensors, all of them small | native, on copies |
+| - `fused=True`, and no kernel of torch's computes it | fused, compiled once; in blocks where that fails |
+| - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |
+| - `fused=False` or `foreach=False`; all else on the CPU | in blocks |
+| elementwise ones, on many small tensors that are differentiated or vmapped | flat: once on all of them, end to end |
+| elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
+| all others: in a trace of torch.compile, on tensor subclasses, for rules that need their tensor whole | tensor by tensor |
+"""  # noqa: E501
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from functorch_optim._execution import blocks, flat, fused, native, recomputed
+from functorch_optim._execution.blocks import InBlocks
+from functorch_optim._execution.flat import can_join
+from functorch_optim._execution.foreach import Foreach, Overwriting
+from functorch_optim._execution.mode import Mode
+from functorch_optim._execution.program import Program
+from functorch_optim._execution.recomputed import can_recompute
+from functorch_optim._execution.reference import Stage, tensor_by_tensor
+from functorch_optim._execution.representation import Columns
+
+FEW = 32
+"""Tensors up to which foreach calls cost less than the copies that put small tensors together."""
+
+Way: TypeAlias = Literal["fused", "foreach", "blocks"] | None
+"""A user's choice of how a step is run; None: the best."""
+
+
+class Machine(Protocol):
+    """Runs a program over lists of tensors."""
+
+    def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
+        """Run into new tensors.
+
+        Args:
+            inputs: a list of tensors for each input of the program.
+            numbers: those of the program.
+
+        Returns:
+            A list of tensors for each output.
+        """
+
+    def over(self, columns: Sequence[list[Tensor]]) -> Overwriting:
+        """Get ready to overwrite parameters and states: all inputs but the first."""
+
+
+def way_of(options: Mapping[str, Any]) -> Way:
+    """Read from options named as torch.optim's how a step is to be run."""
+    if options.get("fused"):
+        return "fused"
+    if options.get("foreach") is not None:
+        return "foreach" if options["foreach"] else "blocks"
+    return None if options.get("fused") is None else "blocks"
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise when options named as torch.optim's contradict each other, with torch's messages.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    if options.get("fused") and options.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if options.get("fused") and options.get("differentiable"):
+        raise RuntimeError("`fused` does not support `differentiable`")
+
+
+def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way: Way, overwrites: bool) -> Machine:
+    """Choose the machine for a program.
+
+    Args:
+        program: the program.
+        sizes: numbers of elements of the tensors.
+        numbers: those of the program.
+        way: the user's choice.
+        overwrites: whether parameters and states are given up.
+    """
+    small = [size < blocks.SMALL for size in sizes]
+    on_cpu = program.device.type == "cpu"
+    if way == "foreach" or (way is None and (not on_cpu or (all(small) and (not overwrites or len(sizes) <= FEW)))):
+        chosen: Machine = Foreach(program, numbers)
+    elif way is None and not overwrites and any(small):
+        chosen = Parted(small, Foreach(program, numbers), InBlocks(program))
+    else:
+        chosen = InBlocks(program)
+    if way in ("foreach", "blocks") or not (overwrites or (way is None and all(small) and on_cpu)):
+        return chosen
+    found = native.match(program)
+    if found is not None:
+        return native.Native(program, found, chosen)
+    compiles = way == "fused" and len(program.instructions) > 1  # of one call there is nothing to fuse
+    return (fused.compiled(program) or chosen) if compiles else chosen
+
+
+class Parted:
+    """Runs a program by one machine over some tensors, and by another over the others."""
+
+    def __init__(self, which: Sequence[bool], one: Machine, other: Machine) -> None:
+        self.which, self.one, self.other = which, one, other
+
+    def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
+        """Run into new tensors."""
+        outputs = []
+        for machine, on in ((self.one, True), (self.other, False)):
+            some = [[t for t, which in zip(column, self.which, strict=True) if which == on] for column in inputs]
+            outputs.append([iter(column) for column in machine.new(some, numbers)])
+        return [[next(one if which else other) for which in self.which] for one, other in zip(*outputs, strict=True)]
+
+    def over(self, columns: Sequence[list[Tensor]]) -> Overwriting:
+        """Get ready to overwrite parameters and states."""
+        return InBlocks.over(self.other, columns)  # type: ignore[arg-type]
+
+
+def differentiable(
+    mode: Mode,
+    stages: Sequence[Stage],
+    updates: list[Tensor],
+    states: Sequence[Columns],
+    params: list[Tensor] | None,
+    scalars: Sequence[Any],
+) -> tuple[list[Tensor], list[Columns]]:
+    """Run rules in the way that is best where derivatives, batches or a trace are wanted."""
+    if not all(stage.rule.elementwise for stage in stages):
+        return tensor_by_tensor(stages, updates, states, params, scalars)
+    if can_join(mode, updates, states, params, scalars):
+        return flat.flat(mode, stages, updates, states, params, scalars)
+    if can_recompute(mode, updates, states, params, scalars):
+        return recomputed.recomputed(stages, updates, states, params, scalars)
+    return tensor_by_tensor(stages, updates, states, params, scalars)

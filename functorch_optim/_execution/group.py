@@ -1,0 +1,321 @@
+"""A group: tensors of one dtype and device, the rules that are run over them, and what runs them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.checks import Path, check_kept
+from functorch_optim._core.rule import ADD
+from functorch_optim._execution import choose, writing
+from functorch_optim._execution.choose import Machine, Way
+from functorch_optim._execution.foreach import Overwriting
+from functorch_optim._execution.mode import Mode
+from functorch_optim._execution.program import needed, record
+from functorch_optim._execution.reference import Stage
+from functorch_optim._execution.representation import (
+    Columns,
+    as_it_is,
+    as_reals,
+    cast,
+    each,
+    like,
+    make,
+    map_columns,
+    narrowed,
+    widened,
+    zip_columns,
+)
+
+
+class Group:
+    """Rules over tensors of one dtype and device.
+
+    Args:
+        stages: the rules.
+        sample: one of the updates.
+        path: names a tensor, for messages.
+        mode: how torch treats tensors.
+        plain: whether all tensors are plain, and none wants a derivative.
+        way: the user's choice of how to run.
+        still: whether nothing moves: the update is not needed.
+        keeps: whether the tensors that are overwritten stay the same, so that the cuts of them are kept.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        sample: Tensor,
+        path: Path,
+        mode: Mode,
+        plain: bool,
+        way: Way,
+        still: bool,
+        keeps: bool,
+    ) -> None:
+        self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
+        self.plain = plain
+        self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
+        self.runs = [
+            (elementwise, list(members))
+            for elementwise, members in groupby(range(len(stages)), key=lambda k: stages[k].rule.elementwise)
+        ]
+        self.one_program = plain and len(self.runs) == 1 and self.runs[0][0] and sample.layout == torch.strided
+        self.moves = stages[-1].rule is ADD
+        self.like = widened(
+            torch.empty(0, dtype=sample.real.dtype if self.is_complex else sample.dtype, device=sample.device)
+        )
+        self.converted = cast(self.like, sample.dtype, to_number=True, as_pairs=True)
+        self.machines: dict[Any, Machine] = {}
+        self.bound: Overwriting | None = None
+
+    def compute(
+        self, updates: list[Tensor], params: list[Tensor] | None, states: Sequence[Columns], scalars: Sequence[Any]
+    ) -> tuple[list[Tensor] | None, list[Columns]]:
+        """Run the rules into new tensors.
+
+        Returns:
+            Updates, or the new parameters if the last rule adds; None where nothing moves. And the new states.
+        """
+        if updates[0].layout == torch.sparse_coo:
+            return self._compute_touched(updates[0], params, states, scalars)
+        numbers = _flat(scalars)
+        if self.one_program and self._are_numbers(numbers):
+            inputs = self._inputs(updates, params, states)
+            return self._restored(self._run(0, inputs, states, scalars, numbers), updates, params, states)
+        return self._compute_by_rules(updates, params, states, scalars, numbers)
+
+    def overwrite(
+        self, updates: list[Tensor], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]
+    ) -> Callable[[], None] | None:
+        """Get ready to overwrite parameters and states: take the memory for it, and change nothing.
+
+        Returns:
+            What overwrites them; None where that cannot be done.
+        """
+        if updates[0].layout == torch.sparse_coo:
+            return self._overwrite_touched(updates[0], params, states, scalars)
+        numbers = _flat(scalars)
+        if not self.one_program or not self._are_numbers(numbers):
+            return None
+        if self.bound is not None:
+            grads = [as_reals(u) for u in updates] if self.is_complex else updates
+            return self.bound(grads, self._converted(numbers))
+        columns = [column for state in states for column in state]
+        if not writing.can_overwrite(updates, [params, *columns]):
+            return None
+        inputs = self._inputs(updates, params, states)
+        converted = self._converted(numbers)
+        machine = self._machine("over", 0, inputs, states, scalars, converted)
+        bound = machine.over(inputs[1:])
+        if self.keeps:
+            self.bound = bound
+        return bound(inputs[0], converted)
+
+    def _converted(self, numbers: list[Any]) -> list[Any]:
+        """Return numbers as programs take them."""
+        return numbers if _are_floats(numbers) else [self.converted(number) for number in numbers]
+
+    def _are_numbers(self, numbers: Sequence[Any]) -> bool:
+        """Tell whether numbers are the same for all elements, and want no derivative."""
+        if _are_floats(numbers):
+            return True
+        for number in numbers:
+            if isinstance(number, Tensor) and (
+                number.ndim > 0
+                or (number.requires_grad and self.mode == "recorded")
+                or not writing.is_plain_type(number)
+            ):
+                return False
+        return True
+
+    def _inputs(
+        self, updates: list[Tensor], params: list[Tensor] | None, states: Sequence[Columns]
+    ) -> list[list[Tensor]]:
+        inputs = [updates, *([] if params is None else [params]), *[column for state in states for column in state]]
+        return [[as_reals(tensor) for tensor in column] for column in inputs] if self.is_complex else inputs
+
+    def _run(
+        self,
+        run: int,
+        inputs: list[list[Tensor]],
+        states: Sequence[Columns],
+        scalars: Sequence[Any],
+        numbers: list[Any],
+    ) -> list[list[Tensor]]:
+        converted = self._converted(numbers)
+        return self._machine("new", run, inputs, states, scalars, converted).new(inputs, converted)
+
+    def _machine(
+        self,
+        use: str,
+        run: int,
+        inputs: list[list[Tensor]],
+        states: Sequence[Columns],
+        scalars: Sequence[Any],
+        converted: list[Any],
+    ) -> Machine:
+        """Choose the machine for a run of elementwise rules, once for each kind of numbers."""
+        key = (use, run, None if _are_floats(converted) else tuple(map(type, converted)))
+        if key not in self.machines:
+            stages = [self.stages[k] for k in self.runs[run][1]]
+            with_params = len(inputs) > 1 + sum([len(state) for state in states])
+            structure = tree.flatten(list(scalars))[1]
+            program = record(stages, states, with_params, tree.unflatten(structure, converted), self.like)
+            if self.still:
+                outputs = program.outputs[1:]
+                kept = needed(program.instructions, outputs)
+                program = replace(program, outputs=outputs, instructions=kept, updates=False)
+            sizes = [tensor.numel() for tensor in inputs[0]]
+            self.machines[key] = choose.machine(program, sizes, converted, self.way, use == "over")
+        return self.machines[key]
+
+    def _restored(
+        self,
+        outputs: list[list[Tensor]],
+        updates: list[Tensor],
+        params: list[Tensor] | None,
+        states: Sequence[Columns],
+    ) -> tuple[list[Tensor] | None, list[Columns]]:
+        """Arrange the outputs of a program as updates and states."""
+        new = iter(outputs)
+        first = None if self.still else next(new)
+        columns = [make(type(state), [next(new) for _ in state]) for state in states]
+        if self.is_complex:
+            first = None if first is None else [like(one, old) for one, old in zip(first, updates, strict=True)]
+            columns = [zip_columns(like, one, old) for one, old in zip(columns, states, strict=True)]
+        return first, columns
+
+    def _compute_by_rules(
+        self,
+        updates: list[Tensor],
+        params: list[Tensor] | None,
+        states: Sequence[Columns],
+        scalars: Sequence[Any],
+        numbers: Sequence[Any],
+    ) -> tuple[list[Tensor] | None, list[Columns]]:
+        """Run rules as they are; elementwise ones between others as programs, where no derivative is wanted."""
+        eagerly = self.plain and self._are_numbers(numbers)
+        new_updates = each(widened, updates)
+        new_states = [map_columns(widened, state) for state in states]
+        wide_params = each(widened, params) if params is not None else None
+        given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
+        versions = _versions(given) if eagerly else []
+        for run, (elementwise, members) in enumerate(self.runs):
+            view = as_reals if elementwise and self.is_complex else as_it_is
+            converted = cast(new_updates[0], self.dtype, to_number=eagerly, as_pairs=elementwise)
+            own = [scalars[k] for k in members]
+            arguments = (
+                each(view, new_updates),
+                [map_columns(view, new_states[k]) for k in members],
+                each(view, wide_params) if wide_params is not None else None,
+            )
+            if elementwise and eagerly:
+                inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
+                inputs += [column for state in arguments[1] for column in state]
+                outputs = iter(self._run(run, inputs, arguments[1], own, _flat(own)))
+                results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
+            else:
+                stages = [self.stages[k] for k in members]
+                results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, own))
+            names = ", ".join([self.stages[k].rule.name for k in members])
+            check_kept(f"The update after {names}", results, [view(u) for u in new_updates], self.path)
+            if view is as_reals:
+                results = [like(new, old) for new, old in zip(results, new_updates, strict=True)]
+                columns = [zip_columns(like, c, new_states[k]) for k, c in zip(members, columns, strict=True)]
+            new_updates = results
+            for k, column in zip(members, columns, strict=True):
+                for field, before, after in zip(getattr(column, "_fields", ()), states[k], column, strict=True):
+                    check_kept(f"The state's {field} after {self.stages[k].rule.name}", after, before, self.path)
+                new_states[k] = column
+        if eagerly and versions != _versions(given):
+            names = ", ".join([stage.rule.name for stage in self.stages])
+            raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
+        updated = [narrowed(new, old) for new, old in zip(new_updates, updates, strict=True)]
+        new_states = [zip_columns(narrowed, new, old) for new, old in zip(new_states, states, strict=True)]
+        return None if self.still else updated, new_states
+
+    # Sparse updates: elementwise rules are run on the entries that they have. -----------------------------------------
+
+    def _touched(
+        self, update: Tensor, params: list[Tensor] | None, states: Sequence[Columns], scalars: Sequence[Any]
+    ) -> tuple[Tensor, list[Tensor], list[Columns]]:
+        update = update.coalesce()
+        indices = tuple(update.indices())
+
+        def touched(dense: Tensor) -> Tensor:
+            return dense[indices]
+
+        def numbers(scalar: Any) -> Any:
+            is_for_each = isinstance(scalar, Tensor) and scalar.ndim > 0
+            return touched(scalar.expand(update.shape)) if is_for_each else scalar
+
+        values = update.values()
+        inner = Group(self.stages, values, self.path, self.mode, self.plain, self.way, self.still, keeps=False)
+        new, some = inner.compute(
+            [values],
+            [touched(p) for p in params] if params is not None else None,
+            [map_columns(touched, state) for state in states],
+            tree.map(numbers, list(scalars)),
+        )
+        return update, new or [], some
+
+    def _compute_touched(
+        self, update: Tensor, params: list[Tensor] | None, states: Sequence[Columns], scalars: Sequence[Any]
+    ) -> tuple[list[Tensor] | None, list[Columns]]:
+        update, new, some = self._touched(update, params, states, scalars)
+        indices = tuple(update.indices())
+        columns = [
+            zip_columns(lambda n, o: o.index_put(indices, n), n, old) for n, old in zip(some, states, strict=True)
+        ]
+        if self.still:
+            return None, columns
+        if self.moves and params is not None:
+            return [params[0].index_put(indices, new[0])], columns
+        sparse = torch.sparse_coo_tensor(
+            update.indices(), new[0], update.shape, is_coalesced=True, check_invariants=False
+        )
+        return [sparse], columns
+
+    def _overwrite_touched(
+        self, update: Tensor, params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]
+    ) -> Callable[[], None] | None:
+        if not self.plain or not writing.can_overwrite([], [params, *[column for state in states for column in state]]):
+            return None
+        update, new, some = self._touched(update, params, states, scalars)
+        indices = tuple(update.indices())
+
+        def step() -> None:
+            for values in new:
+                params[0].index_put_(indices, values)
+            for fresh, old in zip(some, states, strict=True):
+                for [tensor], [values] in zip(old, fresh, strict=True):
+                    tensor.index_put_(indices, values)
+
+        return step
+
+
+def _flat(scalars: Sequence[Any]) -> list[Any]:
+    """List the numbers of rules, as `tree.flatten` does, which takes longer."""
+    numbers: list[Any] = []
+    for s in scalars:
+        if isinstance(s, tuple):
+            numbers += s
+        else:
+            numbers.append(s)
+    return numbers if _are_floats(numbers) else tree.flatten(list(scalars))[0]
+
+
+def _are_floats(numbers: Sequence[Any]) -> bool:
+    return all([type(number) is float for number in numbers])  # noqa: C419
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode have none
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -1,0 +1,43 @@
+"""How torch treats tensors at present; a call of this library asks once."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Mode: TypeAlias = Literal["compiled", "transformed", "recorded", "plain"]
+"""compiled: torch.compile traces; transformed: by torch.func, in forward mode, or by a dispatch mode such as make_fx;
+recorded: autograd records what needs derivatives; plain: none of these."""
+
+PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = frozenset(PLAIN)
+"""The types of tensors that all machines take; others, such as DTensor, go tensor by tensor."""
+
+
+def current() -> Mode:
+    """Ask torch for the mode."""
+    if torch.compiler.is_compiling():
+        return "compiled"
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return "transformed"
+    return "recorded" if torch.is_grad_enabled() else "plain"
+
+
+def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
+    """Tell whether tensors may be cut, put together and overwritten: plain ones, of which no derivative is wanted."""
+    if mode in ("compiled", "transformed"):
+        return False
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(type(tensor) not in PLAIN for tensor in tensors):
+        return False
+    return mode == "plain" or not any(tensor.requires_grad for tensor in tensors)
+
+
+class Plain(list[Tensor]):
+    """A list of tensors that may be given to foreach kernels: of one dtype, plain, and without derivatives."""
