@@ -173,8 +173,10 @@ def leafwise(
             is None when the caller gave no parameters; `s` is what `scalars` returned, and `()` without it; `state` is
             `()` when the rule keeps none. An elementwise rule sees complex tensors as pairs of reals, `(..., 2)`;
             every rule sees float16 and bfloat16 as float32.
-        scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs, from the
-            0-dim float64 tensor `step`, 1 at the first update: 0-dim tensors or numbers in any tree. Use
+        scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs: 0-dim
+            tensors or numbers in any tree. `step` is the number of this update, 1 at the first. It is a float where it
+            is known, and a 0-dim float64 tensor under transforms and where something is compiled. Functions that take
+            only tensors are given tensors: where scalars raise with a float, they are called again with a tensor. Use
             `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
             rule declares; the one named `updates` is not an extra but the list of all tensors that the rule is about
             to transform, for numbers like a global norm. A number may be a function of the dtype of the parameter, as
