@@ -290,12 +290,12 @@ def test_trees_of_any_kind():
 
 
 def test_inference_mode():
-    tx = fo.adam(0.1)
-    expected = by_update(tx, {"w": torch.ones(3)}, tx.init({"w": torch.ones(3)}), {"w": torch.ones(3)})
+    tx, ones = fo.adam(0.1), torch.ones(3, dtype=torch.float64)
+    expected = by_update(tx, {"w": ones}, tx.init({"w": ones}), {"w": ones})
     for step in (fo.step, fo.step_):
         with torch.inference_mode():
-            params = {"w": torch.ones(3)}
-            params, state = step(tx, {"w": torch.ones(3)}, tx.init(params), params)
+            params = {"w": torch.ones(3, dtype=torch.float64)}
+            params, state = step(tx, {"w": ones}, tx.init(params), params)
             assert_close((params, state), expected)
 
 

@@ -1,6 +1,7 @@
 """What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
 
 import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from functorch_optim.optim._loading import checked_state
 from functorch_optim.optim._plan import Plan
 from functorch_optim.optim._step import PreparedStep
 
+_used: "weakref.WeakSet[type]" = weakref.WeakSet()
+"""Classes of which there has been an optimizer."""
 _profiler_enabled: Any = torch._C._autograd._profiler_enabled
 
 
@@ -35,8 +38,11 @@ def watched(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         seen = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled()
-        # The step of a derived class, which calls this one, was wrapped by torch.
-        return (hooked if seen and type(self).step is wrapper else step)(self, *args, **kwargs)
+        # A derived class may have a step of its own, which torch wraps and which calls this one. torch.optim then calls
+        # hooks twice if there has been an optimizer of the base class itself, and so does this.
+        kinds: Any = type(self).__mro__
+        base = next(kind for kind in kinds if kind.step is wrapper) if seen else None
+        return (hooked if base in _used else step)(self, *args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
     return wrapper
@@ -46,6 +52,10 @@ class OptimizerBase(torch.optim.Optimizer):
     """A torch.optim.Optimizer whose step is a transformation's update. It has no constructor of its own."""
 
     state: dict[Any, Any]  # type: ignore[assignment]
+
+    def _patch_step_function(self) -> None:
+        _used.add(type(self))
+        super()._patch_step_function()
 
     _transformation: Any  # transformation, or factory of one
     _count: type | None = Tensor  # how `state[p]` keeps the step, see Plan
