@@ -129,7 +129,7 @@ def maximum(x: Any, y: Any) -> Any:
 
 def at_least(x: Any, least: float) -> Any:
     """Clamp a number from below; at the bound it has the derivative of `x`."""
-    return torch.clamp(x, min=least) if isinstance(x, Tensor) else max(x, least)
+    return max(x, least) if isinstance(x, int | float) else torch.clamp(x, min=least)
 
 
 def _both(x: Any, y: Any) -> tuple[Tensor, Tensor]:

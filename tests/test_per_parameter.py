@@ -1,5 +1,7 @@
 """Hyperparameters that are trees: a value for each parameter, or for each of its elements."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from catalogue import CATALOGUE, HYPERPARAMETERS, SHAPES, assert_close, loss, make_params, step, train
@@ -74,6 +76,22 @@ def test_a_tree_of_values_is_a_transformation_for_each_parameter(row, name, devi
 def test_some_hyperparameters_cannot_be_trees(row, name):
     with pytest.raises(TypeError, match=REFUSED[row.name, name]):
         train(row(**{name: tree_of(row.hyperparameters[name])}), make_params(), X)
+
+
+def test_a_number_kept_once_cannot_be_chosen_by_a_tree():
+    tree = {"w": 0.5, "b": 2.0}
+
+    class Kept(NamedTuple):
+        rate: float = 1.0
+
+    def scalars(step, kept):
+        rate = max(fo.at(tree, step), 1.0)
+        return rate, Kept(rate)
+
+    tx = fo.leafwise(None, lambda u, state, p, rate: (u * rate, state), scalars=scalars, carry=Kept)
+    params = {"w": torch.ones(2), "b": torch.ones(1)}
+    with pytest.raises(TypeError, match="chosen by a hyperparameter that is a tree"):
+        tx.update(params, tx.init(params), params)
 
 
 @accepted

@@ -81,6 +81,17 @@ class Mark(StandIn):
         """Answer any torch function with a mark."""
         return cls()
 
+    def __bool__(self) -> bool:
+        """Refuse to choose: `max`, say, would lose the mark.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "A number that is kept once for all parameters is chosen by a hyperparameter that is a tree. Give each "
+            "part of the parameters a transformation of its own, with partition"
+        )
+
 
 def value_here(values: Tree) -> Any:
     """Find the value of a hyperparameter for the current leaf.

@@ -30,6 +30,8 @@ Step = float | Tensor
 Condition = bool | Tensor
 """Whether something is so: a bool, or a tensor where it is not known."""
 Ready = Callable[[], None]
+NOT_WITH_FLOATS = (DiffersError, TypeError, AttributeError, ArithmeticError, ValueError)
+"""Errors of scalars that floats cannot compute, or that differ between leaves."""
 
 
 class Leaves(NamedTuple):
@@ -206,10 +208,13 @@ class Prepared:
         found: dict[int, Any] = {}
         for k in members:
             simple = self.simple[k]
-            try:
-                found[k] = simple(bucket.steps[k])
-            except Exception:  # it is not as simple: there is a gate, say, or floats do not do
-                self._add_numbers(k, found, bucket, extras, seen, carried, due)
+            if simple is not None:
+                try:
+                    found[k] = simple(bucket.steps[k])
+                    continue
+                except NOT_WITH_FLOATS:
+                    pass  # computed again below, with tensors or leaf by leaf; other errors are the user's
+            self._add_numbers(k, found, bucket, extras, seen, carried, due)
         return found
 
     def _add_numbers(
@@ -256,7 +261,7 @@ class Prepared:
                 return self._called(k, bucket, wanted)
             except DiffersError:
                 self.differs.add(k)
-                self.simple[k] = _not_simple
+                self.simple[k] = None
         return self._by_leaf(k, bucket, wanted)
 
     def _called(self, k: int, bucket: Bucket, wanted: dict[str, Any]) -> tuple[Any, tuple[Step, ...]]:
@@ -275,7 +280,7 @@ class Prepared:
             ):  # functions of tensors alone; what fails with tensors, too, raises below
                 found = _split(rule, _wide(step), tuple(map(_as_tensor, carried)), wanted)
                 self.takes_tensors.add(k)
-                self.simple[k] = _not_simple
+                self.simple[k] = None
                 return found
         return _split(rule, _wide(step), tuple(map(_as_tensor, carried)), wanted)
 
@@ -529,20 +534,16 @@ def _as_known(gate: Condition) -> Condition:
     return gate if torch._C._len_torch_dispatch_stack() > 0 else bool(gate)
 
 
-def _of_step(link: Link, extras: Any) -> Callable[[Any], Any]:
-    """Return the function of the step alone that makes the numbers of a link; one that raises where there is none."""
+def _of_step(link: Link, extras: Any) -> Callable[[Any], Any] | None:
+    """Return the function of the step alone that makes the numbers of a link; None where there is none."""
     rule: Any = link.rule
     if rule.scalars is None and not link.when:
         return _nothing
-    return _not_simple if link.when or rule.hold or rule.carry or extras.names or extras.any else rule.scalars
+    return None if link.when or rule.hold or rule.carry or extras.names or extras.any else rule.scalars
 
 
 def _nothing(step: Any) -> tuple[()]:
     return ()
-
-
-def _not_simple(step: Any) -> Any:
-    raise TypeError
 
 
 def _both(one: Condition, other: Condition) -> Condition:
