@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import functorch_optim as fo
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests/helpers"))
 from nested_derivatives import Point, Scalar, difference, nestings, point
 
 SAMPLES = 5  # that differ in form, of each operation

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import functorch_optim as fo
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests/helpers"))
 from catalogue import CATALOGUE, Row
 from derivatives import (
     RELU,

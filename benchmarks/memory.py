@@ -12,7 +12,7 @@ import torch
 
 import functorch_optim as fo
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests/helpers"))
 
 from memory import peak_bytes
 

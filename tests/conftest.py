@@ -6,7 +6,14 @@ from hypothesis import settings
 
 # So that asserts of helpers tell as much as those of tests.
 pytest.register_assert_rewrite(
-    "catalogue", "checkpoint_cases", "fault_cases", "hooks", "lbfgs_problems", "torch_like_cases", "wrapper_cases"
+    "catalogue",
+    "checkpoint_cases",
+    "fault_cases",
+    "hooks",
+    "lbfgs_problems",
+    "torch_like_cases",
+    "unrolling",
+    "wrapper_cases",
 )
 
 # Tensors are small here, and tests run in several processes: threads would only be in each other's way.

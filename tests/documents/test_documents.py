@@ -14,7 +14,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 import functorch_optim as fo
 from functorch_optim import testing
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TREE = ["flatten", "get", "map", "paths", "unflatten"]
 

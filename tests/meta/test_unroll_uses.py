@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from catalogue import CATALOGUE, assert_close, loss, make_params
 from memory import Alive, peak_bytes
-from test_unroll import BATCHES, by_hand
+from unrolling import BATCHES, by_hand
 
 import functorch_optim as fo
 

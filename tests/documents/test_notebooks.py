@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SITE = pathlib.Path(__file__).parents[1] / "mkdocs.yml"
+NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+SITE = pathlib.Path(__file__).parents[2] / "mkdocs.yml"
 LINES = 150
 MACHINE = re.compile(r"/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\|site-packages|ipykernel_")
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from benchmarks.__main__ import SECTIONS
 from benchmarks.audit import Sample, audit, judge
@@ -20,7 +20,7 @@ from benchmarks.shapes import ALL, SHAPES, Setting, resnet50
 from benchmarks.startup import printed
 from benchmarks.storage import peak, saved_by
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 UNCOMPILED = ("eager", "functional", "calls", "memory", "unroll", "maml", "saved", "curves")
 
 

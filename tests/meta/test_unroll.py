@@ -5,24 +5,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from catalogue import assert_close, loss, make_params, rows, train
+from unrolling import BATCHES, by_hand
 
 import functorch_optim as fo
-
-BATCHES = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def tensors(row):
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in row.hyperparameters.items()}
-
-
-def by_hand(tx, params, batches, state=None):
-    """Train; return the parameters, the state, and the losses."""
-    state = tx.init(params) if state is None else state
-    losses = []
-    for batch in batches:
-        losses.append(loss(params, batch))
-        params, state = train(tx, params, batch, steps=1, state=state)
-    return fo.meta.Unrolled(params, state, torch.stack(losses))
 
 
 def small(tx):
