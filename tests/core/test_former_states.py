@@ -17,8 +17,6 @@ import functorch_optim as fo
 
 STATES = pathlib.Path(__file__).parents[1] / "data/states_of_0.1.0.pickle.gz"
 FORMER = pickle.loads(gzip.decompress(STATES.read_bytes()))
-    gzip.decompress((pathlib.Path(__file__).parents[1] / "data/states_of_0.1.0.pickle.gz").read_bytes())
-)
 ROWS = {row.name: row for row in CATALOGUE}
 states = pytest.mark.parametrize("name", FORMER["states"])
 classes = pytest.mark.parametrize(
