@@ -22,7 +22,7 @@ from functorch_optim.tree import (
     paths,
     unflatten,
 )
-from functorch_optim.tree import _TracedStructure as TracedStructure
+from functorch_optim.tree._structure import _TracedStructure as TracedStructure
 
 
 @optree.dataclasses.dataclass(namespace=optree.registry.__GLOBAL_NAMESPACE)

@@ -16,7 +16,10 @@ from functorch_optim import testing
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-TREE = ["flatten", "get", "map", "paths", "unflatten"]
+TREE = [
+    *("add", "cast", "flatten", "get", "map", "norm", "paths", "ravel", "scale", "set", "sub", "unflatten", "vdot"),
+    *("where", "zeros_like"),
+]
 
 
 class ConsoleBlockParser(PythonCodeBlockParser):

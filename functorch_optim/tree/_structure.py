@@ -1,4 +1,4 @@
-"""Trees of tensors: what this library needs of pytrees, over optree."""
+"""What trees are built of, over optree: leaves, structures, paths."""
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -103,47 +103,6 @@ def stop_gradient(tree: Tree) -> Tree:
     return map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
-def get(tree: Tree, name: str) -> Any:
-    """Find what bears a name in a tree, the averaged parameters in a state say.
-
-    Args:
-        tree: any tree, such as a state.
-        name: field of a NamedTuple, or key of a dict.
-
-    Returns:
-        What the one node of that name holds: a tensor or a tree.
-
-    Raises:
-        KeyError: no node bears the name, or more than one.
-
-    Example:
-        >>> import functorch_optim as fo, torch
-        >>> state = fo.adam().init({"w": torch.zeros(2)})
-        >>> fo.tree.get(state, "exp_avg")
-        {'w': tensor([0., 0.])}
-    """
-    found: list[tuple[str, Any]] = []
-    names: list[str] = []
-
-    def walk(node: Tree, path: str) -> None:
-        for key, child in _children(node).items():
-            names.append(str(key))
-            if key == name:
-                found.append((_dotted(path, key), child))
-            else:
-                walk(child, _dotted(path, key))
-
-    walk(tree, "")
-    if not found:
-        raise KeyError(
-            f"Nothing in the tree bears the name {name!r}; names in it are {', '.join(dict.fromkeys(names))}"
-        )
-    if len(found) > 1:
-        places = ", ".join([path for path, _ in found])
-        raise KeyError(f"{len(found)} nodes bear the name {name!r}: {places}; give get a part of the tree")
-    return found[0][1]
-
-
 def paths(tree: Tree) -> list[str]:
     """Name every leaf by its dotted path, in the order of `flatten`.
 
@@ -169,7 +128,7 @@ def insertion_order(tree: Tree) -> list[int]:
         if is_leaf(node):
             order.append(node)
         else:
-            for child in node.values() if isinstance(node, dict) else _children(node).values():
+            for child in node.values() if isinstance(node, dict) else children(node).values():
                 walk(child)
 
     walk(unflatten(structure, range(len(leaves))))
@@ -187,14 +146,14 @@ def broadcast_prefix(prefix: Tree, tree: Tree, name: str) -> list[Any]:
     def walk(prefix: Tree, tree: Tree, path: str) -> list[Any]:
         if is_leaf(prefix):
             return [prefix] * len(flatten(tree)[0])
-        given, wanted = _children(prefix), _children(tree)
+        given, wanted = children(prefix), children(tree)
         if is_leaf(tree) or set(given) != set(wanted):
             here, have = repr(path) if path else "the root", "a leaf" if is_leaf(tree) else list(wanted)
             raise ValueError(
                 f"{name} do not fit the parameters: at {here} they have {list(given)} where the parameters have "
                 f"{have}. Give one value for each parameter, or one for a whole subtree"
             )
-        return [leaf for key, child in wanted.items() for leaf in walk(given[key], child, _dotted(path, key))]
+        return [leaf for key, child in wanted.items() for leaf in walk(given[key], child, dotted(path, key))]
 
     return walk(prefix, tree, "")
 
@@ -226,22 +185,23 @@ def first_difference(left: Tree, right: Tree, left_name: str, right_name: str) -
         dicts = type(left) in _DICTS and type(right) in _DICTS  # any kind of dict matches any other
         if is_leaf(right) or not (dicts or type(left) is type(right)):
             return f"{here}, {left_name} has a {type(left).__name__} and {right_name} has a {type(right).__name__}"
-        lefts, rights = _children(left), _children(right)
+        lefts, rights = children(left), children(right)
         for missing_from, those, others in ((right_name, lefts, rights), (left_name, rights, lefts)):
             missing = [key for key in those if key not in others]
             if missing:
-                return f"{_dotted(path, missing[0])!r} is missing from {missing_from}"
+                return f"{dotted(path, missing[0])!r} is missing from {missing_from}"
         if not dicts and _one_level(left)[1] != _one_level(right)[1]:
             return (
                 f"{here}, the {type(left).__name__} of {left_name} and that of {right_name} differ in their constants"
             )
-        found = (walk(child, rights[key], _dotted(path, key)) for key, child in lefts.items())
+        found = (walk(child, rights[key], dotted(path, key)) for key, child in lefts.items())
         return next((difference for difference in found if difference is not None), None)
 
     return walk(left, right, "") or f"{left_name} and {right_name} have different node types"
 
 
-def _dotted(path: str, key: Any) -> str:
+def dotted(path: str, key: Any) -> str:
+    """Return the path of a child."""
     return f"{path}.{key}" if path else str(key)
 
 
@@ -263,7 +223,7 @@ def _one_level(node: Tree) -> Any:
     return optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def _children(node: Tree) -> dict[Any, Tree]:
+def children(node: Tree) -> dict[Any, Tree]:
     """Return the children of a node by key, in the order of `flatten`; none for a leaf."""
     if type(node) in _SORTED:
         # By hand: torch.compile cannot trace optree's way for a dict without tensors, which is a constant to it.
@@ -288,7 +248,7 @@ class _TracedStructure:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._children = {
-            key: None if is_leaf(child) else _TracedStructure(child) for key, child in _children(tree).items()
+            key: None if is_leaf(child) else _TracedStructure(child) for key, child in children(tree).items()
         }
 
     def flatten_up_to(self, other: Tree) -> list[Any]:
@@ -304,7 +264,7 @@ class _TracedStructure:
 
     def _collect(self, other: Tree, leaves: list[Any]) -> None:
         dicts = type(self._tree) in _DICTS and type(other) in _DICTS
-        others = other if dicts else _children(other)
+        others = other if dicts else children(other)
         if len(others) != len(self._children) or not (dicts or type(self._tree) is type(other)):
             raise ValueError("the structures differ")
         by_hand = dicts or type(other) in _LISTS or _is_record(other)
