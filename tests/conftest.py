@@ -1,8 +1,12 @@
 """Fixtures and settings of all tests."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
+
+pytest_plugins = ["tiers", "pytester"]
 
 # So that asserts of helpers tell as much as those of tests.
 pytest.register_assert_rewrite(
@@ -38,6 +42,12 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
             return compile_any(*args, **options)
 
         monkeypatch.setattr(torch, "compile", compile_kernel)
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass by what lives as long as the run: twenty thousand tests, and torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(

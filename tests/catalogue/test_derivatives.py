@@ -50,6 +50,7 @@ def wrong(actual, expected, places, tolerance=1e-6):
     return [f"{path}: {e:.1e}" for path, e in errors(actual, expected, places).items() if not e <= tolerance]
 
 
+@pytest.mark.sampled
 @rows
 @starts
 def test_first_derivatives_equal_finite_differences(row, start):
@@ -60,6 +61,7 @@ def test_first_derivatives_equal_finite_differences(row, start):
     assert names - active == inactive(row, start)
 
 
+@pytest.mark.sampled
 @rows
 @starts
 def test_second_derivatives_equal_finite_differences(row, start):
@@ -73,6 +75,7 @@ def test_second_derivatives_equal_finite_differences(row, start):
     assert error(reverse_over_reverse, forward_over_reverse) < 1e-10
 
 
+@pytest.mark.sampled
 @rows
 @starts
 def test_a_detached_step_is_noticed(row, start):

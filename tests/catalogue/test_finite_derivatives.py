@@ -64,6 +64,7 @@ def from_a_later_step(row, dtype):
     return continued(row, dtype, fill=0.0, before=tuple(before), loss=RELU, shifts=tuple(after))
 
 
+@pytest.mark.sampled
 @rows
 @pytest.mark.parametrize(
     ("dtype", "start"),
@@ -81,6 +82,7 @@ def test_with_dead_units(row, dtype, start):
         assert_right(function, gradient, 5e-5, 1e-5, AT_A_CORNER.get(row.name, ()))
 
 
+@pytest.mark.sampled
 @rows
 def test_a_dead_unit_changes_no_other_derivative(row):
     training, arguments = begun(row, loss=lambda params, data: RELU(params, {**data, "shift": DYING[0].double()}))
@@ -118,6 +120,7 @@ JUMPING = ("scale_by_rprop", "rprop", "lbfgs", "lbfgs_search")
 STEEP = ("adafactor_epsilon", "muon", "chain", "partition")
 
 
+@pytest.mark.sampled
 @rows
 @dtypes
 def test_where_the_gradient_is_zero(row, dtype):
@@ -134,6 +137,7 @@ def test_where_the_gradient_is_zero(row, dtype):
         assert_right(function, gradient, 1e-3, 1e-6)
 
 
+@pytest.mark.sampled
 @rows
 @pytest.mark.parametrize(
     ("dtype", "factor"), [(torch.float64, 1.0), (torch.float32, 0.0)], ids=["float64", "float32 without data"]
@@ -151,6 +155,7 @@ def test_where_parameters_and_state_are_zero(row, dtype, factor):
 with_eps = [row for row in CATALOGUE if any(name.startswith("eps") for name in row.hyperparameters)]
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize("row", with_eps, ids=lambda row: row.name)
 def test_where_eps_is_zero(row):
     for start in (begun, continued):
@@ -162,6 +167,7 @@ def test_where_eps_is_zero(row):
             assert_right(function, gradient, 1e-5, 1e-5, ["eps"])
 
 
+@pytest.mark.sampled
 @rows
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e15])
 @pytest.mark.parametrize("eps", [1e-3, 1e-8])

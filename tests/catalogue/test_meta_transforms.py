@@ -37,6 +37,7 @@ def assert_equals(row, left, right):
     assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sampled
 @rows
 def test_gradient_of_a_batch_of_tasks_with_shared_parameters_equals_a_loop(row):
     train, params, _, numbers = training_of(row)
@@ -62,6 +63,7 @@ def test_gradient_of_a_batch_of_tasks_with_shared_parameters_equals_a_loop(row):
     assert_equals(row, by_task(*everything, *direction).sum(), slope)
 
 
+@pytest.mark.sampled
 @rows
 def test_gradients_of_a_batch_of_parameters_equal_a_loop(row):
     train, _, data, numbers = training_of(row)
@@ -72,6 +74,7 @@ def test_gradients_of_a_batch_of_parameters_equal_a_loop(row):
     assert_equals(row, total(batch), loop)
 
 
+@pytest.mark.sampled
 @hyperparameters
 def test_derivatives_by_a_vector_of_hyperparameters_equal_a_loop(row, name):
     train, params, data, numbers = training_of(row)
@@ -145,11 +148,13 @@ KINDS = {"chain", "partition", "tree_transformation", "clip_by_global_norm_skip"
 KINDS |= {"adafactor", "muon", "lbfgs", "reduce_on_plateau"}
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("row", [row for row in WHOLE if row.name not in KINDS], ids=lambda row: row.name)
 def test_steps_compile_whole_and_once(row):
     compiled(row.subject, make_problem(missing=False))
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("row", [row for row in WHOLE if row.name in KINDS], ids=lambda row: row.name)
 def test_compiles_whole_and_once(row):
     counter = torch._dynamo.testing.CompileCounter()

@@ -40,6 +40,7 @@ def tree_of(value, factor=0.99):
     return {"layer": dict(zip(SHAPES, values, strict=False)), "rest": [values[4]]}
 
 
+@pytest.mark.sampled
 @accepted
 def test_a_tree_of_equal_values_is_one_value(row, name):
     expected = train(row(), make_params(), X, steps=2)
@@ -51,6 +52,7 @@ def test_a_tree_of_equal_values_is_one_value(row, name):
         assert_close(train(row(**{name: prefix}), make_params(), X, steps=2), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("row", "name"), INDEPENDENT, ids=[f"{row.name}-{name}" for row, name in INDEPENDENT])
 def test_a_tree_of_values_is_a_transformation_for_each_parameter(row, name, device):
     """But for a norm of the whole tree, which is the same for all."""
@@ -94,6 +96,7 @@ def test_a_number_kept_once_cannot_be_chosen_by_a_tree():
         tx.update(params, tx.init(params), params)
 
 
+@pytest.mark.sampled
 @accepted
 def test_derivatives_equal_finite_differences(row, name):
     def outer(values):
@@ -126,6 +129,7 @@ ELEMENTWISE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("row", "names", "dtype"), ELEMENTWISE)
 def test_a_tree_of_tensors_has_a_value_for_each_element(row, names, dtype, device):
     """Each hyperparameter alone in float64, all of them at once in the other dtypes."""
