@@ -15,6 +15,7 @@ from functorch_optim._core.transformation import (
     stateless,
 )
 from functorch_optim._minimize import Minimized, minimize
+from functorch_optim._modules import buffers_of, params_of
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
@@ -68,6 +69,7 @@ __all__ = [
     "apply_updates",
     "asgd",
     "at",
+    "buffers_of",
     "chain",
     "clip",
     "clip_by_global_norm",
@@ -90,6 +92,7 @@ __all__ = [
     "nadam",
     "named_chain",
     "optim",
+    "params_of",
     "partition",
     "radam",
     "reduce_on_plateau",

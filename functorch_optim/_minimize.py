@@ -73,8 +73,8 @@ def minimize(
         fn: function of the parameters alone, which returns a 0-dim tensor; data comes in by closure.
         x0: where to begin: tree of tensors.
         tx: makes updates of gradients. None: `lbfgs(tolerance_grad=tol, tolerance_change=0.0,
-            line_search_fn="strong_wolfe")`, an update of which is up to 20 iterations. The extras `value` and
-            `value_fn` are given where it declares them.
+            line_search_fn="strong_wolfe")`, an update of which is up to 20 iterations. The extras `value`, `value_fn`
+            and `grad_fn` are given where it declares them: the loss, the function, and its gradient.
         tol: see above, >= 0, in units of the gradient.
         max_steps: largest number of updates, >= 1. Each takes an evaluation of `fn` and its gradient, and those that
             `tx` makes.
@@ -110,7 +110,6 @@ def minimize(
         tx = lbfgs(tolerance_grad=tol, tolerance_change=0.0, line_search_fn="strong_wolfe")
     check_transformation(tx, "minimize(loss, params, adam(0.1))")
     rules = [link.rule for link in tx._links]
-    extras = {"value_fn": fn} if any("value_fn" in rule.extras.names for rule in rules) else {}
     state, (tensors, as_params) = tx.init(x0), split(x0)
     state_tensors, as_state = split(state)
 
@@ -122,9 +121,13 @@ def minimize(
         sizes = [g.detach().abs().amax() for g in grads if g.numel()]
         return value, tuple(grads), torch.stack(sizes).amax() if sizes else torch.zeros_like(value)
 
+    def grad_fn(params: Tree) -> Tree:
+        tensors, rebuild = split(params)
+        return rebuild(torch.func.grad(lambda some: fn(rebuild(some)))(list(tensors)))
+
     def update(run: _Run) -> _Run:
         params = as_params(run.params)
-        given = with_loss(rules, run.value, extras)
+        given = with_loss(rules, {}, run.value, fn, grad_fn)
         updates, state = tx.update(as_params(run.grads), as_state(run.state), params, **given)
         moved = tuple(split(apply_updates(params, updates))[0])
         value, grads, grad_norm = evaluated(moved)

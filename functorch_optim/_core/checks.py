@@ -17,16 +17,21 @@ def check_params(leaves: Sequence[Any], path: Path) -> None:
     for i, leaf in enumerate(leaves):
         if leaf is None:
             continue
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"The parameter at {path(i) or 'the root'!r} is a {type(leaf).__name__}, not a tensor; "
-                "give a tree of tensors, such as dict(model.named_parameters())"
-            )
+        check_is_param(leaf, i, path)
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
                 f"The parameter at {path(i)!r} has dtype {leaf.dtype}, which cannot be optimized; "
                 "convert it with .float(), or leave it out of the tree"
             )
+
+
+def check_is_param(leaf: Any, i: int, path: Path) -> None:
+    """Raise unless a leaf of the parameters is a tensor."""
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"The parameter at {path(i) or 'the root'!r} is a {type(leaf).__name__}, not a tensor; "
+            "give a tree of tensors. That of a module is params_of(model)"
+        )
 
 
 def check_updates(
@@ -53,6 +58,14 @@ def check_updates(
                 f"{name} have shape {tuple(leaf.shape)} and dtype {leaf.dtype} at {path(i)!r}, but {other_name} there "
                 f"has shape {tuple(other.shape)} and dtype {other.dtype}; they must be the same"
             )
+
+
+def check_loss(must: str, value: Any) -> None:
+    """Raise unless a value is a loss, a 0-dim tensor; `must` begins the message, as in "value must be"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{must} a loss, a 0-dim tensor, got a {type(value).__name__}")
+    if value.ndim:
+        raise ValueError(f"{must} a loss, a 0-dim tensor, got one of shape {tuple(value.shape)}; take the mean or sum")
 
 
 def check_pair(what: str, first: str, returned: Any) -> None:

@@ -124,6 +124,7 @@ def partition(
 
     Raises:
         ValueError: the labels do not fit the parameters, or one is not in `transformations`.
+        TypeError: `transformations` is no dict of transformations.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -133,6 +134,11 @@ def partition(
         >>> updates["head"], updates["encoder"]["w"]
         (tensor([-0.5000]), tensor([-0.0010]))
     """
+    if not isinstance(transformations, Mapping):
+        raise TypeError(
+            f"partition needs a dict, label -> transformation, got a {type(transformations).__name__}; "
+            "write partition({'a': sgd(0.1), 'b': adam()}, labels)"
+        )
     known = tuple(transformations)
     parts = {}
     for label, transformation in transformations.items():

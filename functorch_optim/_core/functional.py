@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import check_params, check_updates
+from functorch_optim._core.checks import check_is_param, check_params, check_updates
 from functorch_optim._core.links import Link, select, unnest
 from functorch_optim._core.prepare import Bucket, Leaves, Outcome, Prepared
 from functorch_optim._core.rule import ADD, Rule, TreeRule, check_extras, tree_state_type
@@ -112,7 +112,7 @@ def call(
     update_leaves, param_leaves = like_leaves, None
     if params is not None:
         param_leaves = like_leaves
-        update_leaves = tree.flatten_up_to(structure, updates, "updates", params, "params")
+        update_leaves = _aligned(structure, updates, params)
     states = unnest(transformation._layout, state)
     mode = modes.current()
     forms = transformation._forms if mode != "compiled" else None
@@ -134,9 +134,31 @@ def call(
     how = (mode, adds, way, overwrites)
     prepared = _prepared(transformation, like, structure, leaves, tensors, numbers, how, forms)
     if extra or prepared.asks:
-        check_extras([link.rule for link in prepared.links], extra)
+        in_place = "step_(tx, grads, state, params, " if overwrites else "step(tx, grads, state, params, "
+        called = in_place if adds else "tx.update(updates, state, params, "
+        check_extras([link.rule for link in prepared.links], extra, called)
     bucket = _bucket(prepared, parts, numbers, mode in ("plain", "recorded"))
     return Call(structure, leaves, parts, states, prepared.run(leaves, [bucket], extra))
+
+
+def _aligned(structure: Any, updates: Tree, params: Tree) -> list[Any]:
+    """Flatten updates like the parameters.
+
+    Raises:
+        ValueError: they are built differently.
+    """
+    try:
+        return tree.flatten_up_to(structure, updates, "updates", params, "params")
+    except ValueError as error:
+        if type(updates) is type(params) or (isinstance(updates, dict) and isinstance(params, dict)):
+            raise
+        listed = isinstance(updates, tuple | list) and all(u is None or isinstance(u, Tensor) for u in updates)
+        hint = (
+            "Of a list of gradients a tree is made by dict(zip(params, grads))"
+            if listed and isinstance(params, dict)
+            else "The order is tx.update(updates, state, params), which returns a pair: updates, state = tx.update(...)"
+        )
+        raise ValueError(f"{error} {hint}") from None
 
 
 class _Parts(NamedTuple):
@@ -221,6 +243,9 @@ def _prepared(
     def path(i: int) -> str:
         return tree.paths(tree.unflatten(structure, range(count)))[i]
 
+    for i, p in enumerate(leaves.params or ()):
+        if p is not None and leaves.updates[i] is not None:
+            check_is_param(p, i, path)
     check_updates(leaves.updates, leaves.params, path)
     _check_counters(transformation._links, numbers)
     links = (*transformation._links, Link(ADD)) if adds else transformation._links

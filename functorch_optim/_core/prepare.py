@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from functorch_optim import tree
 from functorch_optim._control import is_known
@@ -127,6 +128,9 @@ class Prepared:
         self.differs: set[int] = set()  # links whose numbers differ between leaves
         self.takes_tensors: set[int] = set()  # links whose scalars cannot compute with floats
         self.simple = [_of_step(link, extras) for link, extras in zip(links, self.extras, strict=True)]
+        for p in leaves.params or () if way == "fused" else ():
+            if isinstance(p, Tensor) and p.is_meta:
+                _device_dtype_check_for_fused(p)  # raises torch.optim's error
         self._check(leaves)
 
     def _check(self, leaves: Leaves) -> None:

@@ -160,10 +160,12 @@ class TreeRule:
     Attributes:
         init: params -> state.
         update: (updates, state, params, **extras) -> (updates, state).
+        wraps: the transformations that `update` passes its `**extras` on to; None for those that it closes over.
     """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
+    wraps: tuple[Any, ...] | None = None
 
     # What a rule for one tensor may have and this has not.
     scalars: ClassVar[None] = None
@@ -185,34 +187,75 @@ class TreeRule:
 
     @property
     def extras(self) -> "Extras":
-        """What `update` wants to be told by keyword."""
-        return extras_of(self.update)
+        """What `update` wants to be told by keyword, for itself and for what it wraps."""
+        own = extras_of(self.update)
+        wraps = () if not own.any else _closed_over(self.update) if self.wraps is None else self.wraps
+        if not wraps:
+            return own
+        inner = [link.rule.extras for tx in wraps for link in tx._links]
+        names = frozenset([name for some in inner for name in some.names]) - {"updates"}
+        required = frozenset([name for some in inner for name in some.missing(own.names)])
+        return Extras(own.names | names, any([some.any for some in inner]), own.required | required)  # noqa: C419
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot look into closures
+def _closed_over(update: Any) -> tuple[Any, ...]:
+    """List the transformations that a function closes over."""
+    contents = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
+    return tuple([value for value in contents if "_links" in getattr(value, "__dict__", ())])
 
 
 def _name(update: Any) -> str:
     return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
 
 
-def check_extras(rules: Sequence[Any], extras: dict[str, Any]) -> None:
-    """Raise when an extra was given that no rule declares, or one is missing that a rule needs."""
+def check_extras(
+    rules: Sequence[Any], extras: dict[str, Any], call: str = "tx.update(updates, state, params, "
+) -> None:
+    """Raise when an extra was given that no rule declares, or one is missing that a rule needs.
+
+    Args:
+        rules: of the chain.
+        extras: by name.
+        call: what the user calls, as far as the extras.
+    """
+    function = call.partition("(")[0].rpartition(".")[2]
     declared = [rule.extras for rule in rules]
     names = {name for some in declared for name in some.names} - {"updates"}
     for name in extras:
         if name not in names and not any(some.any for some in declared):
             known = ", ".join(sorted(names)) or "none"
             raise TypeError(
-                f"update got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
+                f"{function} got the extra {name!r}, which nothing in the chain declares; declared are: {known}. "
                 "A transformation declares an extra as a keyword-only parameter of its update or scalars"
             )
     for rule, some in zip(rules, declared, strict=True):
         for name in sorted(some.missing(extras)):
-            raise TypeError(f"{rule.name} needs the extra {name!r}; call tx.update(updates, state, params, {name}=...)")
+            raise TypeError(f"{rule.name} needs the extra {name!r}; call {call}{name}=...)")
 
 
-def with_loss(rules: Sequence[Any], loss: Any, extras: dict[str, Any]) -> dict[str, Any]:
-    """Give the loss as the extra `value` where a rule declares that and the caller gave none."""
-    wanted = any(rule.extras.any or "value" in rule.extras.names for rule in rules)
-    return {"value": loss, **extras} if wanted else extras
+def with_loss(
+    rules: Sequence[Any],
+    extras: dict[str, Any],
+    value: Any,
+    value_fn: Callable[..., Any] | None = None,
+    grad_fn: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Add to extras what a loop knows of the loss, where a rule declares it and the caller gave none.
+
+    Args:
+        rules: of the chain.
+        extras: what the caller gave.
+        value: the loss; given to rules that take any extra, too. None: there is none.
+        value_fn: params -> loss, if the loop can evaluate it.
+        grad_fn: params -> gradients, likewise.
+    """
+    declared = [rule.extras for rule in rules]
+    names = {name for some in declared for name in some.names}
+    if any([some.any for some in declared]):  # noqa: C419
+        names.add("value")
+    known = {"value": value, "value_fn": value_fn, "grad_fn": grad_fn}
+    return {**{name: given for name, given in known.items() if name in names and given is not None}, **extras}
 
 
 def leaf_state(state_type: type, carried: type | None = None) -> type:

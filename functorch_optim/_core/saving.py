@@ -34,6 +34,7 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
         of its own, on the CPU and in torch.optim's dtype. None is left out.
 
     Raises:
+        TypeError: `state` is no tree of tensors, but an optimizer, say.
         ValueError: two tensors have the same path, as under the keys "a.b" and "a" -> "b"; or the state is of other
             parameters.
 
@@ -50,6 +51,7 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
         >>> fo.state_dict(state, params)["state"]
         {'w': {'step': tensor(0), 'momentum_buffer': tensor([0.])}}
     """
+    _check_is_state(state, "state_dict")
     if params is None:
         return _by_path(state)
     keys = _keys(params, by)
@@ -82,6 +84,7 @@ def load_state_dict(
         State built like `state`, with the saved values in its own dtypes and on its own devices.
 
     Raises:
+        TypeError: `state` is no tree of tensors, but an optimizer, say.
         ValueError: paths or shapes differ, or something is not what belongs there; the message names the first. Or an
             optimizer's state dict has parameters at different steps, where a state has one step; see `from_torch`.
 
@@ -94,6 +97,7 @@ def load_state_dict(
         >>> fo.load_state_dict(tx.init(params), fo.state_dict(state, params), params).momentum_buffer
         {'w': tensor([1.])}
     """
+    _check_is_state(state, "load_state_dict")
     present = _by_path(state)
     check_is_dict("state", saved)
     loaded = saved if params is None else _gathered(_places(state, params), saved, _keys(params, by))
@@ -115,6 +119,28 @@ def load_state_dict(
     leaves, structure = tree.flatten(state)
     values = zip(tree.paths(state), leaves, strict=True)
     return tree.unflatten(structure, [None if leaf is None else loaded[path].to(leaf) for path, leaf in values])
+
+
+def _check_is_state(state: Tree, name: str) -> None:
+    """Raise unless this is a functional state.
+
+    Raises:
+        TypeError: it is not.
+    """
+    saved = "" if name == "state_dict" else ", saved"
+    if isinstance(state, torch.optim.Optimizer | torch.nn.Module):
+        arguments = "" if name == "state_dict" else "saved"
+        raise TypeError(
+            f"{name} is for states of transformations, got a {type(state).__name__}, which has a method for it: "
+            f"call its .{name}({arguments})"
+        )
+    for path, leaf in zip(tree.paths(state), tree.flatten(state)[0], strict=True):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            at = f"at {path!r}" if path else "for the whole state"
+            raise TypeError(
+                f"{name} is for trees of tensors, got a {type(leaf).__name__} {at}; write "
+                f"{name}(state{saved}), where state = tx.init(params), or what tx.update returned"
+            )
 
 
 def check_is_dict(what: str, saved: Any) -> None:

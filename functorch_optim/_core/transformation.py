@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import GeneratorType
 from typing import Any, Literal, ParamSpec
 
 import torch
@@ -19,6 +21,7 @@ from functorch_optim._core.rule import ADD, EmptyState, Rule, TreeRule
 from functorch_optim.tree import Tree
 
 _P = ParamSpec("_P")
+_OF_OPTIMIZERS = (*vars(torch.optim.Optimizer), "state", "param_groups", "defaults", "get", "items")  # of a dict, too
 
 
 class GradientTransformation(Recorded):
@@ -32,7 +35,10 @@ class GradientTransformation(Recorded):
         update: `update(updates, state, params, *, name, ...) -> (updates, state)`. It must not modify its arguments.
             `params` is None when the caller gave none, and so is the update of a leaf without a gradient, whose state
             must stay: `fo.tree.map(lambda m, g: m if g is None else m + g, state, updates)`. Its keyword-only
-            parameters are the extras it declares; `**extra` declares any.
+            parameters are the extras it declares. With `**extra` it declares what the transformations in `wraps` do,
+            to which it passes them on; where it wraps none, it takes any.
+        wraps: the transformation, or the tuple of them, that `update` calls with its `**extra`. None: those that
+            `update` closes over.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -47,17 +53,26 @@ class GradientTransformation(Recorded):
         {'w': tensor([-0.1000,  0.1000])}
     """
 
-    def __init__(self, init: Callable[[Tree], Any], update: Callable[..., tuple[Tree, Any]]) -> None:
+    def __init__(
+        self,
+        init: Callable[[Tree], Any],
+        update: Callable[..., tuple[Tree, Any]],
+        *,
+        wraps: GradientTransformation | tuple[GradientTransformation, ...] | None = None,
+    ) -> None:
         for name, function in (("init", init), ("update", update)):
             if not callable(function):
                 raise TypeError(
                     f"GradientTransformation needs two functions, but {name} is a {type(function).__name__}; "
                     "write GradientTransformation(init, update)"
                 )
-        self._links: tuple[Link, ...] = (Link(TreeRule(init, update)),)
+        inner = (wraps,) if isinstance(wraps, GradientTransformation) else wraps
+        for one in inner or ():
+            check_transformation(one, "GradientTransformation(init, update, wraps=sgd(0.1))")
+        self._links: tuple[Link, ...] = (Link(TreeRule(init, update, inner)),)
         self._layout: Any = 0
         self._forms: dict[Any, Any] = {}  # what was prepared, by the form of the arguments
-        self._call = (GradientTransformation, (init, update), {})
+        self._call = (GradientTransformation, (init, update), {} if wraps is None else {"wraps": wraps})
 
     @classmethod
     def _of(cls, links: Sequence[Link], layout: Any) -> GradientTransformation:
@@ -118,13 +133,45 @@ class GradientTransformation(Recorded):
         """Unpack as a pair: init, update = tx."""
         return iter((self.init, self.update))
 
+    def __getattr__(self, name: str) -> Any:
+        """Raise: there is no such attribute. Who looks for an optimizer's is told where they are."""
+        where = (
+            ". A transformation has init and update; what is stateful, with step, param_groups and the rest of "
+            "torch.optim's interface, is fo.Optimizer(params, transformation). torch.optim.Optimizer, which is "
+            "fo.optim.Optimizer too, takes a dict of defaults"
+        )
+        hint = where if name in _OF_OPTIMIZERS else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
+
 
 def check_transformation(transformation: Any, example: str) -> None:
     """Raise unless this is a transformation; `example` is a call that would be right."""
     if not isinstance(transformation, GradientTransformation):
-        hint = "call it" if callable(transformation) else "as in"
-        name = getattr(transformation, "__name__", None) or repr(transformation)
-        raise TypeError(f"{name} is not a GradientTransformation; {hint}: {example}")
+        how = "call it" if callable(transformation) and not isinstance(transformation, Recorded) else "as in"
+        raise TypeError(
+            f"{shown(transformation)} is not a GradientTransformation; {how}: {example}{advice(transformation)}"
+        )
+
+
+def shown(value: Any) -> str:
+    """Name a function or class, or print what is short, for messages."""
+    text = getattr(value, "__name__", None) or repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"This {type(value).__name__}"
+
+
+def advice(value: Any) -> str:
+    """Say what to do with what was given for a transformation, where its kind tells: a sentence, or nothing."""
+    kind = value if isinstance(value, type) else type(value)
+    if issubclass(kind, torch.optim.Optimizer):
+        return f". {kind.__name__} is a class of optimizers; transformations are made by functions such as adam"
+    if isinstance(value, Recorded):
+        return (
+            ". A schedule is given as a learning rate, adamw(schedule), or updates are scaled by it, "
+            "scale_by_learning_rate(schedule) or scale_by_schedule(schedule)"
+        )
+    if isinstance(value, list | tuple) and any(isinstance(item, GradientTransformation) for item in value):
+        return ". Unpack a list: chain(*transformations)"
+    return ""
 
 
 def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, GradientTransformation]:
@@ -141,12 +188,43 @@ def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, Grad
 
     @functools.wraps(function)
     def make(*args: _P.args, **kwargs: _P.kwargs) -> GradientTransformation:
-        made = function(*args, **kwargs)
+        try:
+            made = function(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            hint = "" if torch.compiler.is_compiling() else _mistake(function, args, kwargs)
+            if not hint:
+                raise
+            inner = error.__cause__  # of a factory inside, which has added its own hint
+            first = inner if inner is not None and str(error).startswith(str(inner)) else error
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{first}{hint}") from first
         named = GradientTransformation._of(made._links, made._layout)
         named._call = (make, args, kwargs)
         return named
 
     return make
+
+
+def _mistake(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say what may be wrong with the arguments of a factory, beyond an error of its own."""
+    name = function.__name__
+    if args and _are_params(args[0]):
+        return (
+            f". {name} takes hyperparameters, and its init the parameters: tx = {name}(...); state = tx.init(params). "
+            f"As in torch.optim is Optimizer(model.parameters(), {name}, lr=1e-3)"
+        )
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return f". Its arguments are {', '.join(inspect.signature(function).parameters)}"
+    return ""
+
+
+def _are_params(value: Any) -> bool:
+    """Tell whether this is what torch.optim's classes are given first."""
+    values = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(values, list | tuple):
+        return any(isinstance(item, torch.nn.Parameter) for item in values)
+    return isinstance(values, GeneratorType | torch.nn.Module)
 
 
 @factory

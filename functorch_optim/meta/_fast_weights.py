@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_optim._core.rule import check_extras, with_loss
 from functorch_optim._core.transformation import GradientTransformation, apply_updates, check_transformation
 from functorch_optim.meta._exact import exact_derivatives
-from functorch_optim.meta._extras import with_loss
 
 
 class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad is
@@ -150,7 +150,9 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         self._check(loss)
         grads = self._grads(loss)
         value = loss if self._second_order else loss.detach()
-        extra = with_loss(self._tx, value, extra)
+        rules = [link.rule for link in self._tx._links]
+        extra = with_loss(rules, extra, value)
+        check_extras(rules, extra, "inner.step(loss, ")
         with torch.set_grad_enabled(self._differentiable):
             updates, state = self._tx.update(grads, self.state, self.params, **extra)
             params = apply_updates(self.params, updates)

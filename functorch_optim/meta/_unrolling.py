@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import check_loss
 from functorch_optim._core.hyperparameters import check_integer
+from functorch_optim._core.rule import with_loss
 from functorch_optim._core.transformation import GradientTransformation, apply_updates, check_transformation
 from functorch_optim._core.vector import common_dtype
 from functorch_optim.meta._capture import computed
 from functorch_optim.meta._derivative import replaced, split
 from functorch_optim.meta._exact import exact_derivatives
-from functorch_optim.meta._extras import takes, with_loss
 from functorch_optim.meta._rematerialization import checkpoint as checkpointed
 from functorch_optim.tree import Tree
 
@@ -63,8 +64,8 @@ def unroll(
 
     Args:
         loss_fn: `loss_fn(params, batch)`, a 0-dim tensor; with `buffers`, `loss_fn(params, batch, buffers)`.
-        transformation: makes updates of gradients. The extras `value` and `value_fn`, where it declares them, are the
-            loss of the batch and the loss as a function of the parameters.
+        transformation: makes updates of gradients. The extras `value`, `value_fn` and `grad_fn`, where it declares
+            them, are the loss of the batch, and that loss and its gradient as functions of the parameters.
         params: tree of tensors to begin with.
         batches: each is given to `loss_fn` for one step: a list of tensors, say; a tensor, of which each step takes a
             slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data. One pair for every step
@@ -93,7 +94,8 @@ def unroll(
     Raises:
         TypeError: `transformation` is none; `batches` cannot be iterated, or is a dict, or a tuple that looks like one
             batch, such as a pair of tensors; `truncate` or `checkpoint` is no integer.
-        ValueError: `truncate` or `checkpoint` is less than 1; `batches` is an iterator that has been used up.
+        ValueError: `loss_fn` returns more than a number; `truncate` or `checkpoint` is less than 1; `batches` is an
+            iterator that has been used up.
         RuntimeError: see `fo.meta.checkpoint`.
 
     Source: Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning, arXiv:1502.03492;
@@ -115,7 +117,7 @@ def unroll(
         check_integer("truncate", truncate, 1)
     if not isinstance(checkpoint, bool):
         check_integer("checkpoint", checkpoint, 1)
-    searching = takes(transformation, "value_fn")
+    rules = [link.rule for link in transformation._links]
     state = transformation.init(params) if state is None else state
     if not first_order:  # first derivatives are right
         loss_fn = exact_derivatives()(loss_fn)
@@ -129,8 +131,10 @@ def unroll(
                 params, state, buffers = tree.stop_gradient((params, state, buffers))
             grads, loss, aux, carried = _grad_and_value(loss_fn, params, batch, buffers, has_aux)
             grads = tree.stop_gradient(grads) if first_order else grads
-            extra = {"value_fn": functools.partial(_loss, loss_fn, batch, buffers, has_aux)} if searching else {}
-            updates, state = transformation.update(grads, state, params, **with_loss(transformation, loss, extra))
+            value_fn = functools.partial(_loss, loss_fn, batch, buffers, has_aux)
+            grad_fn = functools.partial(_grads, loss_fn, batch, buffers, has_aux, first_order)
+            extras = with_loss(rules, {}, loss, value_fn, grad_fn)
+            updates, state = transformation.update(grads, state, params, **extras)
             params, buffers = apply_updates(params, updates), carried
             results.append((loss, aux))
         return params, state, buffers, results
@@ -196,11 +200,19 @@ def _called(
         buffers = tree.map(lambda buffer: buffer + zero.to(buffer), buffers)
         result = loss_fn(params, batch, buffers)
     value, aux = result if has_aux else (result, None)
+    check_loss("loss_fn must return", value)
     return value, aux, buffers
 
 
 def _loss(loss_fn: Callable[..., Any], batch: Any, buffers: Tree, has_aux: bool, params: Tree) -> Tensor:
     return _called(loss_fn, params, batch, buffers, has_aux)[0]
+
+
+def _grads(
+    loss_fn: Callable[..., Any], batch: Any, buffers: Tree, has_aux: bool, first_order: bool, params: Tree
+) -> Tree:
+    grads = _grad_and_value(loss_fn, params, batch, buffers, has_aux)[0]
+    return tree.stop_gradient(grads) if first_order else grads
 
 
 def _grad_and_value(

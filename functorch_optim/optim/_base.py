@@ -18,6 +18,7 @@ from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.choose import way_of
 from functorch_optim.optim import _factories as factories
+from functorch_optim.optim._closure import Closure, check_closure
 from functorch_optim.optim._loading import checked_state
 from functorch_optim.optim._plan import Plan
 from functorch_optim.optim._step import PreparedStep
@@ -68,8 +69,10 @@ class OptimizerBase(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         Args:
-            closure: evaluates the model again, calls backward, and returns the loss. The loss is also what a
-                transformation that declares the extra `value` is given.
+            closure: clears gradients, evaluates the model, calls backward, and returns the loss. The loss is also what
+                a transformation that declares the extra `value` is given. One that declares `value_fn` or `grad_fn`,
+                the loss or its gradient as a function of the parameters, has the closure evaluated there; not with
+                `differentiable=True`, where a closure cannot tell how its gradients depend on the parameters.
             **extra: by name, what some transformation declares.
 
         Returns:
@@ -77,32 +80,49 @@ class OptimizerBase(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
-            TypeError: an extra that nothing declares.
+            TypeError: an extra that nothing declares, or one that is missing; `closure` is no function, or does not
+                return a loss where one is needed.
         """
         return self._step(closure, **extra)
 
     def _step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         loss = None
         if closure is not None:
-            _untraced(self._with_loss, extra, "the loss, to come")
+            check_closure(closure)
+            _untraced(self._check_extras, closure, "the loss, to come", extra)
             with torch.enable_grad():
                 loss = closure()
-        _untraced(self._update, loss, extra)
+        _untraced(self._update, closure, loss, extra)
         return loss
 
-    def _with_loss(self, extra: dict[str, Any], loss: Any) -> dict[str, Any]:
-        """Add the loss, unless it is None, to the extras where something declares `value`.
+    def _check_extras(self, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]) -> None:
+        """Raise unless the extras are what the transformation declares.
 
         Raises:
             TypeError: an extra is given that nothing declares, or not given that something needs.
         """
         plans = [self._plan(index) for index in range(self._number_of_trees)]
+        given: dict[str, Any] = {}
+        for plan in plans:
+            given.update(self._extras(plan, closure, loss, extra))
         rules = [link.rule for plan in plans for link in plan.links]
-        extra = extra if loss is None else with_loss(rules, loss, extra)
-        check_extras(rules, extra)
-        return extra
+        if closure is not None and loss is None and any("value" in rule.extras.missing(given) for rule in rules):
+            raise TypeError(
+                "The closure returned None, and the transformation needs the loss: end the closure with `return loss`"
+            )
+        check_extras(rules, given, "opt.step(closure), or opt.step(" if closure is None else "opt.step(closure, ")
 
-    def _update(self, loss: Any, extra: dict[str, Any]) -> None:
+    def _extras(
+        self, plan: Plan, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Add to extras what a closure tells of the loss, where something declares it."""
+        value_fn = grad_fn = None
+        if closure is not None and not self.defaults.get("differentiable", False):
+            again = Closure(closure, plan.params, [p for group in self.param_groups for p in group["params"]])
+            value_fn, grad_fn = again.value, again.grads
+        return with_loss([link.rule for link in plan.links], extra, loss, value_fn, grad_fn)
+
+    def _update(self, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]) -> None:
         if self._evaluating:
             raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before opt.step()")
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
@@ -116,11 +136,13 @@ class OptimizerBase(torch.optim.Optimizer):
             except (TypeError, ValueError):
                 self._check_gradients()  # which torch looks at first
                 raise
-            if extra or any(plan.asks for plan in plans):
-                extra = self._with_loss(extra, loss)
+            asks = extra or any(plan.asks for plan in plans)
+            if asks:
+                self._check_extras(closure, loss, extra)
             # Everything is computed, or at least ready, before anything is changed.
             steps = [self._prepared(index, plan) for index, plan in enumerate(plans)]
-            outcomes = [step.compute(extra) for step in steps]
+            given = [self._extras(plan, closure, loss, extra) if asks else extra for plan in plans]
+            outcomes = [step.compute(extras) for step, extras in zip(steps, given, strict=True)]
             for index, (step, outcome) in enumerate(zip(steps, outcomes, strict=True)):
                 tree_states = step.commit(outcome, self.state)
                 if tree_states:

@@ -12,7 +12,7 @@ from functorch_optim._core.checks import check_updates
 from functorch_optim._core.combine import partition
 from functorch_optim._core.links import nest, unnest
 from functorch_optim._core.rule import Rule, TreeRule
-from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._core.transformation import GradientTransformation, shown
 from functorch_optim._core.vector import common_dtype, flattened
 from functorch_optim._execution import writing
 from functorch_optim.optim import _factories as factories
@@ -41,7 +41,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
             a buffer, else 0.
 
     Raises:
-        TypeError: the class is not known.
+        TypeError: it is no optimizer, or its class is not known.
         ValueError: a hyperparameter is out of range; or parameters have had different numbers of updates, and something
             looks at them together: a norm, say, or a `fo.Optimizer` that was given a transformation.
 
@@ -58,6 +58,11 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
         >>> opt.state[model.bias]["step"]
         tensor(2.)
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"from_torch needs a live optimizer, got {shown(optimizer)}; "
+            "write from_torch(torch.optim.Adam(model.named_parameters()))"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         return _lbfgs_from_torch(optimizer)
     originals = _params(optimizer)

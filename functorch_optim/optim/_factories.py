@@ -4,12 +4,15 @@ import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 from functorch_optim import tree
 from functorch_optim._core.hyperparameters import Live
-from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._core.recorded import Recorded
+from functorch_optim._core.transformation import GradientTransformation, advice, shown
 
 Factory = Callable[..., GradientTransformation]
 
@@ -53,10 +56,12 @@ def defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, 
                 "Give a factory: Optimizer(params, adamw, lr=1e-3)"
             )
         return {}
-    if not callable(transformation):
+    is_class = isinstance(transformation, type) and issubclass(transformation, torch.optim.Optimizer)
+    if is_class or isinstance(transformation, Recorded) or not callable(transformation):
         raise TypeError(
-            f"Optimizer needs a transformation or a factory of one, got {transformation!r}; "
-            "write Optimizer(params, adamw(1e-3)) or Optimizer(params, adamw, lr=1e-3)"
+            f"Optimizer needs a transformation or a factory of one, got {shown(transformation)}, which is not a "
+            "GradientTransformation; write Optimizer(params, adamw(1e-3)) or Optimizer(params, adamw, lr=1e-3)"
+            f"{_hint(transformation)}"
         )
     known = parameters(transformation)
     unknown = [name for name in hyperparameters if name not in known]
@@ -64,6 +69,48 @@ def defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, 
         raise TypeError(f"{name_of(transformation)} has no hyperparameter {unknown[0]!r}; it has {', '.join(known)}")
     given = {name: parameter.default for name, parameter in known.items() if parameter.default is not parameter.empty}
     return {**given, **hyperparameters}
+
+
+def _hint(given: Any) -> str:
+    """Say what to do with what was given for a transformation: a sentence, or nothing."""
+    if isinstance(given, type):
+        return f". {given.__name__} is a class of optimizers; fo.optim.{given.__name__}(params) is an optimizer already"
+    if isinstance(given, Mapping):
+        return ". The base class of optimizers, which takes a dict of defaults, is torch.optim.Optimizer or fo.optim's"
+    if isinstance(given, Iterator):
+        return ". The parameters come first"
+    return advice(given)
+
+
+def check_params_argument(params: Any) -> None:
+    """Raise when a module, or a dict by name, is given for the parameters of an optimizer.
+
+    Raises:
+        TypeError: it is.
+    """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"Optimizer needs parameters, got a {type(params).__name__}, which is a module; write "
+            "Optimizer(model.parameters(), adamw, lr=1e-3), or give model.named_parameters() to have names too"
+        )
+    if isinstance(params, Mapping):
+        raise TypeError(
+            "Optimizer needs an iterable of parameters, of pairs of name and parameter, or of groups, got a dict; for "
+            "a dict of parameters by name write Optimizer(params.items(), adamw, lr=1e-3)"
+        )
+
+
+def check_is_group(group: Mapping[str, Any]) -> None:
+    """Raise when a dict is no param group, but one of parameters by name.
+
+    Raises:
+        KeyError: it is.
+    """
+    if "params" not in group:
+        raise KeyError(
+            f'A param group is a dict with the key "params", got one with {", ".join(map(repr, group))}; for a dict of '
+            "parameters by name write Optimizer(params.items(), adamw, lr=1e-3)"
+        )
 
 
 def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:

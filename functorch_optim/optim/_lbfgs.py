@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim.optim._closure import check_closure
 from functorch_optim.optimizers._limited_memory import (
     PATIENCE,
     STRONG_WOLFE,
@@ -101,6 +102,7 @@ class LBFGS(torch.optim.LBFGS):
         Raises:
             RuntimeError: `line_search_fn` is neither None nor "strong_wolfe".
             ValueError: `history_size` is not positive.
+            TypeError: `closure` is no function, or returns no loss.
         """
         [group] = self.param_groups
         if group["line_search_fn"] not in (None, STRONG_WOLFE):
@@ -115,6 +117,17 @@ class LBFGS(torch.optim.LBFGS):
         params: list[Tensor] = group["params"]
         dtype = common_dtype(params)
 
+        check_closure(closure)
+
+        def evaluated() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if not isinstance(loss, Tensor) and not hasattr(loss, "__float__"):
+                raise TypeError(
+                    f"The closure returned {loss!r}, and LBFGS needs the loss: end the closure with `return loss`"
+                )
+            return loss
+
         def grad() -> Tensor:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             return flattened([g.to_dense() if g.is_sparse else g for g in grads], dtype)
@@ -126,12 +139,9 @@ class LBFGS(torch.optim.LBFGS):
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             write(x)
-            with torch.enable_grad():
-                loss = closure()
-            return x.new_tensor(float(loss)), grad()
+            return x.new_tensor(float(evaluated())), grad()
 
-        with torch.enable_grad():
-            first = closure()
+        first = evaluated()
         begin = flattened(params, dtype)
         memory = before = from_torch(self.state[params[0]], begin)
         try:

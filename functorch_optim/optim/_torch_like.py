@@ -40,6 +40,7 @@ class TorchLike(OptimizerBase):
         Raises:
             RuntimeError: a gradient is of a kind that this optimizer does not take, or a parameter cannot be modified
                 in place.
+            TypeError: `closure` is no function.
         """
         return self._step(closure)
 

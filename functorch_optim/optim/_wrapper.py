@@ -80,6 +80,7 @@ class Optimizer(OptimizerBase):
         fused: bool | None = None,
         **hyperparameters: Any,
     ) -> None:
+        factories.check_params_argument(params)
         self._transformation = transformation
         self._complete = False
         defaults = factories.defaults(transformation, hyperparameters)
@@ -99,6 +100,8 @@ class Optimizer(OptimizerBase):
         Raises:
             TypeError, ValueError: as the constructor does; nothing is added then.
         """
+        if isinstance(param_group, dict):
+            factories.check_is_group(param_group)
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor | set | None):
             param_group["params"] = list(param_group["params"])
             tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._control import is_known, is_masked
+from functorch_optim._core.checks import check_loss
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_integer, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
@@ -77,7 +78,8 @@ def lbfgs(
     `update(grads, state, params, *, value_fn, value=None)` needs the parameters and the loss as a function of them.
     `grads` and `value` are those at `params`: without `value`, the loss is evaluated there once more. A parameter
     whose gradient is None is held fixed; to the algorithm its gradient is zero. In `fo.Optimizer`, `value_fn` is given
-    a dict by name where the parameters have names, and else a list: `opt.step(closure, value_fn=loss)`. Inside of
+    a dict by name where the parameters have names, and else a list; `opt.step(closure)` makes it of the closure, as
+    torch.optim.LBFGS does, and `opt.step(closure, value_fn=loss)` is for a loss that is differentiated. Inside of
     `masked` and `partition` it is given `MaskedNode()` in place of the other parameters, and must know these itself.
 
     Args:
@@ -228,12 +230,10 @@ def pack(step: Tensor, memory: Memory, like: LBFGSState) -> LBFGSState:
 
 
 def _loss(value: Any, must: str, x: Tensor) -> Tensor:
-    if isinstance(value, Tensor) and value.ndim == 0:
-        # The state keeps the loss, and must not keep the graph of a closure with it.
-        return value.to(x) if torch.is_grad_enabled() else value.detach().to(x)
-    if isinstance(value, Tensor):
-        raise ValueError(f"{must} a loss, a 0-dim tensor, got one of shape {tuple(value.shape)}; take the mean or sum")
-    raise TypeError(f"{must} a loss, a 0-dim tensor, got a {type(value).__name__}")
+    check_loss(must, value)
+    # The state keeps the loss, and must not keep the graph of a closure with it.
+    loss: Tensor = value if torch.is_grad_enabled() else value.detach()
+    return loss.to(x)
 
 
 def _check_state(state: Any, x: Tensor, history_size: int) -> None:

@@ -69,6 +69,15 @@ class Schedule(Recorded):
             step = torch.tensor(step, dtype=torch.float64)
         return self._function(step)  # type: ignore[arg-type]  # ours take floats too
 
+    def _compared(self, other: Any) -> bool:
+        raise TypeError(
+            f"The schedule {self!r} was compared with {other!r}, as if it were a number: the classes of torch.optim "
+            "take numbers only. Write fo.Optimizer(params, fo.adam, lr=schedule), or drive the class by a scheduler of "
+            "torch.optim.lr_scheduler. Its value is schedule(step)"
+        )
+
+    __lt__ = __le__ = __gt__ = __ge__ = _compared
+
     def __add__(self, other: Any) -> Any:
         return _combined(operator.add, self, other)
 

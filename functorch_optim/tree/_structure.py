@@ -1,5 +1,7 @@
 """What trees are built of, over optree: leaves, structures, paths."""
 
+import dataclasses
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -8,14 +10,15 @@ import optree
 import torch
 
 Tree: TypeAlias = Any
-"""A tensor, or any nesting of dicts, lists, tuples, NamedTuples, ... of tensors."""
+"""A tensor, or any nesting of dicts, lists, tuples, NamedTuples, dataclasses, ... of tensors."""
 
-# Dataclasses and other nodes registered globally with optree, or in this namespace, are trees.
+# Nodes registered globally with optree, or in this namespace, are trees. Dataclasses are registered when they are met.
 NAMESPACE = "functorch_optim"
 
 _DICTS = (dict, OrderedDict, defaultdict)  # what is derived from them is a leaf, or a node of its own
 # Known at once: what torch.compile would have to trace of optree for each of these, takes most of its time.
 _LEAVES = (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool)
+_LEAF_TYPES = frozenset(_LEAVES)
 _SORTED = (dict, defaultdict)
 _LISTS = (list, tuple)
 
@@ -36,7 +39,46 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
     if torch.compiler.is_compiling():
         structure = _TracedStructure(tree)
         return structure.flatten_up_to(tree), structure
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    flat = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    others = {type(leaf) for leaf in flat[0]} - _LEAF_TYPES
+    if others and any([_adopted(kind) for kind in others]):  # noqa: C419
+        return flatten(tree)  # what dataclasses hold may be dataclasses, too
+    return flat
+
+
+_ADOPTING = threading.Lock()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot trace a registration
+def _adopted(kind: type) -> bool:
+    """Register the type of a leaf, if it is a dataclass, as a node; tell whether it is one now.
+
+    A dataclass that can be called is a function to this library: a schedule, say. One that is derived from a tensor or
+    a container is what that is.
+    """
+    if not dataclasses.is_dataclass(kind) or issubclass(kind, torch.Tensor | dict | list | tuple):
+        return False
+    if any("__call__" in vars(base) for base in kind.__mro__):
+        return False
+    fields = dataclasses.fields(kind)
+    children = tuple([field.name for field in fields if field.metadata.get("pytree_node", True)])
+    constants = tuple([field.name for field in fields if field.name not in children])
+
+    def split(node: Any) -> tuple[Any, ...]:
+        return [getattr(node, name) for name in children], tuple([getattr(node, name) for name in constants]), children
+
+    def build(values: Any, leaves: Any) -> Any:
+        node = object.__new__(kind)  # not by its constructor, which may check what is no tensor now
+        for name, value in (*zip(children, leaves, strict=True), *zip(constants, values, strict=True)):
+            object.__setattr__(node, name, value)
+        return node
+
+    with _ADOPTING:
+        instance: Any = object.__new__(kind)
+        if optree.tree_is_leaf(instance, none_is_leaf=True, namespace=NAMESPACE):
+            register: Any = optree.register_pytree_node
+            register(kind, split, build, path_entry_type=optree.DataclassEntry, namespace=NAMESPACE)
+    return True
 
 
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Tree:
@@ -92,7 +134,11 @@ def stop_gradient(tree: Tree) -> Tree:
         tree: any tree: parameters, a state, what `fo.meta.unroll` returns. Leaves that are no tensors stay as they are.
 
     Returns:
-        Tree like it. Its tensors share memory with those of `tree`.
+        Tree like it. Its tensors share memory with those of `tree`: what writes to them in place, as `fo.step_` does,
+        writes to both. For the parameters of a module there is `fo.params_of`, which copies.
+
+    Raises:
+        TypeError: a leaf is a module, which is no tree of tensors.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -100,7 +146,16 @@ def stop_gradient(tree: Tree) -> Tree:
         >>> fo.stop_gradient({"w": 2 * w, "name": "w"})
         {'w': tensor([2., 2.]), 'name': 'w'}
     """
-    return map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, torch.nn.Module):
+            raise TypeError(
+                f"stop_gradient takes a tree of tensors, got a {type(leaf).__name__}, which is a module; "
+                "write params_of(module) for its parameters"
+            )
+        return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+    return map(cut, tree)
 
 
 def paths(tree: Tree) -> list[str]:
@@ -110,6 +165,7 @@ def paths(tree: Tree) -> list[str]:
         >>> paths({"layer": {"weight": 1, "bias": 2}, "scale": (3, 4)})
         ['layer.bias', 'layer.weight', 'scale.0', 'scale.1']
     """
+    flatten(tree)  # which makes nodes of dataclasses
     accessors = optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)
     return [".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor) for accessor in accessors]
 
@@ -211,7 +267,7 @@ def is_leaf(node: Tree) -> bool:
         return True
     if type(node) in _SORTED or type(node) in _LISTS or _is_record(node):
         return False
-    return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE)
+    return optree.tree_is_leaf(node, none_is_leaf=True, namespace=NAMESPACE) and not _adopted(type(node))
 
 
 def _is_record(node: Tree) -> bool:

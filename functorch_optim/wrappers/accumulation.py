@@ -7,7 +7,7 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory, of_rule
 from functorch_optim._numerics import where
 from functorch_optim.wrappers._wrapping import around, wrapped
 
@@ -95,6 +95,8 @@ def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
         tensor([0.])
         tensor([-2.])
     """
+    if not callable(tx):
+        check_transformation(tx, "accumulate(adamw(1e-3), every=4)")
     check("every", every, "value >= 1")
     return wrapped(tx, lambda tx: _accumulated(tx, every, mean), "accumulate(adamw(1e-3), every=4)")
 

@@ -246,7 +246,7 @@ def test_functions_of_trees_that_return_something_else(update, found):
 def test_modules_are_not_trees():
     model = torch.nn.Linear(2, 2)
     for thing in (model, model.parameters()):
-        with pytest.raises(TypeError, match=r"parameter at 'the root' is a .*dict\(model.named_parameters\(\)\)"):
+        with pytest.raises(TypeError, match=r"parameter at 'the root' is a .*params_of\(model\)"):
             fo.adam().init(thing)
 
 
