@@ -53,7 +53,7 @@ def make_network(seed: int, device: str = "cpu") -> torch.nn.Module:
 
 def parameters_of(network: torch.nn.Module) -> Parameters:
     """Return the parameters by name, as plain tensors: the functional ways record no graph across steps."""
-    return {name: p.detach() for name, p in network.named_parameters()}
+    return fo.params_of(network)
 
 
 def warmup_cosine(peak: float | Tensor, steps: int) -> fo.schedules.Schedule:
