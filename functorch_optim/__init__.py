@@ -4,7 +4,7 @@ from functorch_optim import meta, optim, schedules, tree
 from functorch_optim._core.combine import chain, masked, named_chain, partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at
 from functorch_optim._core.rule import EmptyState, StepState, leaf_state
-from functorch_optim._core.saving import load_state_dict, state_dict
+from functorch_optim._core.saving import Loaded, load_state_dict, migrate, state_dict
 from functorch_optim._core.stepping import eval_params, step, step_
 from functorch_optim._core.transformation import (
     GradientTransformation,
@@ -52,6 +52,7 @@ __all__ = [
     "GradientTransformation",
     "Hyperparameter",
     "LBFGSState",
+    "Loaded",
     "MaskedNode",
     "Minimized",
     "Optimizer",
@@ -87,6 +88,7 @@ __all__ = [
     "masked",
     "maximize",
     "meta",
+    "migrate",
     "minimize",
     "muon",
     "nadam",

@@ -50,6 +50,9 @@ class Extras(NamedTuple):
 
 _NO_EXTRAS = Extras(frozenset(), False, frozenset())
 
+DECLARED: set[str] = set()
+"""The names of all fields that the state of some rule has."""
+
 
 def extras_of(function: Any) -> Extras:
     """Read a function's extras off its signature."""
@@ -295,6 +298,7 @@ def leaf_state(state_type: type, carried: type | None = None) -> type:
         )
     make_type: Any = namedtuple
     counted = ("step", *getattr(carried, "_fields", ()))
+    DECLARED.update(fields, counted)
     lifted = dict(getattr(state_type, "_lifted", {}))
     for counters in ((), ("step",), counted, counted[1:]):
         tree_type: Any = make_type(state_type.__name__, (*counters, *fields))

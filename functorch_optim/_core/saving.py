@@ -2,14 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import check_choice
 from functorch_optim._core.links import numbered
+from functorch_optim._core.naming import indices_of, names_of, same_names
 from functorch_optim._core.rule import EmptyState, StepState, step_dtype
 from functorch_optim.tree import Tree
 
@@ -69,19 +72,78 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
     }
 
 
+class Loaded(NamedTuple):
+    """What was loaded with `strict=False`.
+
+    Attributes:
+        taken: paths of what has the saved value. Those of `fo.Optimizer` are of a parameter and a key in its state.
+        begun: paths of what begins anew.
+        left: what was saved and has no place here.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> params = {"w": torch.zeros(1)}
+        >>> saved = fo.state_dict(fo.trace(0.9).init(params))
+        >>> fo.load_state_dict(fo.scale_by_adam().init(params), saved, strict=False)[1].left
+        ('step', 'momentum_buffer.w')
+    """
+
+    taken: tuple[str, ...]
+    begun: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+@overload
 def load_state_dict(
-    state: Tree, saved: Mapping[str, Any], params: Tree = None, *, by: Literal["path", "index"] = "path"
+    state: Tree,
+    saved: Mapping[str, Any],
+    params: Tree = ...,
+    *,
+    by: Literal["path", "index"] = ...,
+    strict: Literal[True] = ...,
+    cast: bool = ...,
+) -> Tree: ...
+
+
+@overload
+def load_state_dict(
+    state: Tree,
+    saved: Mapping[str, Any],
+    params: Tree = ...,
+    *,
+    by: Literal["path", "index"] = ...,
+    strict: Literal[False],
+    cast: bool = ...,
+) -> tuple[Tree, Loaded]: ...
+
+
+def load_state_dict(
+    state: Tree,
+    saved: Mapping[str, Any],
+    params: Tree = None,
+    *,
+    by: Literal["path", "index"] = "path",
+    strict: bool = True,
+    cast: bool = False,
 ) -> Tree:
     """Build a state from a saved one.
 
     Args:
         state: a state of the same transformation for the same parameters, as `init` makes it.
-        saved: what `state_dict` returned; with `by="index"`, the state dict of an optimizer too.
+        saved: what `state_dict` returned; with `by="index"`, the state dict of an optimizer too. Where that has names
+            and `params` the same ones, parameters are found by name. Names may differ by the prefixes that
+            torch.compile, DDP and FSDP make.
         params: the parameters, where `state_dict` was given them.
         by: as it was given to `state_dict`.
+        strict: whether all that was saved must have a place, and the other way round. With False, what fits is loaded:
+            of each rule and parameter all or nothing, by parameter and name if `params` are given, so that the chain
+            may be another one, and else by path. A rule's step is loaded with its tensors.
+        cast: round what was saved in float32 where `state` has half precision. Else it stays in float32.
 
     Returns:
-        State built like `state`, with the saved values in its own dtypes and on its own devices.
+        State built like `state`, on its devices and in its dtypes, except for float32 in place of half precision. The
+        saved values are copied. With `strict=False` a pair: this state, and `Loaded`, the paths of what was taken, what
+        begins anew, and what was left out.
 
     Raises:
         TypeError: `state` is no tree of tensors, but an optimizer, say.
@@ -100,25 +162,76 @@ def load_state_dict(
     _check_is_state(state, "load_state_dict")
     present = _by_path(state)
     check_is_dict("state", saved)
-    loaded = saved if params is None else _gathered(_places(state, params), saved, _keys(params, by))
-    for path in (*present, *loaded):
+    if params is None:
+        loaded = saved if strict else _fitting_by_path(state, saved)
+        left = [path for path in saved if path not in loaded]
+    else:
+        places, keys = _places(state, params), _saved_keys(params, by, saved)
+        loaded, left = (_gathered(places, saved, keys), []) if strict else _fitting(places, saved, keys)
+    for path in (*present, *loaded) if strict else ():
         if path not in loaded or path not in present:
             has, lacks = ("the state", "the saved one") if path in present else ("the saved state", "this one")
             raise ValueError(
                 f"{has} has {path!r}, which {lacks} lacks; it was saved from another transformation or other parameters"
             )
-    for path, leaf in present.items():
-        if not isinstance(loaded[path], Tensor):
-            raise ValueError(f"The saved {path!r} is {loaded[path]!r}, where a tensor belongs")
-        if loaded[path].shape != leaf.shape:
-            raise ValueError(
-                f"The saved {path!r} has shape {tuple(loaded[path].shape)}, but the state's has {tuple(leaf.shape)}; "
-                "it was saved from other parameters"
-            )
-        _check_values(path, loaded[path], leaf)
+    for path in present if strict else loaded:
+        _check_saved(path, loaded[path], present[path])
     leaves, structure = tree.flatten(state)
-    values = zip(tree.paths(state), leaves, strict=True)
-    return tree.unflatten(structure, [None if leaf is None else loaded[path].to(leaf) for path, leaf in values])
+    new = [
+        _like(leaf, loaded[path], cast) if leaf is not None and path in loaded else leaf
+        for path, leaf in zip(tree.paths(state), leaves, strict=True)
+    ]
+    begun = [path for path in present if path not in loaded]
+    made = tree.unflatten(structure, new)
+    return made if strict else (made, Loaded(tuple(loaded), tuple(begun), tuple(left)))
+
+
+def migrate(tx: Any, state: Tree, params: Tree) -> tuple[Tree, Loaded]:
+    """Go on with another transformation in mid-training: another chain, mask or partition.
+
+    Args:
+        tx: the transformation to go on with.
+        state: of the former one.
+        params: the parameters.
+
+    Returns:
+        A state of `tx`, which has from `state` all that fits, and the rest as `init` makes it; and `Loaded`, which says
+        what was taken and what begins anew. See `load_state_dict` with `strict=False`.
+
+    Raises:
+        ValueError: the state is of other parameters; or rules whose steps differ would have to share one.
+
+    Each rule has one step for all of its parameters. So a parameter that joins an Adam at step 1000 is at step 1001,
+    with moments of zero, and its first updates are not corrected for bias: give newcomers a label of their own in the
+    partition, or use `fo.Optimizer`, which counts for each parameter.
+
+    Example:
+        Unfreeze the body of a network:
+
+        >>> import functorch_optim as fo, torch
+        >>> def training(labels):
+        ...     return fo.partition({"train": fo.adam(0.1), "keep": fo.set_to_zero()}, labels)
+        >>> params = {"body": torch.zeros(1), "head": torch.zeros(1)}
+        >>> tx = training({"body": "keep", "head": "train"})
+        >>> params, state = fo.step(tx, fo.tree.map(torch.ones_like, params), tx.init(params), params)
+        >>> tx = training("train")
+        >>> state, loaded = fo.migrate(tx, state, params)
+        >>> state["train"][1].exp_avg
+        {'body': tensor([0.]), 'head': tensor([0.1000])}
+        >>> loaded.begun
+        ('train.1.exp_avg.body', 'train.1.exp_avg_sq.body')
+    """
+    return load_state_dict(tx.init(params), state_dict(state, params), params, strict=False)
+
+
+def kept_dtype(saved: torch.dtype, initial: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a state goes on: its own where that is more precise and steps keep it.
+
+    Args:
+        saved: what it was saved in.
+        initial: what it begins with. Steps keep float32 where that is float16 or bfloat16.
+    """
+    return torch.float32 if initial in HALF and saved in (torch.float32, torch.float64) else initial
 
 
 def _check_is_state(state: Tree, name: str) -> None:
@@ -153,6 +266,28 @@ def check_is_dict(what: str, saved: Any) -> None:
         raise ValueError(f"The saved {what} is of type {type(saved).__name__}, where a dict belongs")
 
 
+def _check_saved(path: str, saved: Any, leaf: Tensor) -> None:
+    """Raise when what was saved is not what belongs there."""
+    if not isinstance(saved, Tensor):
+        raise ValueError(f"The saved {path!r} is {saved!r}, where a tensor belongs")
+    if saved.shape != leaf.shape:
+        raise ValueError(
+            f"The saved {path!r} has shape {tuple(saved.shape)}, but the state's has {tuple(leaf.shape)}; "
+            "it was saved from other parameters"
+        )
+    _check_values(path, saved, leaf)
+
+
+def fits(saved: Any, leaf: Tensor) -> bool:
+    """Tell whether something that was saved can stand in the place of a tensor."""
+    return isinstance(saved, Tensor) and saved.shape == leaf.shape and saved.is_complex() <= leaf.is_complex()
+
+
+def _like(leaf: Tensor, saved: Tensor, cast: bool) -> Tensor:
+    """Copy a saved tensor to where that of the state is, without loss of precision unless it is to be cast."""
+    return saved.to(leaf.device, leaf.dtype if cast else kept_dtype(saved.dtype, leaf.dtype), copy=True)
+
+
 def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:
     """Raise when a saved tensor has values that the state's cannot have."""
     if saved.is_complex() > leaf.is_complex():
@@ -184,6 +319,7 @@ class _Place(NamedTuple):
     """A tensor of a state.
 
     Attributes:
+        link: the number of its rule.
         path: dotted path in the state.
         tensor: what is there.
         owners: indices of the parameters whose it is.
@@ -193,6 +329,7 @@ class _Place(NamedTuple):
         idle: whether it is a number of a rule that is for none of the parameters.
     """
 
+    link: int
     path: str
     tensor: Tensor
     owners: Sequence[int]
@@ -220,10 +357,10 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
     everyone = range(len(paths))
     places = []
     counts: list[Counter[str]] = [Counter() for _ in everyone]
-    for path, part in _parts(state, ""):
+    for link, (path, part) in enumerate(_parts(state, "")):
         counters, fields = _fields(part)
         if fields is None:
-            places += [_Place(_dotted(path, inner), leaf, (), (), True) for inner, leaf in _by_path(part).items()]
+            places += [_Place(link, _dotted(path, inner), leaf, (), (), True) for inner, leaf in _by_path(part).items()]
             continue
         columns = {
             field: tree.flatten_up_to(
@@ -236,10 +373,11 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
         for field in counters:
             own = [named.get(field, field) for named in names]  # there is one step for all rules
             idle = bool(columns) and not owners
-            places.append(_Place(_dotted(path, field), getattr(part, field), owners, own, True, not columns, idle))
+            tensor = getattr(part, field)
+            places.append(_Place(link, _dotted(path, field), tensor, owners, own, True, not columns, idle))
         for field, column in columns.items():
             places += [
-                _Place(_dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
+                _Place(link, _dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
                 for i, named in zip(owners, names, strict=True)
             ]
     return places
@@ -263,13 +401,19 @@ def _fields(part: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     return ((), None) if counters is None else (counters, part._fields[len(counters) :])
 
 
-def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
-    """Collect from what `state_dict` or an optimizer saved, by path in the state."""
+def _saved_states(saved: Mapping[str, Any]) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
+    """Return what was saved of each parameter, and of none of them."""
     states, rest = saved.get("state", {}), saved.get(REST, {})
     check_is_dict("state", states)
     check_is_dict(f"state of functions of the whole tree, {REST!r},", rest)
     for key, own in states.items():
         check_is_dict(f"state of parameter {key!r}", own)
+    return states, rest
+
+
+def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
+    """Collect from what `state_dict` or an optimizer saved, by path in the state."""
+    states, rest = _saved_states(saved)
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise ValueError(
@@ -283,16 +427,81 @@ def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -
         owned = zip(place.owners, place.names, strict=True)
         owners = [(i, "step") for i in range(len(keys))] if place.of_all else list(owned)
         values = {keys[i]: states[keys[i]][name] for i, name in owners if name in states.get(keys[i], {})}
-        if place.path in found or not values:
-            continue
-        if len({float(value) for value in values.values()} if place.shared else ()) > 1:
-            at = ", ".join([f"{key!r}: {float(value)}" for key, value in values.items()])
-            raise ValueError(
-                f"The parameters are at different steps, or differ in {owners[0][1]}: {at}. Here all of them share it; "
-                "from_torch(optimizer) makes a transformation that does not"
-            )
-        found[place.path] = torch.as_tensor(next(iter(values.values())))
+        if place.path not in found and values:
+            found[place.path] = _agreed(values, owners[0][1]) if place.shared else next(iter(values.values()))
     return found
+
+
+def _agreed(values: Mapping[Any, Any], name: str) -> Tensor:
+    """Return the number that parameters share.
+
+    Raises:
+        ValueError: theirs differ.
+    """
+    if len({float(value) for value in values.values()}) > 1:
+        at = ", ".join([f"{key!r}: {float(value)}" for key, value in values.items()])
+        raise ValueError(
+            f"The parameters are at different steps, or differ in {name}: {at}. Here all of them share it; "
+            "from_torch(optimizer) makes a transformation that does not"
+        )
+    return torch.as_tensor(next(iter(values.values())))
+
+
+def _fitting_by_path(state: Tree, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Pick what fits: of each rule all or nothing."""
+    found: dict[str, Tensor] = {}
+    for path, part in _parts(state, ""):
+        own = {_dotted(path, inner): leaf for inner, leaf in _by_path(part).items()}
+        if all(fits(saved.get(inner), leaf) for inner, leaf in own.items()):
+            found.update({inner: saved[inner] for inner in own})
+    return found
+
+
+def _fitting(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Pick what fits: of each rule and parameter all or nothing; and name what is left."""
+    states, rest = _saved_states(saved)
+    found: dict[str, Tensor] = {}
+    used: set[tuple[Any, str]] = set()
+    for _, link in groupby(places, key=lambda place: place.link):
+        rows = list(link)
+        own = [place for place in rows if not place.shared]
+        if not own and (not all(place.of_all for place in rows) or len(rows) > 1):  # it belongs to no parameter
+            if all(fits(rest.get(place.path), place.tensor) for place in rows):
+                found.update({place.path: rest[place.path] for place in rows})
+            continue
+        pairs = [(place, i, name) for place in rows for i, name in zip(place.owners, place.names, strict=True)]
+        pairs += [(place, i, "step") for place in rows if place.of_all for i in range(len(keys))]
+        partial = {i for place, i, name in pairs if not fits(_number(states.get(keys[i], {}).get(name)), place.tensor)}
+        for place in rows:
+            names = {keys[i]: name for one, i, name in pairs if one is place and i not in partial}
+            values = {key: states[key][name] for key, name in names.items()}
+            used.update(names.items())
+            if values:
+                name = next(iter(names.values()))
+                found[place.path] = _agreed(values, name) if place.shared else next(iter(values.values()))
+    shared = {name for own in states.values() for name in own}
+    left = [_dotted(str(key), name) for key, own in states.items() for name in own if (key, name) not in used]
+    left += [path for path in rest if path not in found and path.rsplit(".", 1)[-1] not in shared]
+    return found, left
+
+
+def _number(value: Any) -> Any:
+    """Make a tensor of a number, as optimizers keep their steps."""
+    return torch.as_tensor(value) if isinstance(value, int | float) else value
+
+
+def _saved_keys(params: Tree, by: str, saved: Mapping[str, Any]) -> list[Any]:
+    """List the keys of the parameters in what was saved: by name where both have names."""
+    keys, paths = _keys(params, by), tree.paths(params)
+    if by == "path":
+        states = saved.get("state", {})
+        found = same_names(keys, [*states]) if all(isinstance(key, str) for key in states) else {}
+        return [found.get(key, key) for key in keys]
+    groups = saved.get("param_groups", ())
+    names = names_of(groups) or ()
+    found = same_names(paths, names)
+    indices = dict(zip(names, indices_of(groups) if names else (), strict=True))
+    return [indices[found[path]] for path in paths] if len(found) == len(paths) else keys
 
 
 def _keys(params: Tree, by: str) -> list[Any]:

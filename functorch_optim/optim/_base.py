@@ -18,9 +18,11 @@ from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.choose import way_of
 from functorch_optim.optim import _factories as factories
+from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._closure import Closure, check_closure
-from functorch_optim.optim._loading import checked_state
-from functorch_optim.optim._plan import Plan
+from functorch_optim.optim._loading import checked_state, copied
+from functorch_optim.optim._matching import Manner
+from functorch_optim.optim._plan import Plan, tree_keys
 from functorch_optim.optim._step import PreparedStep
 
 _used: "weakref.WeakSet[type]" = weakref.WeakSet()
@@ -146,7 +148,7 @@ class OptimizerBase(torch.optim.Optimizer):
             for index, (step, outcome) in enumerate(zip(steps, outcomes, strict=True)):
                 tree_states = step.commit(outcome, self.state)
                 if tree_states:
-                    keys = _tree_keys(index, step.plan)
+                    keys = tree_keys(index, step.plan)
                     new = {keys[k]: new for k, new in tree_states.items()}
                     self.state[REST] = {**self.state.get(REST, {}), **new}
 
@@ -170,11 +172,11 @@ class OptimizerBase(torch.optim.Optimizer):
     def _tree_states(self, index: int, plan: Plan) -> dict[int, Any]:
         """Return the states of functions of the whole tree, by link."""
         saved = self.state.get(REST, {})
-        return {k: saved[key] for k, key in _tree_keys(index, plan).items() if key in saved}
+        return {k: saved[key] for k, key in tree_keys(index, plan).items() if key in saved}
 
     def _exported_tree_states(self, plan: Plan, states: list[Any]) -> dict[str, Any]:
         """Arrange the states of functions of the whole tree, given those of all links, as `state` keeps them."""
-        kept = {key: states[k] for k, key in _tree_keys(0, plan).items() if tree.flatten(states[k])[0]}
+        kept = {key: states[k] for k, key in tree_keys(0, plan).items() if tree.flatten(states[k])[0]}
         return {REST: kept} if kept else {}
 
     @property
@@ -232,29 +234,56 @@ class OptimizerBase(torch.optim.Optimizer):
         for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
             for name, value in old.items():
                 new.setdefault(name, value)
-        loaded = {key: value.it if isinstance(value, _AsSaved) else value for key, value in state["state"].items()}
+        loaded, manner = matching.unwrapped(state["state"])
         candidate.state.update(loaded)
-        candidate._check_loaded(self)
+        candidate._check_loaded(self, manner)
         self.__dict__.update({**candidate.__dict__, "_plans": {}, "_steps": {}})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], *, strict: bool = True, cast: bool = False
+    ) -> saving.Loaded | None:
         """Load what `state_dict` returned, or that of torch.optim's class; see there.
 
+        Where the saved groups and these have `param_names`, parameters are found by name, in whatever order. Names may
+        differ by what torch.compile, DDP and FSDP put in front, such as `_orig_mod.` and `module.`. The optimizer keeps
+        its own names. Tensors are copied: a dict in memory can be loaded as often as you like.
+
         Args:
-            state_dict: checked before anything is changed.
+            state_dict: checked before anything is changed. Entries that belong to the program, in groups and in the
+                states of parameters, are loaded too.
+            strict: whether all that was saved must have a place, and the other way round. With False, states that fit
+                are loaded, by parameter and name, each rule's whole or not at all; all others begin anew. So the
+                optimizer may be another one, or its parameters more or fewer where they have names. Hyperparameters
+                stay as they are.
+            cast: round a state that was saved in float32 for parameters in half precision, as torch.optim does. Else it
+                stays in float32.
+
+        Returns:
+            None; with `strict=False` what was taken, what begins anew, and what was left out.
 
         Raises:
-            ValueError: groups, keys, shapes or values are not those of this optimizer.
+            ValueError: groups, names, keys, shapes or values are not those of this optimizer.
         """
         saving.check_is_dict("state dict", state_dict)
-        with self.register_load_state_dict_pre_hook(_keep_as_saved):
-            super().load_state_dict(state_dict)
+        reports: list[saving.Loaded] = []
 
-    def _check_loaded(self, former: "OptimizerBase") -> None:
-        """Complete a loaded state with what it leaves out, and check that it is this optimizer's.
+        def arrange(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            if not strict:
+                plans = [self._plan(index) for index in range(self._number_of_trees)]
+                state_dict, report = matching.fitting(self.param_groups, plans, state_dict)
+                reports.append(report)
+            return matching.as_saved(optimizer, state_dict, Manner(strict, cast), takes_names=self._live)
+
+        with self.register_load_state_dict_pre_hook(arrange):
+            super().load_state_dict(state_dict)
+        return reports[-1] if reports else None
+
+    def _check_loaded(self, former: "OptimizerBase", manner: Manner) -> None:
+        """Complete a loaded state with what it leaves out, check that it is this optimizer's, and copy it.
 
         Args:
             former: the optimizer as it was.
+            manner: how to load it.
         """
         stray = [key for key in self.state if isinstance(key, int)]
         if stray:
@@ -272,10 +301,12 @@ class OptimizerBase(torch.optim.Optimizer):
             for i, p in enumerate(plan.params):
                 if p in self.state:
                     known = [other.parts[i].known for other in others]
-                    self.state[p] = checked_state(
-                        plan, i, self.state[p], set().union(*known), set.intersection(*known), as_torch=self._live
+                    required = set.intersection(*known) if manner.strict else set()
+                    checked = checked_state(
+                        plan, i, self.state[p], set().union(*known), required, as_torch=self._live, cast=manner.cast
                     )
-            for k, key in _tree_keys(index, plan).items():
+                    self.state[p] = copied(checked)
+            for k, key in tree_keys(index, plan).items():
                 initial = plan.initial_tree_state(k) if self.state else ()
                 if tree.flatten(initial)[0]:
                     tree_states[key] = saving.load_state_dict(initial, saved.pop(key, {}))
@@ -296,24 +327,6 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
 @_disable_dynamo
 def _disabled(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-def _tree_keys(index: int, plan: Plan) -> dict[int, str]:
-    """Name the states of functions of the whole tree: by tree, and by number among them."""
-    return {k: f"{index}.{number}" for number, k in enumerate(plan.whole)}
-
-
-class _AsSaved:
-    """What torch.optim's load_state_dict shall not look into: it casts all numbers to the dtype of the parameter."""
-
-    def __init__(self, it: Any) -> None:
-        self.it = it
-
-
-def _keep_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = state_dict["state"]
-    saving.check_is_dict("state", state)
-    return {**state_dict, "state": {key: _AsSaved(value) for key, value in state.items()}}
 
 
 def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

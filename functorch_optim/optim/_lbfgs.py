@@ -1,15 +1,19 @@
 """torch.optim.LBFGS with the iterations of this library."""
 
+import functools
 import math
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_optim._core import saving
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._closure import check_closure
 from functorch_optim.optimizers._limited_memory import (
     PATIENCE,
@@ -50,7 +54,8 @@ class LBFGS(torch.optim.LBFGS):
     - When the closure raises, parameters and state are as they were before the step. torch.optim leaves the parameters
       where it tried them, and cannot step again when it was the first step.
     - float16 and bfloat16 are computed in float32, mixed dtypes in the widest of them, and parameters rounded where
-      the closure sees them. `load_state_dict` casts the state to the dtype of the first parameter, as torch.optim does.
+      the closure sees them. `load_state_dict` keeps that dtype; `cast=True` rounds to the dtype of the first parameter,
+      as torch.optim does.
     - A tensor as learning rate may be modified in place, as schedulers do. torch.optim takes it for the length of the
       last step too.
     - Gradients need not be contiguous, and all parameters may be empty.
@@ -173,9 +178,30 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any], *, cast: bool = False) -> None:
+        """Load what `state_dict` returned; see `fo.Optimizer`.
+
+        Args:
+            state_dict: checked before anything is changed. Its names, where both have some, must come in this order:
+                the state is one vector.
+            cast: round the state to the dtype of the first parameter, as torch.optim does.
+
+        Raises:
+            ValueError: it is another model's or another kind of optimizer's.
+        """
+        with self.register_load_state_dict_pre_hook(functools.partial(_as_saved, cast=cast)):
+            super().load_state_dict(state_dict)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" not in state:  # torch's load_state_dict ends here, with nothing changed yet
             [group], [loaded] = self.param_groups, state["param_groups"]
+            states, manner = matching.unwrapped(state["state"])
+            p = group["params"][0]
+            if p in states:
+                saving.check_is_dict("state", states[p])
+                dtype = p.dtype if manner.cast else common_dtype(group["params"])
+                states[p] = _cast(states[p], p.device, None if manner.cast and p.is_complex() else dtype)
+            state = {**state, "state": defaultdict(dict, states)}
             for p in group["params"]:
                 _check(state["state"].get(p, {}), flattened(group["params"], torch.float64).numel())
             for name, value in group.items():
@@ -184,6 +210,26 @@ class LBFGS(torch.optim.LBFGS):
         # torch's pickles lack these, and its methods need them.
         self._params = self.param_groups[0]["params"]
         self._numel_cache = None
+
+
+def _as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], *, cast: bool) -> dict[str, Any]:
+    arranged = matching.as_saved(optimizer, state_dict, matching.Manner(cast=cast), takes_names=True)
+    for group, saved in zip(arranged["param_groups"], state_dict["param_groups"], strict=True):
+        if group["params"] != saved["params"]:
+            raise ValueError(
+                f"The saved parameters are {', '.join(saved['param_names'])}, in another order than these, "
+                f"{', '.join(group['param_names'])}, and LBFGS keeps one vector of all; give them in the saved order"
+            )
+    return arranged
+
+
+def _cast(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Copy a state, its real tensors in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+    if isinstance(value, dict):
+        return {key: _cast(item, device, dtype) for key, item in value.items()}
+    return [_cast(item, device, dtype) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _warn_of_a_stop(memory: Memory, loss: Tensor, max_eval: int) -> None:

@@ -1,5 +1,7 @@
 """Loaded states of single parameters: checked, and brought into the form that a step leaves."""
 
+import copy
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -7,13 +9,15 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core import saving
+from functorch_optim._core.rule import DECLARED
 from functorch_optim.optim._plan import Plan, State
 
-# What the classes of torch.optim keep in `state[p]`.
+# Besides the names that rules declare: torch.optim's of rules that may not have been declared yet.
 _TORCHS = (
     *("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf", "sum"),
     *("square_avg", "acc_delta", "grad_avg", "prev", "step_size", "eta", "mu", "ax", "row_var", "col_var", "variance"),
 )
+_LENT = ("z",)  # schedulefree's wrapper keeps it in the state of the optimizer that it wraps
 
 
 def checked_state(
@@ -24,6 +28,7 @@ def checked_state(
     required: AbstractSet[str] = frozenset(),
     *,
     as_torch: bool = False,
+    cast: bool = False,
 ) -> State:
     """Return a loaded `state[p]` in the form that a step leaves, if it is one that this transformation makes.
 
@@ -33,20 +38,20 @@ def checked_state(
         state: what was loaded.
         known: keys that are welcome though this transformation has no use for them.
         required: keys that must be there if this transformation keeps them, unless nothing is there.
-        as_torch: whether to welcome keys that no class of torch.optim has, and to cast the numbers that scalars carry
-            on to the dtype of the parameter, as torch.optim does. Else they keep theirs, so that the numbers are those
-            of a training that was never interrupted.
+        as_torch: whether to widen the numbers that scalars carry on to the dtype of the parameter, as torch.optim does.
+            Else they keep theirs, so that the numbers are those of a training that was never interrupted.
+        cast: whether to round what was saved in a wider dtype, as torch.optim does.
+
+    Keys that no rule has belong to the program, and are kept.
 
     Raises:
-        ValueError: a key is unknown or missing, a shape is wrong, or a value is no tensor.
+        ValueError: a key is another optimizer's or missing, a shape is wrong, or a value is no tensor.
     """
     p, part = plan.params[i], plan.parts[i]
     saving.check_is_dict(f"state of parameter {plan.path(i)!r}", state)
     # torch.optim.SGD used to save None for a buffer that was not there yet.
     state = {key: value for key, value in state.items() if value is not None}
-    foreign = [key for key in state if key not in part.known | known]
-    if as_torch:  # a class derived from one of torch.optim may keep things of its own
-        foreign = [key for key in foreign if key in _TORCHS]
+    foreign = [key for key in state if key not in part.known | known and is_of_rules(key)]
     if foreign:
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} has {foreign[0]!r}, which this transformation does not "
@@ -59,23 +64,50 @@ def checked_state(
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
         )
-    initial: dict[str, Tensor] = {}
-    for k, keys in zip(part.links, part.keys, strict=True):
-        rule: Any = plan.links[k].rule
-        initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
+    initial = initial_state(plan, i)
     checked = {}
     for key, value in state.items():
         if key in part.scalars:
             checked[key] = _checked_number(plan, i, key, value)
             if as_torch and key not in part.counters and isinstance(value, Tensor) and p.is_floating_point():
-                checked[key] = checked[key].to(p.dtype)
+                checked[key] = checked[key].to(p.dtype if cast else torch.promote_types(value.dtype, p.dtype))
         elif isinstance(value, Tensor):
-            checked[key] = _checked_tensor(plan, i, key, value, initial.get(key))
+            checked[key] = _checked_tensor(plan, i, key, value, initial.get(key), cast)
         elif key in initial:
             raise ValueError(f"The saved {key} of parameter {plan.path(i)!r} is {value!r}, where a tensor belongs")
         else:
             checked[key] = value
     return checked
+
+
+def is_of_rules(key: Any) -> bool:
+    """Tell whether a key of `state[p]` is one that some rule keeps, or a second of that name, `momentum_buffer.1`.
+
+    All others belong to the program.
+    """
+    name = str(key).split(".", maxsplit=1)[0]
+    return name not in _LENT and (name in _TORCHS or name in DECLARED)
+
+
+def initial_state(plan: Plan, i: int) -> dict[str, Tensor]:
+    """Make the tensors with which `state[p]` begins, without their data."""
+    p, part = plan.params[i], plan.parts[i]
+    initial: dict[str, Tensor] = {}
+    for k, keys in zip(part.links, part.keys, strict=True):
+        rule: Any = plan.links[k].rule
+        initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
+    return initial
+
+
+def copied(value: Any) -> Any:
+    """Copy what a program keeps in `state[p]`; tensors may be recorded by autograd."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([copied(item) for item in value])
+    return copy.deepcopy(value)
 
 
 def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
@@ -96,7 +128,7 @@ def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
     return plan.as_kept(key, value)
 
 
-def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | None) -> Tensor:
+def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | None, cast: bool) -> Tensor:
     """Return a loaded tensor in the form that a step leaves.
 
     Args:
@@ -105,12 +137,15 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
         key: of the tensor.
         value: what was loaded.
         like: what the transformation begins with; None when it does not keep the tensor.
+        cast: whether to round it to the dtype that it begins with.
     """
     p = plan.params[i]
     if value.layout != torch.strided:
         value = value.to_dense()  # torch.optim.SGD has sparse buffers for sparse gradients
     if like is None:
-        return value.to(p.device, p.dtype if value.is_complex() == p.is_complex() else value.dtype)
+        casts = value.is_complex() == p.is_complex() and (cast or value.is_floating_point() or value.is_complex())
+        wider = p.dtype if cast else torch.promote_types(value.dtype, p.dtype)
+        return value.to(p.device, wider if casts else value.dtype)
     if value.shape != like.shape:
         raise ValueError(
             f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(value.shape)}, "
@@ -121,7 +156,7 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
             f"The saved {key} of parameter {plan.path(i)!r} is {value.dtype}, but it is {like.dtype} here; it was "
             "saved for another model"
         )
-    return value.to(p.device, like.dtype)
+    return value.to(p.device, like.dtype if cast else saving.kept_dtype(value.dtype, like.dtype))
 
 
 def exported_state(plan: Plan, i: int, state: State) -> State:
@@ -134,3 +169,27 @@ def exported_state(plan: Plan, i: int, state: State) -> State:
         key: plan.as_kept(key, float(value)) if key in scalars else value.detach().clone()
         for key, value in checked.items()
     }
+
+
+def fitting_state(plan: Plan, i: int, state: Mapping[str, Any]) -> tuple[State, list[str]]:
+    """Pick from the saved state of a parameter what fits; and name what begins anew."""
+    part, initial = plan.parts[i], initial_state(plan, i)
+    kept: State = {key: value for key, value in state.items() if key not in part.known and not is_of_rules(key)}
+    begun: list[str] = []
+    going: set[str | None] = set()  # steps of rules whose state was taken
+    fresh: set[str | None] = set()
+    for keys, carried, step in zip(part.keys, part.carried, part.steps, strict=True):
+        tensors = all(saving.fits(state.get(key), initial[key]) for key in keys)
+        fits = tensors and all(isinstance(state.get(key), Tensor | int | float) for key in carried)
+        if fits:
+            kept.update({key: state[key] for key in (*keys, *carried)})
+        else:
+            begun += [*keys, *carried]
+        if keys or carried:
+            (going if fits else fresh).add(step)
+    for step in part.counters:
+        if step in state and (step in going or step not in fresh):
+            kept[step] = state[step]
+        elif plan.count is not None:
+            begun.append(step)
+    return kept, begun

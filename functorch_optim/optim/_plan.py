@@ -205,3 +205,8 @@ def scalar(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         return value.to(dtype)
     return torch.tensor(float(value), dtype=dtype, device="cpu")
+
+
+def tree_keys(index: int, plan: Plan) -> dict[int, str]:
+    """Name the states of functions of the whole tree: by tree, and by number among them."""
+    return {k: f"{index}.{number}" for number, k in enumerate(plan.whole)}

@@ -1,16 +1,19 @@
 """A torch.optim.Optimizer around any transformation."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_optim._core import saving
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.saving import REST
-from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
+from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._base import OptimizerBase
 
 
@@ -129,6 +132,61 @@ class Optimizer(OptimizerBase):
             self.__dict__.pop("_plans", None)
             self.__dict__.pop("_steps", None)
             raise
+
+    def migrate(self, transformation: GradientTransformation) -> saving.Loaded:
+        """Go on with another transformation in mid-training: another chain, mask or partition.
+
+        States that fit are kept, by parameter and name, each rule's whole or not at all; all others begin anew. A
+        parameter has one step for all of its rules: it is kept if the state of any of them is.
+
+        Args:
+            transformation: the transformation to go on with.
+
+        Returns:
+            What was kept (`taken`), what begins anew (`begun`), and what has no place any more (`left`).
+
+        Raises:
+            TypeError: it is no transformation; or the optimizer has a factory, whose groups are edited instead.
+            ValueError: its masks or labels do not fit the parameters. Nothing has changed then.
+            RuntimeError: the parameters are where they are to be evaluated.
+
+        Example:
+            >>> import functorch_optim as fo, torch
+            >>> def training(frozen):
+            ...     labels = {"weight": "keep" if frozen else "train", "bias": "train"}
+            ...     return fo.partition({"train": fo.adam(0.1), "keep": fo.set_to_zero()}, labels)
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = fo.Optimizer(model.named_parameters(), training(frozen=True))
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> opt.step()
+            >>> opt.migrate(training(frozen=False)).taken
+            ('bias.exp_avg', 'bias.exp_avg_sq', 'bias.step')
+        """
+        if self._has_factory:
+            raise TypeError(
+                "This optimizer has a factory, whose hyperparameters are in its groups; edit those: "
+                "opt.param_groups[0]['mask'] = mask"
+            )
+        check_transformation(transformation, "opt.migrate(adamw(1e-3, mask=mask))")
+        if self._evaluating:
+            raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before migrate")
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers: dict[Any, Any] = {p: number for number, p in enumerate(params)}
+        states = {numbers.get(key, key): state for key, state in self.state.items()}
+        if REST in states:
+            states[REST] = {key: saving.state_dict(state) for key, state in states[REST].items()}
+        candidate = type(self).__new__(type(self))
+        groups = [dict(group) for group in self.param_groups]
+        own = {"_transformation": transformation, "param_groups": groups, "_plans": {}, "_steps": {}}
+        candidate.__dict__.update({**self.__dict__, **own})
+        saved = {"state": states, "param_groups": [{"params": [numbers[p] for p in g["params"]]} for g in groups]}
+        found, report = matching.fitting(groups, [candidate._plan(0)], saved)
+        candidate.state = defaultdict(dict)
+        for key, state in found["state"].items():
+            candidate.state[key if key == REST else params[key]] = state
+        candidate._check_loaded(self, matching.Manner(strict=False))
+        self.__dict__.update(candidate.__dict__)
+        return report
 
     def eval(self) -> None:
         """Move the parameters to where they are to be evaluated, as `schedule_free` needs it; change nothing else.
