@@ -23,6 +23,7 @@ from functorch_optim.optim._closure import Closure, check_closure
 from functorch_optim.optim._loading import checked_state, copied
 from functorch_optim.optim._matching import Manner
 from functorch_optim.optim._plan import Plan, tree_keys
+from functorch_optim.optim._rate import Group, Rate, rate_of
 from functorch_optim.optim._step import PreparedStep
 
 _used: "weakref.WeakSet[type]" = weakref.WeakSet()
@@ -207,8 +208,31 @@ class OptimizerBase(torch.optim.Optimizer):
             if factories.has_function(list(factories.hyperparameters(self._transformation, hyperparameters).values())):
                 count = Tensor if count is None else count  # a schedule needs to know
         params = [p for group in groups for p in group["params"]]
-        names = [name for group in groups for name in group.get("param_names", ())]
-        return Plan(transformation, params, names or None, count)
+        names = [name for group in groups for name in group.get("param_names", ())] or None
+        if not self._has_factory:
+            by_name = names if len(set(names or ())) == len(params) else None
+            transformation = self._rate.driven(transformation, groups, by_name)
+        return Plan(transformation, params, names, count)
+
+    @property
+    def _rate(self) -> Rate:
+        """Return the learning rate of the transformation, where there is no factory."""
+        known = self.__dict__.get("_known_rate")
+        if known is None or known[0] is not self._transformation:
+            known = self.__dict__["_known_rate"] = self._transformation, rate_of(self._transformation)
+        rate: Rate = known[1]
+        return rate
+
+    def _with_rate(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Show the learning rate of the transformation in a param group, or why it is not there."""
+        if self._has_factory:
+            return group
+        if self._rate.value is not None:
+            group.setdefault("lr", self._rate.value)
+            return group
+        without = Group({name: value for name, value in group.items() if name != "lr"})
+        without.error = self._rate.error
+        return without
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
@@ -234,6 +258,7 @@ class OptimizerBase(torch.optim.Optimizer):
         for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
             for name, value in old.items():
                 new.setdefault(name, value)
+        candidate.param_groups = [candidate._with_rate(group) for group in candidate.param_groups]
         loaded, manner = matching.unwrapped(state["state"])
         candidate.state.update(loaded)
         candidate._check_loaded(self, manner)

@@ -163,7 +163,7 @@ def _plans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Plan, GradientTra
             )
     if isinstance(optimizer, OptimizerBase) and not optimizer._has_factory:
         plan = optimizer._plan(0)
-        yield plan, optimizer._transformation, optimizer._tree_states(0, plan)
+        yield plan, plan.transformation, optimizer._tree_states(0, plan)
         return
     for index, group in enumerate(optimizer.param_groups):
         transformation = factories.make(kind._transformation, _hyperparameters(group), live=False)

@@ -1,10 +1,11 @@
 """Factories of transformations, and their hyperparameters in param groups."""
 
+import difflib
 import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,11 +154,44 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
     return made
 
 
+_OF_GROUPS = ("params", "param_names", "name", "initial_lr", "differentiable", "foreach", "fused")
+
+
+def check_spelling(factory: Factory, group: Mapping[str, Any]) -> None:
+    """Raise when a group has an entry that looks like a hyperparameter of the factory, and is none.
+
+    Other entries belong to the program: those of torch's schedulers, of SAM, of layer-wise rates.
+
+    Raises:
+        TypeError: it has.
+    """
+    known = parameters(factory)
+    for name in group:
+        meant = None if name in known or name in _OF_GROUPS else _meant(str(name), known)
+        if meant is not None:
+            raise TypeError(
+                f"{name_of(factory)} has no hyperparameter {name!r}, which a param group gives; did you mean {meant!r}"
+                f"? It has {', '.join(known)}"
+            )
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """Find the hyperparameter that a word looks like: by its letters, its first letters, or its initials."""
+    for right in known:
+        if name.endswith(f"_{right}") or name.startswith(f"{right}_"):
+            continue  # max_momentum of a scheduler, lr_scale of a layer
+        initials = "".join([word[:1] for word in name.split("_")]), "".join([word[:1] for word in right.split("_")])
+        alike = difflib.SequenceMatcher(None, name.lower(), right.lower()).ratio() >= 0.6
+        alike = alike or sorted(name.split("_")) == sorted(right.split("_"))
+        shortened = len(name) > 2 and right.startswith(name)
+        if alike or shortened or (len(initials[0]) > 1 and initials[0] == right) or name == initials[1] != name[:1]:
+            return right
+    return None
+
+
 def check_no_hyperparameters(group: Mapping[str, Any]) -> None:
     """Raise when a group gives hyperparameters to a transformation that has them already."""
-    extra = [
-        name for name in group if name not in ("params", "param_names", "name", "differentiable", "foreach", "fused")
-    ]
+    extra = [name for name in group if name not in _OF_GROUPS]
     if extra:
         raise ValueError(
             f"A param group gives {', '.join(extra)}, but the transformation has its hyperparameters already. "

@@ -83,6 +83,7 @@ class Plan:
         ValueError: masks or labels do not fit the parameters, or names are not unique where they are needed.
 
     Attributes:
+        transformation: the transformation.
         links: of the transformation.
         params: the parameters in the order in which everything here is.
         structure: of their tree.
@@ -99,6 +100,7 @@ class Plan:
         names: Sequence[str] | None,
         count: type | None = Tensor,
     ) -> None:
+        self.transformation = transformation
         self.links = transformation._links
         self.names = names
         self.count = count

@@ -1,5 +1,6 @@
 """A torch.optim.Optimizer around any transformation."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +12,12 @@ from functorch_optim._core import saving
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
+from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
 from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._base import OptimizerBase
+from functorch_optim.optim._plan import Plan
 
 
 class Optimizer(OptimizerBase):
@@ -50,9 +53,13 @@ class Optimizer(OptimizerBase):
             one of integers.
         ValueError: there are no parameters, or one comes twice, or one is no leaf; a hyperparameter is out of range.
 
-    Learning rate schedulers need the form with a factory: they look for `param_groups[i]["lr"]`. So do the helpers of
-    `torch.distributed.checkpoint.state_dict`, which set it to 0 for a step that makes the state; and they know no
-    states of functions of the whole tree.
+    Learning rate schedulers look for `param_groups[i]["lr"]`. A transformation with one learning rate, a number, shows
+    it there, and edits drive it. Where it is a schedule, or there are several or none, the groups have no `lr`, and an
+    edit is an error at the next step. Other entries that a program adds to groups and to `state[p]` are kept, saved and
+    loaded. `type(opt)(params, **opt.defaults)` makes another optimizer like it.
+
+    The helpers of `torch.distributed.checkpoint.state_dict` make the state of a fresh optimizer by a step; here that
+    makes the state with which parameters begin, and nothing else. They know no states of functions of the whole tree.
 
     `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
     is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an
@@ -90,6 +97,7 @@ class Optimizer(OptimizerBase):
         options = {"differentiable": differentiable, "foreach": foreach, "fused": fused}
         check_options(options)
         super().__init__(params, {**defaults, **options})
+        self.defaults["transformation"] = transformation  # so that type(opt)(params, **opt.defaults) makes another
         self._complete = True
         for index in range(self._number_of_trees):
             self._plan(index)
@@ -105,6 +113,7 @@ class Optimizer(OptimizerBase):
         """
         if isinstance(param_group, dict):
             factories.check_is_group(param_group)
+            param_group.pop("transformation", None)  # of programs that put all arguments into groups
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor | set | None):
             param_group["params"] = list(param_group["params"])
             tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
@@ -117,11 +126,15 @@ class Optimizer(OptimizerBase):
                     "Parameters cannot be added once a transformation of the whole tree has made its state. Add them "
                     "before the first step, or use a factory: Optimizer(params, factory, **hyperparameters)"
                 )
+        elif isinstance(param_group, dict):
+            factories.check_spelling(self._transformation, param_group)
         if isinstance(param_group, dict) and param_group.get("differentiable", False) > self.defaults["differentiable"]:
             raise ValueError("differentiable is for all groups: write Optimizer(..., differentiable=True)")
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        param_group.pop("transformation", None)
+        self.param_groups[-1] = self._with_rate(param_group)
         try:
             names = param_group.get("param_names", range(len(param_group["params"])))
             check_params(param_group["params"], lambda i: str(names[i]))
@@ -177,8 +190,12 @@ class Optimizer(OptimizerBase):
             states[REST] = {key: saving.state_dict(state) for key, state in states[REST].items()}
         candidate = type(self).__new__(type(self))
         groups = [dict(group) for group in self.param_groups]
-        own = {"_transformation": transformation, "param_groups": groups, "_plans": {}, "_steps": {}}
+        own = {"_transformation": transformation, "_plans": {}, "_steps": {}}
+        own["defaults"] = {**self.defaults, "transformation": transformation}
         candidate.__dict__.update({**self.__dict__, **own})
+        for group in groups:
+            group.pop("lr", None)
+        groups = candidate.param_groups = [candidate._with_rate(group) for group in groups]
         saved = {"state": states, "param_groups": [{"params": [numbers[p] for p in g["params"]]} for g in groups]}
         found, report = matching.fitting(groups, [candidate._plan(0)], saved)
         candidate.state = defaultdict(dict)
@@ -187,6 +204,23 @@ class Optimizer(OptimizerBase):
         candidate._check_loaded(self, matching.Manner(strict=False))
         self.__dict__.update(candidate.__dict__)
         return report
+
+    def _step(self, closure: Any = None, **extra: Any) -> Any:
+        if not self.state and not torch.compiler.is_compiling() and _is_asked_for_its_state():
+            for index in range(self._number_of_trees):
+                self._begin(self._plan(index))
+            return None
+        return super()._step(closure, **extra)
+
+    def _begin(self, plan: Plan) -> None:
+        """Make the state with which parameters begin."""
+        kept = writing.unshared(plan.params)
+        for i, p in enumerate(plan.params):
+            if p.grad is not None:
+                _, completed = plan.completed(i, {})
+                self.state[p] = {
+                    key: kept(value) if isinstance(value, Tensor) else value for key, value in completed.items()
+                }
 
     def eval(self) -> None:
         """Move the parameters to where they are to be evaluated, as `schedule_free` needs it; change nothing else.
@@ -220,3 +254,13 @@ class Optimizer(OptimizerBase):
     def __repr__(self) -> str:
         name = type(self).__name__
         return super().__repr__().replace(f"{name} (", f"{name} of {factories.name_of(self._transformation)} (", 1)
+
+
+def _is_asked_for_its_state() -> bool:
+    """Tell whether torch.distributed.checkpoint steps, only so that there be a state."""
+    helper = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(helper, "_init_optim_state", None), "__code__", None)
+    frame = sys._getframe() if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
