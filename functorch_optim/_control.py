@@ -1,9 +1,10 @@
 """Branches and loops that are decided where values are known, and masked where they are not.
 
 Eagerly, and under `torch.func.grad` and `jvp`, a condition is a value that can be looked at: one branch runs, and a
-loop ends early. Inside of `torch.vmap` a condition has one value for each member of the batch, and while torch.compile
-traces it has none yet: both branches run, a loop runs as often as it ever could, and `torch.where` picks, with the same
-numbers. Then the branch that is not taken must be finite, and so must its derivative: 0 * inf is NaN.
+loop ends early. Inside of `torch.vmap` a condition has one value for each member of the batch. While torch.compile or
+make_fx traces, and on fake tensors, it has none yet. There both branches run, a loop runs as often as it ever could,
+and `torch.where` picks, with the same numbers. Then the branch that is not taken must be finite, and so must its
+derivative: 0 * inf is NaN.
 """
 
 from collections.abc import Callable
@@ -11,16 +12,29 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Carry = TypeVar("Carry")
 """A tensor, or a tuple or NamedTuple of them, nested."""
+
+
+def is_traced() -> bool:
+    """Tell whether values are not there yet: torch.compile traces, or make_fx, or tensors are fake."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    is_fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    return is_fake or get_proxy_mode() is not None
 
 
 def is_known(condition: Tensor | bool) -> bool:
     """Tell whether a condition has a value that python may branch on."""
     if isinstance(condition, bool):
         return True
-    if torch.compiler.is_compiling():
+    if is_traced() or isinstance(condition, FakeTensor):
         return False
     tensor = condition
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -32,15 +46,15 @@ def is_known(condition: Tensor | bool) -> bool:
 
 def is_masked() -> bool:
     """Tell whether some conditions may be unknown here, so that structures must not depend on them."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return True
     vmap = torch._C._functorch.TransformType.Vmap
     return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def known_values(tensor: Tensor) -> Tensor | None:
-    """Return the values for all members of all batches; None while torch.compile traces, where there are none yet."""
-    if torch.compiler.is_compiling():
+    """Return the values for all members of all batches; None where something traces, and there are none yet."""
+    if is_traced() or isinstance(tensor, FakeTensor):
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
