@@ -14,6 +14,7 @@ from functorch_optim._core.transformation import (
     leafwise,
     stateless,
 )
+from functorch_optim._learning_rate import learning_rate
 from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._modules import buffers_of, params_of
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
@@ -40,6 +41,8 @@ from functorch_optim.transforms.scaling import maximize, scale, scale_by_learnin
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
 from functorch_optim.wrappers.accumulation import AccumulateState, accumulate
+from functorch_optim.wrappers.injection import HyperparamsState, ScheduledHyperparamsState, inject_hyperparams
+from functorch_optim.wrappers.monitoring import GradientMetrics, UpdateMetrics, metrics, monitor
 from functorch_optim.wrappers.schedule_free import ScheduleFreeState, schedule_free
 
 from functorch_optim import _former  # isort: skip  # noqa: F401 - after all that it names
@@ -49,8 +52,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
     "EmptyState",
+    "GradientMetrics",
     "GradientTransformation",
     "Hyperparameter",
+    "HyperparamsState",
     "LBFGSState",
     "Loaded",
     "MaskedNode",
@@ -58,7 +63,9 @@ __all__ = [
     "Optimizer",
     "ReduceOnPlateauState",
     "ScheduleFreeState",
+    "ScheduledHyperparamsState",
     "StepState",
+    "UpdateMetrics",
     "accumulate",
     "adadelta",
     "adafactor",
@@ -81,15 +88,19 @@ __all__ = [
     "freeze",
     "from_torch",
     "identity",
+    "inject_hyperparams",
     "lbfgs",
     "leaf_state",
     "leafwise",
+    "learning_rate",
     "load_state_dict",
     "masked",
     "maximize",
     "meta",
+    "metrics",
     "migrate",
     "minimize",
+    "monitor",
     "muon",
     "nadam",
     "named_chain",

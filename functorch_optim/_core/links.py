@@ -37,12 +37,14 @@ class Link(NamedTuple):
         when: gates that a step must pass: for each, how many links before this one its rule stands.
         inside: how many links after this one the wrapper stands whose state holds the parameters of this link; 0 for
             the parameters of the user.
+        reads: how many links before this one the keepers stand whose numbers are hyperparameters of this link.
     """
 
     rule: Rule | TreeRule
     where: tuple[Selection, ...] = ()
     when: tuple[int, ...] = ()
     inside: int = 0
+    reads: tuple[int, ...] = ()
 
 
 def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:

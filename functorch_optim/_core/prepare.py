@@ -6,6 +6,7 @@ program of a group, the machine that runs it. The functional and the stateful fo
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from functorch_optim import tree
 from functorch_optim._control import is_known
 from functorch_optim._core import checks
 from functorch_optim._core.checks import Path
+from functorch_optim._core.injected import reading
 from functorch_optim._core.leaf import DiffersError, Leaf, marked, numbers_for
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import ADD, TreeRule
@@ -172,7 +174,8 @@ class Prepared:
         for members in self.passes:
             first, last = self.links[members[0]].rule, members is self.passes[-1]
             if isinstance(first, TreeRule):
-                updates, columns[members[0]] = self._run_tree_rule(members[0], leaves, updates, columns, extras)
+                with self._reading(members[0], carried[0] if carried else []):
+                    updates, columns[members[0]] = self._run_tree_rule(members[0], leaves, updates, columns, extras)
                 computed = True
                 continue
             seen = self._seen(members[0], updates) if first.sees_tree else []
@@ -242,7 +245,8 @@ class Prepared:
             return
         scalars: Any = ()
         if rule.scalars is not None:
-            scalars, new = self._evaluated(k, bucket, extras, seen)
+            with self._reading(k, carried):
+                scalars, new = self._evaluated(k, bucket, extras, seen)
             carried[k] = _chosen(is_open, new, carried[k])
         if rule.hold is not None:  # of a gate, `due` is what it says to the links inside
             scalars, gate = scalars
@@ -251,6 +255,13 @@ class Prepared:
             scalars = Held(scalars) if gate is False else scalars
         is_known = is_open is True and isinstance(due[k], bool)
         found[k] = scalars if is_known else Masked(scalars, is_open, due[k])
+
+    def _reading(self, k: int, carried: Sequence[tuple[Step, ...]]) -> AbstractContextManager[None]:
+        """Let a link read the numbers that keepers keep for it."""
+        backs = self.links[k].reads
+        if not backs or not carried:
+            return nullcontext()
+        return reading({self.links[k - back].rule.keeps: carried[k - back] for back in backs})
 
     def _evaluated(
         self, k: int, bucket: Bucket, extras: dict[str, Any], seen: list[Tensor]
@@ -543,7 +554,8 @@ def _of_step(link: Link, extras: Any) -> Callable[[Any], Any] | None:
     rule: Any = link.rule
     if rule.scalars is None and not link.when:
         return _nothing
-    return None if link.when or rule.hold or rule.carry or extras.names or extras.any else rule.scalars
+    own = link.when or link.reads or rule.hold or rule.carry or extras.names or extras.any
+    return None if own else rule.scalars
 
 
 def _nothing(step: Any) -> tuple[()]:

@@ -91,6 +91,7 @@ class Rule:
     resume: Callable[[Any, Any], Any] | None = None  # (those, state) -> p, to train on
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
+    keeps: Any = None  # of a keeper: what the links that read its numbers know it by
 
     extras: "Extras" = field(init=False)  # what `scalars` wants to be told besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all updates of the tree, as a global norm does
@@ -177,6 +178,7 @@ class TreeRule:
     hands: ClassVar[None] = None
     evaluate: ClassVar[None] = None
     lr: ClassVar[None] = None
+    keeps: ClassVar[None] = None
     counters: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False

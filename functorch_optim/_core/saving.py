@@ -357,7 +357,7 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
     everyone = range(len(paths))
     places = []
     counts: list[Counter[str]] = [Counter() for _ in everyone]
-    for link, (path, part) in enumerate(_parts(state, "")):
+    for link, (path, part) in enumerate(state_parts(state)):
         counters, fields = _fields(part)
         if fields is None:
             places += [_Place(link, _dotted(path, inner), leaf, (), (), True) for inner, leaf in _by_path(part).items()]
@@ -372,9 +372,9 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
         names = [{field: numbered(field, counts[i]) for field in (*fields, *counters[1:])} for i in owners]
         for field in counters:
             own = [named.get(field, field) for named in names]  # there is one step for all rules
-            idle = bool(columns) and not owners
+            idle, of_all = bool(columns) and not owners, field == "step" and not columns
             tensor = getattr(part, field)
-            places.append(_Place(link, _dotted(path, field), tensor, owners, own, True, not columns, idle))
+            places.append(_Place(link, _dotted(path, field), tensor, owners, own, True, of_all, idle))
         for field, column in columns.items():
             places += [
                 _Place(link, _dotted(path, _dotted(field, paths[i])), column[i], (i,), (named[field],), False)
@@ -383,12 +383,12 @@ def _places(state: Tree, params: Tree) -> list[_Place]:
     return places
 
 
-def _parts(state: Tree, path: str) -> Iterator[tuple[str, Any]]:
+def state_parts(state: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the states of the links of a chain, through nested chains and partitions."""
     if type(state) is tuple or type(state) is dict:
         items: Any = enumerate(state) if isinstance(state, tuple) else state.items()
         for key, child in items:
-            yield from _parts(child, _dotted(path, key))
+            yield from state_parts(child, _dotted(path, key))
     else:
         yield path, state
 
@@ -450,7 +450,7 @@ def _agreed(values: Mapping[Any, Any], name: str) -> Tensor:
 def _fitting_by_path(state: Tree, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Pick what fits: of each rule all or nothing."""
     found: dict[str, Tensor] = {}
-    for path, part in _parts(state, ""):
+    for path, part in state_parts(state):
         own = {_dotted(path, inner): leaf for inner, leaf in _by_path(part).items()}
         if all(fits(saved.get(inner), leaf) for inner, leaf in own.items()):
             found.update({inner: saved[inner] for inner in own})

@@ -114,6 +114,20 @@ def check_is_group(group: Mapping[str, Any]) -> None:
         )
 
 
+def check_injects_nothing(transformation: GradientTransformation, factory: Factory) -> None:
+    """Raise when a transformation keeps hyperparameters in its state that param groups hold already.
+
+    Raises:
+        TypeError: it does.
+    """
+    if any(link.rule.keeps is not None for link in transformation._links):
+        raise TypeError(
+            f"{name_of(factory)} keeps hyperparameters in the state, and param_groups hold them already, so that edits "
+            "there would be ignored. Give Optimizer the factory without inject_hyperparams, or the transformation: "
+            "Optimizer(params, inject_hyperparams(adamw)(lr=1e-3))"
+        )
+
+
 def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:
     """Pick from a param group what a factory takes."""
     return {name: group[name] for name in parameters(factory) if name in group}
@@ -151,6 +165,7 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
             f"{name_of(factory)} returned a {type(made).__name__}, not a GradientTransformation; "
             "write a function of hyperparameters that returns, say, chain(...)"
         )
+    check_injects_nothing(made, factory)
     return made
 
 

@@ -85,6 +85,7 @@ class Plan:
     Attributes:
         transformation: the transformation.
         links: of the transformation.
+        layout: how their states nest.
         params: the parameters in the order in which everything here is.
         structure: of their tree.
         active: for each link, whether it is for each parameter.
@@ -101,7 +102,7 @@ class Plan:
         count: type | None = Tensor,
     ) -> None:
         self.transformation = transformation
-        self.links = transformation._links
+        self.links, self.layout = transformation._links, transformation._layout
         self.names = names
         self.count = count
         self.whole = [k for k, link in enumerate(self.links) if isinstance(link.rule, TreeRule)]

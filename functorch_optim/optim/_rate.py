@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim.wrappers.injection import InjectingFactory
+
+_IN_STATE = object()
+"""Stands for a learning rate that the state keeps."""
 
 
 class Rate(NamedTuple):
@@ -70,6 +74,8 @@ def rate_of(transformation: GradientTransformation) -> Rate:
     _mapped(transformation, note)
     if len(found) != 1:
         has = f"{len(found)} learning rates" if found else "no argument called lr"
+    elif found[0] is _IN_STATE:
+        has = "its hyperparameters in its state, where opt.set_hyperparams(lr=1e-4) sets them"
     elif callable(found[0]):
         has = f"a schedule for its learning rate, {found[0]!r}, which alone drives it"
     elif isinstance(found[0], Real) or (isinstance(found[0], Tensor) and not found[0].requires_grad):
@@ -86,6 +92,9 @@ def rate_of(transformation: GradientTransformation) -> Rate:
 def _mapped(transformation: GradientTransformation, change: Callable[[Any], Any]) -> GradientTransformation:
     """Make a transformation again, with other learning rates."""
     make, args, kwargs = transformation._call
+    if isinstance(make, InjectingFactory):  # the numbers are in the state
+        change(_IN_STATE)
+        return transformation
     function = getattr(make, "__wrapped__", None)
     if function is None:  # made of links or of two functions: nothing is known of its numbers
         return transformation

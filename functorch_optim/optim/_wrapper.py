@@ -2,14 +2,16 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_optim import tree
 from functorch_optim._core import saving
 from functorch_optim._core.checks import check_params
+from functorch_optim._core.links import nest
 from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._execution import writing
@@ -17,7 +19,9 @@ from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
 from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._base import OptimizerBase
-from functorch_optim.optim._plan import Plan
+from functorch_optim.optim._plan import Plan, scalar
+from functorch_optim.wrappers.injection import InjectingFactory
+from functorch_optim.wrappers.monitoring import metrics
 
 
 class Optimizer(OptimizerBase):
@@ -91,6 +95,8 @@ class Optimizer(OptimizerBase):
         **hyperparameters: Any,
     ) -> None:
         factories.check_params_argument(params)
+        if isinstance(transformation, InjectingFactory):
+            transformation = transformation.function  # param_groups hold its hyperparameters
         self._transformation = transformation
         self._complete = False
         defaults = factories.defaults(transformation, hyperparameters)
@@ -221,6 +227,90 @@ class Optimizer(OptimizerBase):
                 self.state[p] = {
                     key: kept(value) if isinstance(value, Tensor) else value for key, value in completed.items()
                 }
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What `monitor` keeps: name -> 0-dim tensor, as `fo.metrics` returns it; zeros before the first step.
+
+        With a factory and several groups, each name begins with the index of the group: "1.grad_norm".
+
+        Raises:
+            ValueError: there is no monitor in the transformation.
+        """
+        found: dict[str, Tensor] = {}
+        for index in range(self._number_of_trees):
+            plan = self._plan(index)
+            states = self._tree_states(index, plan)
+            every = [
+                states.get(k, plan.initial_tree_state(k)) if k in plan.whole else () for k in range(len(plan.links))
+            ]
+            prefix = f"{index}." if self._number_of_trees > 1 else ""
+            found.update({prefix + name: value for name, value in metrics(nest(plan.layout, every)).items()})
+        return found
+
+    @property
+    def hyperparams(self) -> dict[str, Tensor]:
+        """What `inject_hyperparams` keeps in `state[p]`: name -> 0-dim tensor; empty without it.
+
+        A name that several parts of a transformation have is preceded by their paths: "body.lr".
+        """
+        return {name: self._kept_at(k, j)[0] for name, (k, j) in self._injected().items()}
+
+    def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+        """Set what `inject_hyperparams` keeps, from the next step on.
+
+        Args:
+            values: numbers or 0-dim tensors by name, as in `hyperparams`.
+            **named: further ones by keyword: `opt.set_hyperparams(lr=1e-4)`.
+
+        Raises:
+            KeyError: no hyperparameter of the name is kept.
+            ValueError: a value is no number, or a hyperparameter is scheduled; nothing is set then.
+        """
+        values, places = {**(values or {}), **named}, self._injected()
+        new = []
+        for name, value in values.items():
+            if name not in places:
+                raise KeyError(
+                    f"Nothing keeps the hyperparameter {name!r}; kept are {', '.join(places) or 'none'}. Write "
+                    "Optimizer(params, inject_hyperparams(adamw)(lr=1e-3)); with a factory they are in param_groups"
+                )
+            k, j = places[name]
+            rule: Any = self._plan(0).links[k].rule
+            computed = getattr(rule.state_type, "_computed", "")
+            if computed:
+                raise ValueError(f"{name!r} cannot be set: {computed}")
+            new.append((k, j, tree.set({name: self._kept_at(k, j)[0]}, name, value)[name]))
+        for k, j, value in new:
+            for own, key in self._kept_at(k, j)[1]:
+                self.state[own][key] = value.clone()
+
+    def _injected(self) -> dict[str, tuple[int, int]]:
+        """Find the injected hyperparameters by name: the link that keeps each, and its number there."""
+        if self._has_factory:
+            return {}
+        links = self._plan(0).links
+        nested = nest(self._transformation._layout, range(len(links)))
+        paths = dict(zip(tree.flatten(nested)[0], tree.paths(nested), strict=True))
+        found = [
+            (name, paths[k].rpartition(".")[0], (k, j))
+            for k, link in enumerate(links)
+            if link.rule.keeps is not None
+            for j, name in enumerate(link.rule.counters[1:])
+        ]
+        names = [name for name, *_ in found]
+        return {(name if names.count(name) == 1 else f"{path}.{name}"): place for name, path, place in found}
+
+    def _kept_at(self, k: int, j: int) -> tuple[Tensor, list[tuple[Tensor, str]]]:
+        """Return a number that a link keeps, and for each parameter the key under which it does."""
+        plan = self._plan(0)
+        users = [i for i, part in enumerate(plan.parts) if k in part.links]
+        keys = [(plan.params[i], plan.parts[i].carried[plan.parts[i].links.index(k)][j]) for i in users]
+        if not users:
+            rule: Any = plan.links[k].rule
+            return scalar(rule.carried()[j], torch.float64), []
+        p, key = keys[0]
+        return plan.completed(users[0], self.state.get(p, {}))[1][key], keys
 
     def eval(self) -> None:
         """Move the parameters to where they are to be evaluated, as `schedule_free` needs it; change nothing else.

@@ -44,7 +44,9 @@ def around(
     for k, link in enumerate(tx._links):
         when = link.when if before is None else (*link.when, k + 1)
         inside = link.inside if after is None or link.inside else count - k
-        links.append(Link(link.rule, link.where, when, inside))
-    links += after._links if after is not None else ()
+        links.append(link._replace(when=when, inside=inside))
+    # The learning rate of what is wrapped may be a number that it keeps.
+    keepers = tuple([count - k for k, link in enumerate(tx._links) if link.rule.keeps is not None])
+    links += [link._replace(reads=keepers) for link in after._links] if after is not None else []
     layout = (tx._layout, count) if before is None else (0, shift(tx._layout, 1))
     return GradientTransformation._of(links, layout)

@@ -101,6 +101,9 @@ def test_the_citation_has_the_version():
         ("resume", "saving-and-loading"),
         ("learning rate", "schedules"),
         ("vmap", "ensembles-and-sweeps"),
+        ("gradient norm", "monitoring"),
+        ("Log the learning rate", "hyperparameters"),
+        ("change the learning rate", "hyperparameters"),
     ],
 )
 def test_a_term_that_readers_search_for_is_in_the_title_of_its_page(term, page):
