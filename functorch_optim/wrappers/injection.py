@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import re
 from collections import namedtuple
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
@@ -135,7 +134,7 @@ class InjectingFactory:
             return value
 
         def injected(path: str, leaf: Any) -> Any:
-            full = name + (re.sub(r"\W", "_", f"_{path}") if path else "")
+            full = name + "".join([c if c.isalnum() else "_" for c in (f"_{path}" if path else "")])
             if isinstance(leaf, Schedule) or (declared and callable(leaf)):
                 return scheduled.keep(full, leaf)
             if isinstance(leaf, Tensor):

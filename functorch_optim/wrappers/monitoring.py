@@ -72,10 +72,10 @@ def monitor(tx: Any, *, per_layer: bool = False) -> Any:
         ValueError: `update` is called without the parameters.
 
     The structure of the state is the same from the start. Norms are taken in the precision of the parameters, float32
-    at least, and stay on their device. A gradient that is missing has norm zero. Where a parameter is zero and its
-    update is not, the ratio is inf; where both are, it is zero. At a step that a wrapper inside leaves out, nothing is
-    updated, and the numbers of updates stay. In `fo.Optimizer` a monitored step is prepared anew each time, which costs
-    some microseconds for each parameter.
+    at least, and stay on their device. A gradient that is missing adds nothing, and the numbers of its layer stay.
+    Where a parameter is zero and its update is not, the ratio is inf; where both are, it is zero. At a step that a
+    wrapper inside leaves out, nothing is updated, and the numbers of updates stay. In `fo.Optimizer` a monitored step
+    is prepared anew each time, which costs some microseconds for each parameter.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -163,23 +163,24 @@ def _updates(per_layer: bool) -> GradientTransformation:
 
 
 def _zeros(kind: Any, params: Tree, per_layer: bool) -> Any:
-    norms = tree.zeros_like(_norms(params, params))
-    return kind(*[(norms if per_layer else ()) if name.endswith("s") else tree.norm(norms) for name in kind._fields])
+    def zeros(name: str) -> Any:
+        norms = tree.zeros_like(_norms(params, params))  # tensors of its own for each field
+        return (norms if per_layer else ()) if name.endswith("s") else tree.norm(norms)
+
+    return kind(*map(zeros, kind._fields))
 
 
 def _norms(updates: Tree, params: Tree) -> Tree:
-    """Take the norm of each tensor; zero where it is missing."""
+    """Take the norm of each tensor; None where it is missing."""
     if params is None:
         raise ValueError(
             "monitor needs the parameters, but update was called without them; call tx.update(updates, state, params)"
         )
 
-    def norm(p: Tensor, u: Tensor | None) -> Tensor:
-        if u is None:
-            return torch.zeros_like(tree.norm(p))
+    def norm(u: Tensor) -> Tensor:
         return tree.norm(u.coalesce().values() if u.layout == torch.sparse_coo else u)
 
-    return tree.map(norm, params, updates)
+    return tree.map(norm, updates)
 
 
 def _ratio(update: Tensor, weight: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _ratio(update: Tensor, weight: Tensor) -> Tensor:
 
 
 def _kept(new: Any, old: Any, updates: Tree) -> Any:
-    """Return numbers in the dtypes of the state; the old ones at a step that was left out."""
+    """Return numbers in the dtypes of the state; the old ones where there was no update."""
     if all(u is None for u in tree.flatten(updates)[0]):
         return old
-    return tree.map(lambda after, before: after.to(before), new, old)
+    return tree.map(lambda before, after: before if after is None else after.to(before), old, new)

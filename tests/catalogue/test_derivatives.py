@@ -35,14 +35,23 @@ INACTIVE = {
         "accumulate_clipped": {"mini_step"},  # is only compared, where the sum is taken
         "schedule_free": {"lr_max"},  # to the power of 0
         "schedule_free_adamw": {"lr_max"},
+        # What the last update was is written anew.
+        "monitor": {"gradients", "grad_norm", "updates", "update_norm", "update_ratio"},
+        "monitor_per_layer": {
+            *("gradients", "grad_norm", "grad_norms"),
+            *("updates", "update_norm", "update_norms", "update_ratio", "update_ratios"),
+        },
     },
 }
+NAMESAKES = {"inject_hyperparams": {"lr", "weight_decay", "eps"}, "inject_hyperparams_chain": {"lr", "max_norm"}}
+"""Hyperparameters of which there are others of the same name in the state, which do have a derivative."""
 INDEPENDENT = ("set_to_zero", "scale_by_rprop", "rprop")  # updates do not depend on where they are made
 
 
 def inactive(row, start):
     """Name what has derivative zero."""
-    return INACTIVE[start].get(row.name, set()) | (set(row.initial) if start is continued else set())
+    initial = set(row.initial) - NAMESAKES.get(row.name, set()) if start is continued else set()
+    return INACTIVE[start].get(row.name, set()) | initial
 
 
 def wrong(actual, expected, places, tolerance=1e-6):

@@ -266,7 +266,7 @@ CATALOGUE = [
         {"max_norm": 0.7, "lr": 0.1},
         initial=("max_norm", "lr"),
     ),
-    Row("monitor", lambda lr: fo.monitor(fo.chain(fo.clip_by_global_norm(0.7), fo.adam(lr, eps=1e-3))), {"lr": 0.1}),
+    Row("monitor", lambda lr: fo.monitor(fo.chain(fo.clip_by_global_norm(0.7), fo.sgd(lr, 0.9))), {"lr": 0.1}),
     Row("monitor_per_layer", partial(fo.monitor(fo.sgd, per_layer=True), momentum=0.9), {"lr": 0.1}),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]
