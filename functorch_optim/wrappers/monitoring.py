@@ -11,6 +11,8 @@ from functorch_optim import tree
 from functorch_optim._core.combine import named_chain
 from functorch_optim._core.saving import state_parts
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._execution import mode as modes
+from functorch_optim._execution.foreach import norms
 from functorch_optim.tree import Tree
 from functorch_optim.wrappers._wrapping import wrapped
 
@@ -139,8 +141,8 @@ def _gradients(per_layer: bool) -> GradientTransformation:
         return found
 
     def update(updates: Tree, state: GradientMetrics, params: Tree) -> tuple[Tree, GradientMetrics]:
-        norms = _norms(updates, params)
-        new = GradientMetrics(tree.norm(norms), norms if per_layer else ())
+        each = _norms(updates, params)
+        new = GradientMetrics(_total(each), each if per_layer else ())
         return updates, _kept(new, state, updates)
 
     return GradientTransformation(init, update)
@@ -153,10 +155,10 @@ def _updates(per_layer: bool) -> GradientTransformation:
         return found
 
     def update(updates: Tree, state: UpdateMetrics, params: Tree) -> tuple[Tree, UpdateMetrics]:
-        norms, weights = _norms(updates, params), _norms(params, params)
-        total = tree.norm(norms)
-        ratio = _ratio(total, tree.norm(weights))
-        layers = (norms, tree.map(_ratio, norms, weights)) if per_layer else ((), ())
+        each, weights = _norms(updates, params), _norms(params, params)
+        total = _total(each)
+        ratio = _ratio(total, _total(weights))
+        layers = (each, tree.map(_ratio, each, weights)) if per_layer else ((), ())
         return updates, _kept(UpdateMetrics(total, ratio, *layers), state, updates)
 
     return GradientTransformation(init, update)
@@ -164,8 +166,8 @@ def _updates(per_layer: bool) -> GradientTransformation:
 
 def _zeros(kind: Any, params: Tree, per_layer: bool) -> Any:
     def zeros(name: str) -> Any:
-        norms = tree.zeros_like(_norms(params, params))  # tensors of its own for each field
-        return (norms if per_layer else ()) if name.endswith("s") else tree.norm(norms)
+        each = tree.zeros_like(_norms(params, params))  # tensors of its own for each field
+        return (each if per_layer else ()) if name.endswith("s") else tree.norm(each)
 
     return kind(*map(zeros, kind._fields))
 
@@ -177,10 +179,21 @@ def _norms(updates: Tree, params: Tree) -> Tree:
             "monitor needs the parameters, but update was called without them; call tx.update(updates, state, params)"
         )
 
-    def norm(u: Tensor) -> Tensor:
-        return tree.norm(u.coalesce().values() if u.layout == torch.sparse_coo else u)
+    leaves, structure = tree.flatten(updates)
+    present = [u.coalesce().values() if u.layout == torch.sparse_coo else u for u in leaves if u is not None]
+    mode = modes.current()
+    alike = len({(u.dtype, u.device) for u in present}) == 1
+    plain = alike and mode in ("plain", "recorded") and modes.is_plain(mode, present)
+    taken = iter(norms(modes.Plain(present) if plain else present, 2.0))
+    return tree.unflatten(structure, [None if u is None else next(taken) for u in leaves])
 
-    return tree.map(norm, updates)
+
+def _total(each: Tree) -> Tensor:
+    """Take the norm of norms."""
+    present = [norm for norm in tree.flatten(each)[0] if norm is not None]
+    if not present:
+        return torch.zeros(())
+    return tree.norm(torch.stack([norm.to(present[0].device, torch.float64) for norm in present]))
 
 
 def _ratio(update: Tensor, weight: Tensor) -> Tensor:
