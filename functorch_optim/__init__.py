@@ -1,6 +1,6 @@
 """Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
 
-from functorch_optim import meta, optim, schedules, tree
+from functorch_optim import meta, optim, projections, schedules, tree
 from functorch_optim._core.combine import chain, masked, named_chain, partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at
 from functorch_optim._core.rule import EmptyState, StepState, leaf_state
@@ -33,9 +33,24 @@ from functorch_optim.optimizers.radam import radam, scale_by_radam
 from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
-from functorch_optim.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
+from functorch_optim.transforms.clipping import (
+    adaptive_grad_clip,
+    clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_norm,
+)
+from functorch_optim.transforms.constraints import keep_params_nonnegative, orthogonalize_against_params
 from functorch_optim.transforms.decay import add_decayed_weights
-from functorch_optim.transforms.momentum import trace
+from functorch_optim.transforms.momentum import ema, optimistic_gradient, trace
+from functorch_optim.transforms.noise import AddNoiseState, add_noise
+from functorch_optim.transforms.norm_history import AutoClipState, autoclip, zclip
+from functorch_optim.transforms.normalizing import (
+    centralize,
+    normalize_by_update_norm,
+    scale_by_sign,
+    scale_by_trust_ratio,
+)
 from functorch_optim.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from functorch_optim.transforms.scaling import maximize, scale, scale_by_learning_rate, scale_by_schedule
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
@@ -51,6 +66,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulateState",
+    "AddNoiseState",
+    "AutoClipState",
     "EmptyState",
     "GradientMetrics",
     "GradientTransformation",
@@ -73,22 +90,29 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adaptive_grad_clip",
     "add_decayed_weights",
+    "add_noise",
     "apply_updates",
     "asgd",
     "at",
+    "autoclip",
     "buffers_of",
+    "centralize",
     "chain",
     "clip",
+    "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_norm",
     "debias",
+    "ema",
     "eval_params",
     "factory",
     "freeze",
     "from_torch",
     "identity",
     "inject_hyperparams",
+    "keep_params_nonnegative",
     "lbfgs",
     "leaf_state",
     "leafwise",
@@ -104,9 +128,13 @@ __all__ = [
     "muon",
     "nadam",
     "named_chain",
+    "normalize_by_update_norm",
     "optim",
+    "optimistic_gradient",
+    "orthogonalize_against_params",
     "params_of",
     "partition",
+    "projections",
     "radam",
     "reduce_on_plateau",
     "rmsprop",
@@ -125,6 +153,8 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_rss",
     "scale_by_schedule",
+    "scale_by_sign",
+    "scale_by_trust_ratio",
     "schedule_free",
     "schedules",
     "set_to_zero",
@@ -138,5 +168,6 @@ __all__ = [
     "to_torch",
     "trace",
     "tree",
+    "zclip",
     "zero_nans",
 ]

@@ -75,6 +75,13 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
     return _safe_power(total, 1 / p)
 
 
+def rms(x: Tensor) -> Tensor:
+    """Take the root mean square of all elements, 0 of nothing, with derivative zero where it is zero."""
+    if x.is_complex():
+        x = x.abs()
+    return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
+
+
 def _safe_power(x: Tensor, exponent: float) -> Tensor:
     zero = x == 0
     return x.masked_fill(zero, 1).pow(exponent).masked_fill(zero, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from functorch_optim._core.links import Link, Selection, shift
+from functorch_optim._core.links import Link, Selection, shift, with_rates
 from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory
 from functorch_optim.tree import Tree
 
@@ -161,4 +161,4 @@ def _combined(
         check_transformation(part, example)
         layout[name] = shift(part._layout, len(links))
         links += part._links
-    return GradientTransformation._of(links, tuple(layout.values()) if container is tuple else layout)
+    return GradientTransformation._of(with_rates(links), tuple(layout.values()) if container is tuple else layout)

@@ -214,6 +214,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
     "0 < value < 1": lambda value: 0 < value < 1,
     "0 <= value < 1": lambda value: 0 <= value < 1,
     "0 <= value <= 1": lambda value: 0 <= value <= 1,
+    "0 <= value <= 100": lambda value: 0 <= value <= 100,
     "0 < value <= 1": lambda value: 0 < value <= 1,
     "a number": lambda value: not math.isnan(value),
 }

@@ -92,6 +92,27 @@ def _check_label(label: Any, known: tuple[Any, ...], params: Tree, i: int) -> No
         )
 
 
+def with_rates(links: Sequence[Link]) -> list[Link]:
+    """Tell rules that depend on it the learning rate of their chain: the next one after them, or else the last before.
+
+    It is that of a link that is for all of their leaves.
+    """
+    told = list(links)
+    for k, link in enumerate(links):
+        if link.rule.of_rate is not None:
+            rates = [j for j, other in enumerate(links) if other.rule.lr is not None and _covers(other, link)]
+            if rates:
+                j = next((j for j in rates if j > k), rates[-1])
+                told[k] = link._replace(rule=link.rule.of_rate(links[j].rule.lr, j < k))
+    return told
+
+
+def _covers(one: Link, other: Link) -> bool:
+    """Tell whether a link is for all leaves of another."""
+    shared = zip(one.where, other.where, strict=False)
+    return len(one.where) <= len(other.where) and all(mine is theirs for mine, theirs in shared)
+
+
 def nest(layout: Any, states: Sequence[Any]) -> Any:
     """Arrange the states of links as users see them."""
     if isinstance(layout, int):

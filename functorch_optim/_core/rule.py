@@ -92,6 +92,7 @@ class Rule:
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
     keeps: Any = None  # of a keeper: what the links that read its numbers know it by
+    of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
 
     extras: "Extras" = field(init=False)  # what `scalars` wants to be told besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all updates of the tree, as a global norm does
@@ -179,6 +180,7 @@ class TreeRule:
     evaluate: ClassVar[None] = None
     lr: ClassVar[None] = None
     keeps: ClassVar[None] = None
+    of_rate: ClassVar[None] = None
     counters: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False

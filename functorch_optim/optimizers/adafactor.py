@@ -11,7 +11,7 @@ from functorch_optim._core.combine import partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import minimum, safe_sqrt
+from functorch_optim._numerics import minimum, rms
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
@@ -134,8 +134,8 @@ def adafactor(
 
     def step(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Any:
         w = g * torch.rsqrt(torch.clamp_min(v, s.eps1 * s.eps1))
-        w = w / _at_least(1, _rms(w) / s.d)
-        return -s.rho * _at_least(s.eps2, _rms(p)) * w - s.decay * p
+        w = w / _at_least(1, rms(w) / s.d)
+        return -s.rho * _at_least(s.eps2, rms(p)) * w - s.decay * p
 
     def factored(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
         r = torch.lerp(state.row_var, _mean(g * g, -1), s.weight)
@@ -184,7 +184,3 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 def _at_least(least: Any, size: Tensor) -> Tensor:
     """Return the larger one. NaN is not larger, as to python's max, so that it stays in the elements that have it."""
     return torch.clamp_min(size.masked_fill(size.isnan(), 0), least)
-
-
-def _rms(x: Tensor) -> Tensor:
-    return safe_sqrt(x.square().mean()) if x.numel() else x.sum()

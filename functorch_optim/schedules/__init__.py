@@ -26,12 +26,22 @@ Example:
 
 from functorch_optim.schedules._combine import join, product
 from functorch_optim.schedules._cycles import cosine_annealing, cosine_warm_restarts, cyclic, cyclic_momentum
-from functorch_optim.schedules._decay import cosine, exponential, linear, linear_factor, polynomial, swa
+from functorch_optim.schedules._decay import (
+    cosine,
+    exponential,
+    linear,
+    linear_factor,
+    momentum_warmup,
+    polynomial,
+    rex,
+    swa,
+)
 from functorch_optim.schedules._phases import (
     inverse_sqrt,
     one_cycle,
     one_cycle_momentum,
     piecewise_interpolate,
+    rewarm,
     warmup_cosine,
     warmup_stable_decay,
 )
@@ -52,6 +62,7 @@ __all__ = [
     "join",
     "linear",
     "linear_factor",
+    "momentum_warmup",
     "multi_step",
     "one_cycle",
     "one_cycle_momentum",
@@ -59,6 +70,8 @@ __all__ = [
     "piecewise_interpolate",
     "polynomial",
     "product",
+    "rewarm",
+    "rex",
     "step",
     "swa",
     "table",

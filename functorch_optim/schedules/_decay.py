@@ -145,6 +145,64 @@ def polynomial(
 
 
 @factory
+def rex(value: Number, total_iters: Number, end_value: Number = 0.0) -> Callable[[Tensor], Number]:
+    """Go down slowly at first and ever faster, and stay: the reflected exponential, REX.
+
+        end_value + (value - end_value) (1 - x) / (1 - x / 2),  x = step / total_iters
+
+    Args:
+        value: value at step 0.
+        total_iters: number of steps >= 0.
+        end_value: value from step `total_iters` on.
+
+    Raises:
+        ValueError: a number is NaN, or `total_iters` is negative.
+
+    Source: Chen et al., REX: Revisiting Budgeted Training with an Improved Schedule, arXiv:2107.04197.
+
+    Example:
+        >>> import torch
+        >>> from functorch_optim import schedules
+        >>> schedules.rex(1.0, 4)(torch.arange(6))
+        tensor([1.0000, 0.8571, 0.6667, 0.4000, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    check_numbers(value=value, total_iters=total_iters, end_value=end_value)
+
+    def function(step: Tensor) -> Tensor:
+        x = progress(step, total_iters)
+        return mix(end_value, value, (1 - x) / (1 - x / 2))
+
+    return function
+
+
+@factory
+def momentum_warmup(
+    start_value: Number = 0.85, end_value: Number = 0.95, total_iters: Number = 300
+) -> Callable[[Tensor], Number]:
+    """Raise a momentum in a straight line, and stay; the defaults are those of Muon's training runs.
+
+    `fo.muon(lr, momentum=schedules.momentum_warmup())`
+
+    Args:
+        start_value: value at step 0.
+        end_value: value from step `total_iters` on.
+        total_iters: number of steps >= 0.
+
+    Raises:
+        ValueError: a number is NaN, or `total_iters` is negative.
+
+    Source: Jordan et al., modded-nanogpt, 2024.
+
+    Example:
+        >>> import torch
+        >>> from functorch_optim import schedules
+        >>> schedules.momentum_warmup()(torch.tensor([0, 150, 300, 1000]))
+        tensor([0.8500, 0.9000, 0.9500, 0.9500], dtype=torch.float64)
+    """
+    return linear(start_value, end_value, total_iters)
+
+
+@factory
 def swa(
     value: Number, swa_lr: Number, anneal_epochs: Number = 10, anneal_strategy: Literal["cos", "linear"] = "cos"
 ) -> Callable[[Tensor], Number]:

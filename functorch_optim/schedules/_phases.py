@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import check_choice
 from functorch_optim._numerics import where
+from functorch_optim.schedules._decay import polynomial
 from functorch_optim.schedules._pieces import between, follow, legs
 from functorch_optim.schedules._schedule import (
     Number,
+    Schedule,
     check_each,
     check_milestones,
     check_numbers,
@@ -67,7 +69,8 @@ def warmup_stable_decay(
     decay_iters: Number,
     start_value: Number = 0.0,
     end_value: Number = 0.0,
-    decay: Literal["linear", "cosine", "sqrt"] = "linear",
+    decay: Literal["linear", "cosine", "sqrt", "1-sqrt", "power"] = "linear",
+    power: Number = 1.0,
 ) -> Callable[[Tensor], Number]:
     """Rise in a straight line, stay for a while, go down, and stay: a trapezoid.
 
@@ -75,8 +78,9 @@ def warmup_stable_decay(
 
         peak_value + (end_value - peak_value) w
 
-    with w = x ("linear"), (1 - cos(pi x)) / 2 ("cosine") or sqrt(x) ("sqrt"), x going from 0 to 1. The derivative of
-    the root is zero at x = 0, where it would be infinite.
+    with w = x ("linear"), (1 - cos(pi x)) / 2 ("cosine"), sqrt(x) ("sqrt", or "1-sqrt" by what the value is then) or
+    1 - (1 - x)^power ("power"), x going from 0 to 1. The derivative of the root is zero at x = 0, where it would be
+    infinite, and that of a power below 1 at x = 1.
 
     Args:
         peak_value: value from step `warmup_iters` until the decay begins.
@@ -85,10 +89,11 @@ def warmup_stable_decay(
         decay_iters: number of steps of the decay >= 0.
         start_value: value at step 0. With 0 the first update does nothing.
         end_value: value from step `warmup_iters + stable_iters + decay_iters` on.
-        decay: "linear", "cosine" or "sqrt".
+        decay: "linear", "cosine", "sqrt", "1-sqrt", which is the same, or "power".
+        power: exponent >= 0 of the way that is left, with "power"; see `polynomial`.
 
     Raises:
-        ValueError: a number is NaN or a number of steps negative, or `decay` is none of the three.
+        ValueError: a number is NaN, a number of steps or `power` is negative, or `decay` is none of those.
 
     Source: Hu et al., MiniCPM, arXiv:2404.06395, section 4; "sqrt" is the best in Hägele et al., Scaling Laws and
     Compute-Optimal Training Beyond Fixed Training Durations, arXiv:2405.18392.
@@ -101,9 +106,50 @@ def warmup_stable_decay(
     """
     check_numbers(peak_value=peak_value, start_value=start_value, end_value=end_value)
     check_numbers(warmup_iters=warmup_iters, stable_iters=stable_iters, decay_iters=decay_iters)
-    check_choice("decay", decay, "linear", "cosine", "sqrt")
+    check_numbers(power=power)
+    check_choice("decay", decay, "linear", "cosine", "sqrt", "1-sqrt", "power")
     rise = between(start_value, peak_value, warmup_iters)  # and stay at the peak
-    return follow([rise, between(peak_value, end_value, decay_iters, decay)], [warmup_iters + stable_iters])
+    if decay == "power":
+        fall: Any = polynomial(peak_value, decay_iters, power, end_value)
+    else:
+        fall = between(peak_value, end_value, decay_iters, decay)
+    return follow([rise, fall], [warmup_iters + stable_iters])
+
+
+@factory
+def rewarm(
+    schedule: Callable[[Tensor], Number], milestones: Sequence[Number], warmup_iters: Number
+) -> Callable[[Tensor], Number]:
+    """Follow a schedule, and warm up again where training has been interrupted: on new data, or with a new state.
+
+        schedule(step) min(1, (step - m) / warmup_iters),  m the last milestone that has come
+
+    Before the first milestone it is the schedule as it is.
+
+    Args:
+        schedule: function of the step.
+        milestones: list of the steps, in order, at which the value falls to zero and begins to rise.
+        warmup_iters: number of steps >= 0 of a rise.
+
+    Raises:
+        ValueError: a number is NaN, `warmup_iters` is negative, or the milestones are not in order.
+        TypeError: `schedule` is no function.
+
+    Source: Lialin et al., ReLoRA, arXiv:2307.05695, its jagged schedule; Gupta et al., Continual Pre-Training of Large
+    Language Models: How to (re)warm your model?, arXiv:2308.04014.
+
+    Example:
+        >>> from functorch_optim import schedules
+        >>> schedules.rewarm(schedules.linear(1.0, 0.0, 10), [4], 2)(torch.arange(8))
+        tensor([1.0000, 0.9000, 0.8000, 0.7000, 0.0000, 0.2500, 0.4000, 0.3000],
+               dtype=torch.float64)
+    """
+    check_numbers(warmup_iters=warmup_iters)
+    check_milestones(milestones, "pieces", [None, *milestones], "rewarm(cosine(0.1, 1000), [500], 50)")
+    rise = between(0.0, 1.0, warmup_iters)
+    factor = follow([constant(1.0), *[rise for _ in milestones]], tuple(milestones))
+    followed = Schedule.of(schedule)
+    return lambda step: followed.at_number(step) * factor(step)
 
 
 @factory

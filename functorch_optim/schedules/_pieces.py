@@ -39,6 +39,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": half_wave,
     "cos": half_wave,  # torch's name for it
     "sqrt": safe_sqrt,
+    "1-sqrt": safe_sqrt,  # the field's name for what a value does that goes down to zero so
 }
 
 

@@ -1,4 +1,4 @@
-"""Clipping: by value, by each tensor's norm, by the norm of the whole tree."""
+"""Clipping: by value, by the norm of a row, of a tensor, of the whole tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
-from functorch_optim._numerics import isfinite, safe_norm, where
+from functorch_optim._numerics import isfinite, rms, safe_norm, safe_sqrt, where
 
 
 @factory
@@ -67,7 +67,7 @@ def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTr
     check_number("norm_type", norm_type, "value > 0")
 
     def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
-        return g * _shrink(safe_norm(g, norm_type), c), state
+        return g * shrink(safe_norm(g, norm_type), c), state
 
     return leafwise(None, update, lambda step: at(max_norm, step))
 
@@ -124,7 +124,7 @@ def clip_by_global_norm(
             )
         if skip:  # what is thrown away must not reach derivatives either
             norm = global_norm([_finite_part(update) for update in updates], norm_type, step)
-        return _shrink(norm + at(eps, step), at(max_norm, step)), finite
+        return shrink(norm + at(eps, step), at(max_norm, step)), finite
 
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         factor, finite = s
@@ -133,6 +133,86 @@ def clip_by_global_norm(
         return factor * g, state
 
     return leafwise(None, update, scalars, elementwise=True, sparse="touched")
+
+
+@factory
+def clip_by_block_rms(threshold: Hyperparameter) -> GradientTransformation:
+    """Scale each tensor down to a largest root mean square: `g <- g / max(1, RMS(g) / c)`.
+
+    Derivatives are those of `clip_by_norm`: where nothing is clipped, at the corner too, those of the identity.
+
+    Args:
+        threshold: c >= 0: number, 0-dim tensor, or schedule.
+
+    Raises:
+        ValueError: the number is negative or NaN.
+
+    Source: Shazeer & Stern, Adafactor, arXiv:1804.04235, section 6.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.clip_by_block_rms(1.0)
+        >>> tx.update(torch.tensor([6.0, 8.0]), tx.init(torch.zeros(2)))[0]
+        tensor([0.8485, 1.1314])
+    """
+    check("threshold", threshold)
+
+    def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
+        return g * shrink(rms(g), c), state
+
+    return leafwise(None, update, lambda step: at(threshold, step))
+
+
+@factory
+def adaptive_grad_clip(clipping: Hyperparameter, eps: Hyperparameter = 1e-3) -> GradientTransformation:
+    """Scale the gradient of each unit down to a part of the unit's weights (AGC).
+
+        g_i <- g_i c max(|p_i|, eps) / max(|g_i|, 1e-6)  where  |g_i| > c max(|p_i|, eps)
+
+    A unit is an entry of the first dimension: a row of a linear layer's weight, a filter of a convolution. A tensor of
+    one dimension or none is one unit. The masks of these comparisons are constants to derivatives; at the corners they
+    are those of the identity and of |p_i|.
+
+    Args:
+        clipping: c >= 0, the largest ratio of norms: number, 0-dim tensor, or schedule. The paper has 0.01.
+        eps: norm >= 0 that a unit counts for at least, so that weights which begin at zero can move.
+
+    Raises:
+        ValueError: a number is out of range; `update` is called without parameters.
+
+    The paper leaves the last linear layer out: `fo.masked(fo.adaptive_grad_clip(0.01), mask)`. optax takes the units of
+    JAX's layout, where the first dimension is the input. Source: Brock et al., High-Performance Large-Scale Image
+    Recognition Without Normalization, arXiv:2102.06171, equation 3; 1e-6 as in its code.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.adaptive_grad_clip(0.1), torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+        >>> tx.update(torch.ones(2, 2), tx.init(params), params)[0]
+        tensor([[3.5355e-01, 3.5355e-01],
+                [7.0711e-05, 7.0711e-05]])
+    """
+    check("clipping value", clipping)
+    check("eps", eps)
+
+    def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
+        c, least = s
+        size, largest = _of_units(g), c * torch.clamp(_of_units(p), min=least)
+        fits = size <= largest
+        return g * torch.where(fits, 1.0, largest / torch.clamp(size, min=_TINY)), state
+
+    return leafwise(None, update, lambda step: (at(clipping, step), at(eps, step)), needs_params=True)
+
+
+_TINY = 1e-6
+
+
+def _of_units(x: Tensor) -> Tensor:
+    """Take the norm of each entry of the first dimension, so that it broadcasts; of all where there is but one."""
+    if x.ndim <= 1:
+        return safe_norm(x)
+    if x.is_complex():
+        x = x.abs()
+    return safe_sqrt(x.square().sum(tuple(range(1, x.ndim)), keepdim=True))
 
 
 def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
@@ -147,8 +227,8 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     return norm if not is_known or (norm.requires_grad and torch.is_grad_enabled()) else norm.item()
 
 
-def _shrink(norm: Any, max_norm: Any) -> Any:
-    """Return min(1, max_norm / norm); NaN for NaN; with derivative zero where nothing is clipped."""
+def shrink(norm: Any, max_norm: Any) -> Any:
+    """Return min(1, max_norm / norm) for numbers; NaN for NaN; with derivative zero where nothing is clipped."""
     fits = norm <= max_norm
     return where(fits, 1.0, max_norm / where(fits, 1.0, norm))
 

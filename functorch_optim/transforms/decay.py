@@ -3,33 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_optim._core.combine import masked
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, is_zero
+from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._numerics import maximum, where
 from functorch_optim.tree import Tree
+
+
+class LargestRate(NamedTuple):
+    """What corrected decay carries on: the largest learning rate so far."""
+
+    lr_max: Any
+
+
+class AddDecayedWeightsState(NamedTuple):
+    """The state of `add_decayed_weights` where it has one: with `towards="init"` for each parameter where it began.
+
+    Attributes:
+        init_param: p_0: like p.
+    """
+
+    init_param: Tensor
+
+
+class CorrectedDecayState(NamedTuple):
+    """The state of `add_decayed_weights(kind="corrected")`: `step` and `lr_max`, once for the tree."""
+
+
+leaf_state(AddDecayedWeightsState, LargestRate)
+leaf_state(CorrectedDecayState, LargestRate)
 
 
 @factory
 def add_decayed_weights(
-    weight_decay: Hyperparameter = 0.0, mask: Tree | Callable[[Tree], Tree] | None = None
+    weight_decay: Hyperparameter = 0.0,
+    mask: Tree | Callable[[Tree], Tree] | None = None,
+    *,
+    kind: Literal["decoupled", "independent", "corrected"] = "decoupled",
+    cautious: bool = False,
+    towards: Literal["init"] | None = None,
+    lr_max: Hyperparameter | None = None,
 ) -> GradientTransformation:
     """Add the decayed parameters to the updates: `g <- g + weight_decay p`.
 
     Before an optimizer's rule this is an L2 penalty, as in torch's Adam; between the rule and the learning rate it is
-    decoupled weight decay, as in torch's AdamW (Loshchilov & Hutter, arXiv:1711.05101).
+    decoupled weight decay, as in torch's AdamW. There the other kinds stand too. A step takes from p
+
+        lr weight_decay p              "decoupled"
+        weight_decay p                 "independent" of the learning rate
+        lr^2 / lr_max weight_decay p   "corrected"
+
+    The latter two are told the learning rate of their chain: that of the next `scale_by_learning_rate`, or else of the
+    last one before. "independent" divides by it, and so does not decay in a step whose learning rate is zero; behind
+    the learning rate, as the last link, it always does.
 
     Args:
         weight_decay: factor >= 0: number, 0-dim tensor, or schedule. The number 0 switches it off, and then `update`
             does not need the parameters.
         mask: True where a parameter decays: a tree of bools, a prefix of one, or a function of the parameters; see
             `masked`. None: everywhere.
+        kind: how the decay depends on the learning rate, as above.
+        cautious: decay only the elements that the update makes smaller too, where g p >= 0. To derivatives that is a
+            constant.
+        towards: "init": towards the parameters that `init` was given (L2-SP): p - p_0 stands in the place of p. None:
+            towards zero.
+        lr_max: of "corrected", the largest learning rate: number > 0, 0-dim tensor, or schedule. None: the largest so
+            far, which is kept in the state; in a warm-up that is the current one.
 
     Raises:
-        ValueError: the number is negative or NaN; or `update` is called without parameters.
+        ValueError: a number is out of range; a word is none of those above; `update` is called without parameters; or
+            there is no learning rate in the chain of a kind that depends on it.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101; corrected: Defazio, Why Gradients Rapidly Increase Near the End of
+    Training, arXiv:2506.02285; cautious: Chen et al., Cautious Weight Decay, arXiv:2510.12402; towards="init": Li et
+    al., Explicit Inductive Bias for Transfer Learning, arXiv:1802.01483. timm's corrected decay has the first learning
+    rate for lr_max.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -37,19 +91,98 @@ def add_decayed_weights(
         >>> params = torch.tensor([1.0, -2.0])
         >>> tx.update(torch.zeros(2), tx.init(params), params)[0]
         tensor([ 0.1000, -0.2000])
+        >>> decay = fo.add_decayed_weights(0.1, kind="independent")
+        >>> tx = fo.chain(fo.scale_by_adam(), decay, fo.scale_by_learning_rate(1e-3))
+        >>> tx.update(torch.zeros(2), tx.init(params), params)[0]
+        tensor([-0.1000,  0.2000])
     """
     check("weight_decay value", weight_decay)
-    off = is_zero(weight_decay)
+    check_choice("kind", kind, "decoupled", "independent", "corrected")
+    check_choice("towards", towards, None, "init")
+    if lr_max is not None:
+        if kind != "corrected":
+            raise ValueError(f"lr_max is of kind='corrected', and kind={kind!r} was given; leave lr_max out")
+        check("lr_max", lr_max, "value > 0")
+    if is_zero(weight_decay):
+        return of_rule(None, lambda g, state, p, s: (g, state), elementwise=True, sparse="touched")
+
+    def of_rate(lr: Any, behind: bool) -> GradientTransformation:
+        return _decay(weight_decay, kind, cautious, towards == "init", lr, lr_max, behind)
+
+    if kind == "decoupled":
+        decay = of_rate(None, False)
+    else:
+        decay = of_rule(
+            _without_rate,
+            _without_rate,
+            elementwise=True,
+            needs_params=True,
+            of_rate=lambda lr, behind: of_rate(lr, behind)._links[0].rule,
+        )
+    return decay if mask is None else masked(decay, mask)
+
+
+def _without_rate(*args: Any) -> Any:
+    raise ValueError(
+        "This weight decay depends on the learning rate, and there is none in its chain: write "
+        "chain(scale_by_adam(), add_decayed_weights(0.1, kind='independent'), scale_by_learning_rate(1e-3))"
+    )
+
+
+def _decay(
+    weight_decay: Hyperparameter,
+    kind: str,
+    cautious: bool,
+    from_start: bool,
+    lr: Any,
+    lr_max: Hyperparameter | None,
+    behind: bool,
+) -> GradientTransformation:
+    """Make the decay of a known learning rate.
+
+    Args:
+        weight_decay: see `add_decayed_weights`, and there `kind` and `cautious`.
+        kind: see there.
+        cautious: see there.
+        from_start: whether it is towards the parameters as they began.
+        lr: the learning rate of the chain; None for decoupled decay.
+        lr_max: the largest, or None.
+        behind: whether updates are multiplied by minus the learning rate already.
+    """
+
+    def amount(step: Any, largest: Any) -> Any:
+        """Return the factor of p."""
+        factor = at(weight_decay, step)
+        if kind == "decoupled":
+            return factor
+        rate = at(lr, step)
+        if kind == "independent":
+            return -factor if behind else factor * _ratio(1.0, rate)
+        return factor * _ratio(rate, largest) * (-rate if behind else 1.0)
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
-        return g if off else g + s * p, state
+        way = p - state.init_param if from_start else p
+        if cautious:
+            way = torch.where(g * way <= 0 if behind else g * way >= 0, way, torch.zeros_like(way))
+        return g + s * way, state
 
-    decay = leafwise(
-        None,
-        update,
-        lambda step: at(weight_decay, step),
-        elementwise=True,
-        needs_params=not off,
-        sparse="touched" if off else None,
-    )
-    return decay if mask is None else masked(decay, mask)
+    def carried(step: Any, carried: LargestRate) -> Any:
+        largest = maximum(at(lr, step), carried.lr_max)
+        return amount(step, largest), LargestRate(largest)
+
+    def start(p: Tensor) -> AddDecayedWeightsState:
+        return AddDecayedWeightsState(p.clone())
+
+    carries = kind == "corrected" and lr_max is None
+    init: Any = start if from_start else CorrectedDecayState if carries else None
+    numbers = carried if carries else lambda step: amount(step, None if lr_max is None else at(lr_max, step))
+    return of_rule(init, update, numbers, carry=_no_rate if carries else None, elementwise=True, needs_params=True)
+
+
+def _no_rate() -> LargestRate:
+    return LargestRate(0.0)
+
+
+def _ratio(x: Any, y: Any) -> Any:
+    """Return x / y, 0 where y is zero."""
+    return where(y == 0, 0.0, x / where(y == 0, 1.0, y))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import at, check, check_choice
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim.transforms.scaling import scaled
 from functorch_optim.tree import Tree
 
 
@@ -115,7 +115,7 @@ def reduce_on_plateau(
         return better
 
     def init(params: Tree) -> ReduceOnPlateauState:
-        device = next((p.device for p in tree.flatten(params)[0] if p is not None), None)
+        device = tree.device_of(params)
         return ReduceOnPlateauState(
             torch.ones((), dtype=torch.float64, device=device),
             torch.full((), sign * torch.inf, dtype=torch.float64, device=device),
@@ -140,7 +140,7 @@ def reduce_on_plateau(
             torch.where(run_out, 0, bad),
             torch.where(run_out, cooldown, cooling).to(cooling.dtype),
         )
-        return tree.map(lambda g: _scaled(g, scale), updates), new_state
+        return tree.map(lambda g: scaled(g, scale), updates), new_state
 
     return GradientTransformation(init, update)
 
@@ -170,8 +170,3 @@ def _as_number(value: Any, like: Tensor) -> Tensor:
         )
     number: Tensor = value.reshape(()).to(like)
     return number
-
-
-def _scaled(g: Tensor, scale: Tensor) -> Tensor:
-    wide = g.float() if g.dtype in HALF else g
-    return (scale.to(g.device) * wide).to(g.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
 
@@ -92,3 +93,9 @@ def maximize() -> GradientTransformation:
         tensor([0.1000])
     """
     return leafwise(None, lambda g, state, p, s: (-g, state), elementwise=True, sparse="touched")
+
+
+def scaled(g: Tensor, scale: Tensor) -> Tensor:
+    """Multiply a tensor by a number, halves in single precision."""
+    wide = g.float() if g.dtype in HALF else g
+    return (scale.to(g.device) * wide).to(g.dtype)

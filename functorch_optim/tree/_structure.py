@@ -127,6 +127,11 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa:
     return unflatten(structure, [None if column[0] is None else function(*column) for column in columns])
 
 
+def device_of(tree: Tree) -> torch.device | None:
+    """Return the device of the first tensor, None where there is none."""
+    return next((leaf.device for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)), None)
+
+
 def stop_gradient(tree: Tree) -> Tree:
     """Cut a tree off from what it was computed from: every tensor is detached, in reverse and in forward mode.
 

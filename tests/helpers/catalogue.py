@@ -27,6 +27,7 @@ class Row(NamedTuple):
         initial: hyperparameters of which the value at the first update alone is used.
         scheduled: whether its hyperparameters may be schedules.
         tolerance: of rounding, relative.
+        without: properties of the test kit that it does not have.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     initial: tuple[str, ...] = ()
     scheduled: bool = True
     tolerance: float = 1e-12
+    without: tuple[str, ...] = ()
 
     @property
     def subject(self) -> testing.Subject:
@@ -148,6 +150,21 @@ def schedule_free(lr: Any, momentum: Any, r: Any) -> fo.GradientTransformation:
     return fo.schedule_free(fo.sgd(lr, 0.5, weight_decay=0.1), momentum, r=r, weight_lr_power=0.0)
 
 
+def decayed(before: str, **options: Any) -> Callable[..., fo.GradientTransformation]:
+    """Make a chain of weight decay and a learning rate, which stands before or behind it."""
+
+    def make(weight_decay: Any, lr: Any, **numbers: Any) -> fo.GradientTransformation:
+        decay, rate = fo.add_decayed_weights(weight_decay, **options, **numbers), fo.scale_by_learning_rate(lr)
+        return fo.chain(decay, rate) if before == "decay" else fo.chain(rate, decay)
+
+    return make
+
+
+def zclip(z_thresh: Any, alpha: Any, max_grad_norm: Any, eps: Any, clip_factor: Any) -> fo.GradientTransformation:
+    """Make ZClip for which nearly half of the norms are spikes."""
+    return fo.zclip(alpha, z_thresh, max_grad_norm, eps, warmup_steps=1, clip_factor=clip_factor)
+
+
 # Values with which all of them matter within a few steps.
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
 SHORT = {**ADAM, "beta2": 0.5}  # that a maximum is not always the latest
@@ -180,6 +197,36 @@ CATALOGUE = [
     Row("clip_by_global_norm_skip", partial(fo.clip_by_global_norm, nonfinite="skip"), {"max_norm": 0.7}),
     Row("add_decayed_weights", fo.add_decayed_weights, {"weight_decay": 0.1}),
     Row("add_decayed_weights_mask", partial(fo.add_decayed_weights, mask=not_vectors), {"weight_decay": 0.1}),
+    Row("adaptive_grad_clip", fo.adaptive_grad_clip, {"clipping": 0.3, "eps": 0.7}, elementwise=False),
+    Row("clip_by_block_rms", fo.clip_by_block_rms, {"threshold": 0.5}, elementwise=False),
+    Row("zclip", zclip, {"z_thresh": 0.1, "alpha": 0.5, "max_grad_norm": 0.6, "eps": 1e-3, "clip_factor": 0.9}),
+    Row("autoclip", fo.autoclip, {"percentile": 30.0, "eps": 1e-3}, elementwise=False),
+    Row("scale_by_sign", fo.scale_by_sign),
+    Row("normalize_by_update_norm", fo.normalize_by_update_norm, {"scale_factor": 0.7, "eps": 1e-3}),
+    Row(
+        "scale_by_trust_ratio",
+        fo.scale_by_trust_ratio,
+        {"min_norm": 0.4, "trust_coefficient": 0.5, "eps": 1e-3},
+        elementwise=False,
+    ),
+    Row("centralize", fo.centralize, elementwise=False),
+    Row("orthogonalize_against_params", fo.orthogonalize_against_params, elementwise=False),
+    Row("keep_params_nonnegative", fo.keep_params_nonnegative),
+    Row(
+        "add_noise",
+        partial(fo.add_noise, generator=0),
+        {"eta": 0.1, "gamma": 0.55},
+        elementwise=False,
+        without=("leaves",),
+    ),
+    Row("ema", fo.ema, {"decay": 0.9}),
+    Row("ema_biased", partial(fo.ema, debias=False), {"decay": 0.9}),
+    Row("optimistic_gradient", fo.optimistic_gradient, {"alpha": 0.9, "beta": 0.5}),
+    Row("add_decayed_weights_cautious", decayed("decay", cautious=True), DECAYED),
+    Row("add_decayed_weights_init", decayed("decay", towards="init"), DECAYED),
+    Row("add_decayed_weights_independent", decayed("decay", kind="independent"), DECAYED),
+    Row("add_decayed_weights_last", decayed("rate", kind="independent", cautious=True), DECAYED),
+    Row("add_decayed_weights_corrected", decayed("decay", kind="corrected"), {**DECAYED, "lr_max": 0.2}),
     Row("trace", fo.trace, {"momentum": 0.9}),
     Row("trace_dampening", fo.trace, {"momentum": 0.9, "dampening": 0.5}),
     Row("trace_nesterov", descending_trace, {"momentum": 0.9}),

@@ -1,0 +1,272 @@
+"""Projections: the nearest point of a set, as functions of trees of tensors.
+
+Each takes a tree, of parameters say, as one vector of all of its elements, and returns a tree like it. None stays None.
+Numbers may be 0-dim tensors. Derivatives are exact where they exist, by the tree and by the numbers: those of the
+identity inside of the set and on its boundary, and those of the projection outside. `torch.vmap` and `torch.compile`
+may stand around.
+
+Example:
+    Projected gradient descent:
+
+    >>> import functorch_optim as fo, torch
+    >>> tx, params = fo.sgd(1.0), torch.tensor([0.5, 0.5])
+    >>> params, state = fo.step(tx, torch.tensor([-3.0, 0.25]), tx.init(params), params)
+    >>> fo.projections.simplex(params)
+    tensor([1., 0.])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree as trees
+from functorch_optim._core.hyperparameters import check
+from functorch_optim._numerics import where
+from functorch_optim.transforms.clipping import global_norm, shrink
+from functorch_optim.tree import Tree
+
+__all__ = ["box", "halfspace", "l1_ball", "l2_ball", "linf_ball", "nonnegative", "simplex", "sphere"]
+
+Number = float | Tensor
+
+
+def nonnegative(tree: Tree) -> Tree:
+    """Project to the numbers >= 0: `max(x, 0)`.
+
+    Args:
+        tree: tree of real tensors.
+
+    Raises:
+        TypeError: a tensor is complex.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.nonnegative(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+    return _each(tree, lambda x: torch.clamp(x, min=0))
+
+
+def box(tree: Tree, lower: Tree, upper: Tree) -> Tree:
+    """Project to a box: `min(max(x, lower), upper)`.
+
+    Args:
+        tree: tree of real tensors.
+        lower: number, tensor, or tree of these like `tree`, or a prefix of such a tree.
+        upper: the same; where it is less than `lower`, the result is `upper`.
+
+    Raises:
+        TypeError: a tensor is complex.
+        ValueError: a tree of bounds does not fit.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.box({"a": torch.tensor([-5.0, 0.5]), "b": torch.tensor(3.0)}, -1.0, {"a": 1.0, "b": 2.0})
+        {'a': tensor([-1.0000,  0.5000]), 'b': tensor(2.)}
+    """
+    bounds = [trees.broadcast_prefix(bound, tree, name) for bound, name in ((lower, "lower"), (upper, "upper"))]
+    leaves, structure = trees.flatten(tree)
+    inside = [
+        None if x is None else torch.clamp(torch.clamp(_real(x), min=_like(low, x)), max=_like(high, x))
+        for x, low, high in zip(leaves, *bounds, strict=True)
+    ]
+    return trees.unflatten(structure, inside)
+
+
+def linf_ball(tree: Tree, scale: Number = 1.0) -> Tree:
+    """Project to the numbers of size at most s: `min(max(x, -s), s)`.
+
+    Args:
+        tree: tree of real tensors.
+        scale: s >= 0.
+
+    Raises:
+        TypeError: a tensor is complex.
+        ValueError: the number is negative or NaN.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.linf_ball(torch.tensor([-3.0, 0.5]))
+        tensor([-1.0000,  0.5000])
+    """
+    check("scale", scale, trees=False)
+    return _each(tree, lambda x: torch.clamp(x, -_like(scale, x), _like(scale, x)))
+
+
+def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
+    """Project to the ball of the 2-norm: `x min(1, s / |x|)`.
+
+    Args:
+        tree: tree of real or complex tensors.
+        scale: s >= 0, the radius.
+
+    Raises:
+        ValueError: the number is negative or NaN.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.l2_ball({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    check("scale", scale, trees=False)
+    factor = shrink(_norm(tree), scale)
+    return trees.map(lambda x: _like(factor, x) * x, tree)
+
+
+def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
+    """Project to the sphere of the 2-norm: `x s / |x|`.
+
+    To zero all points of the sphere are equally near. The one whose elements are all equal is taken, with derivative
+    zero by x.
+
+    Args:
+        tree: tree of real or complex tensors.
+        scale: s >= 0, the radius.
+
+    Raises:
+        ValueError: the number is negative or NaN.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.sphere(torch.tensor([0.3, 0.4]))
+        tensor([0.6000, 0.8000])
+    """
+    check("scale", scale, trees=False)
+    norm = _norm(tree)
+    factor, equal = scale / torch.where(norm == 0, 1.0, norm), scale / max(_size(tree), 1) ** 0.5
+    return trees.map(lambda x: torch.where(norm == 0, _like(equal, x), _like(factor, x) * x), tree)
+
+
+def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
+    """Project to the simplex, numbers >= 0 whose sum is s: `max(x - tau, 0)` with the tau that makes the sum s.
+
+    Args:
+        tree: tree of real tensors with at least one element.
+        scale: s > 0, the sum.
+
+    Raises:
+        TypeError: a tensor is complex.
+        ValueError: the number is not > 0; or there are no elements.
+
+    Source: Duchi et al., Efficient Projections onto the l1-Ball for Learning in High Dimensions, ICML 2008, figure 1.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.simplex({"a": torch.tensor([0.9, 0.5]), "b": torch.tensor([-1.0])})
+        {'a': tensor([0.7000, 0.3000]), 'b': tensor([0.])}
+    """
+    check("scale", scale, "value > 0", trees=False)
+    if not _size(tree):
+        raise ValueError("A tree without elements has no sum but 0, so there is no simplex; give at least one number")
+    threshold = _threshold(tree, scale)
+    return _each(tree, lambda x: torch.clamp(x - _like(threshold, x), min=0))
+
+
+def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
+    """Project to the ball of the 1-norm: `sign(x) max(|x| - tau, 0)`, with the tau that makes the norm s outside of it.
+
+    Args:
+        tree: tree of real tensors.
+        scale: s >= 0, the radius.
+
+    Raises:
+        TypeError: a tensor is complex.
+        ValueError: the number is negative or NaN.
+
+    Source: Duchi et al., as for `simplex`, section 4.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.l1_ball(torch.tensor([2.0, -1.5, 0.1]))
+        tensor([ 0.7500, -0.2500,  0.0000])
+    """
+    check("scale", scale, trees=False)
+    sizes = _each(tree, torch.abs)
+    fits = _sum([x.sum() for x in _tensors(sizes)]) <= scale
+    # Inside, tau is a constant: derivatives of what is not taken must not come in.
+    threshold = torch.where(fits, 0.0, _threshold(sizes, where(fits, 1.0, scale)))
+    return _each(
+        tree, lambda x: torch.where(fits, x, torch.sign(x) * torch.clamp(x.abs() - _like(threshold, x), min=0))
+    )
+
+
+def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
+    """Project to a half-space, the points with <a, x> <= b: `x - a max(<a, x> - b, 0) / |a|^2`.
+
+    Args:
+        tree: tree of real or complex tensors.
+        normal: a, tree of tensors like `tree`. Of complex ones the product is Re(conj(a) x).
+        offset: b, any number.
+
+    Raises:
+        ValueError: the trees are built differently, or the number is NaN.
+
+    Where a is zero, x stays.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.projections.halfspace(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
+        tensor([1., 3.])
+    """
+    check("offset", offset, "a number", trees=False)
+    above = _dot(tree, normal) - offset
+    square = _dot(normal, normal)
+    factor = torch.where(above > 0, above, 0.0) / torch.where(square == 0, 1.0, square)
+    return trees.map(lambda x, a: x - _like(factor, x) * a, tree, normal)
+
+
+# Numbers of trees. ----------------------------------------------------------------------------------------------------
+
+
+def _threshold(tree: Tree, total: Number) -> Tensor:
+    """Find the tau with which the sum of max(x - tau, 0) is `total`; 0 for no elements."""
+    if not _size(tree):
+        return torch.zeros((), dtype=torch.float64)
+    x = torch.cat([leaf.flatten().to(torch.float64) for leaf in _tensors(tree)])
+    ordered = x.sort(descending=True).values
+    counts = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
+    candidates = (ordered.cumsum(0) - total) / counts
+    # The elements above the threshold are constants to derivatives, and so is their number.
+    last = (ordered > candidates).sum().clamp(min=1) - 1
+    positive = x >= ordered.gather(0, last[None])
+    return (torch.where(positive, x, 0.0).sum() - total) / positive.sum()
+
+
+def _norm(tree: Tree) -> Tensor:
+    norm: Tensor = global_norm(_tensors(tree), 2.0, torch.zeros((), dtype=torch.float64))
+    return norm
+
+
+def _dot(one: Tree, other: Tree) -> Tensor:
+    products = trees.map(lambda x, y: (x.conj() * y).real.sum() if x.is_complex() else (x * y).sum(), one, other)
+    return _sum(_tensors(products))
+
+
+def _sum(numbers: list[Tensor]) -> Tensor:
+    return sum([number.to(torch.float64) for number in numbers], torch.zeros((), dtype=torch.float64))
+
+
+def _size(tree: Tree) -> int:
+    return sum([x.numel() for x in _tensors(tree)])
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in trees.flatten(tree)[0] if leaf is not None]
+
+
+def _each(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
+    return trees.map(lambda x: function(_real(x)), tree)
+
+
+def _real(x: Tensor) -> Tensor:
+    if x.is_complex():
+        raise TypeError("This projection does not support complex tensors; give it torch.view_as_real(tensor)")
+    return x
+
+
+def _like(number: Any, x: Tensor) -> Any:
+    return number.to(x.device, x.real.dtype) if isinstance(number, Tensor) else number

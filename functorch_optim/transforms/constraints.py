@@ -1,0 +1,70 @@
+"""Updates that are bound by where the parameters are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._numerics import safe_norm
+
+
+@factory
+def keep_params_nonnegative() -> GradientTransformation:
+    """Stop updates at zero: `g <- max(g, -p)`, so that p + g >= 0. The last link of a chain.
+
+    A parameter that is negative moves to zero at once. Derivatives are those of -p where it stops, and those of g at
+    the corner p + g = 0 and elsewhere. A NaN stays. Real and imaginary parts of complex tensors stop separately.
+
+    Raises:
+        ValueError: `update` is called without parameters.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.chain(fo.sgd(1.0), fo.keep_params_nonnegative()), torch.tensor([1.0, 5.0])
+        >>> fo.step(tx, torch.tensor([3.0, 3.0]), tx.init(params), params)[0]
+        tensor([0., 2.])
+    """
+
+    def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
+        return torch.where(p + g < 0, -p, g), state
+
+    return leafwise(None, update, elementwise=True, needs_params=True)
+
+
+@factory
+def orthogonalize_against_params() -> GradientTransformation:
+    """Take from each tensor's gradient its part along the parameter, and keep its norm (OrthoGrad).
+
+        g' = g - p <p, g> / |p|^2
+        g <- g' |g| / |g'|
+
+    Where g is along p but for rounding, |g'| <= 4 eps |g| with the machine's eps, the update is zero, with derivative
+    zero; so it always is for a tensor of one element. Leave such tensors out with `masked` if they shall be trained.
+
+    Raises:
+        ValueError: `update` is called without parameters.
+
+    Source: Prieto et al., Grokking at the Edge of Numerical Stability, arXiv:2501.04697.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.orthogonalize_against_params(), torch.tensor([2.0, 0.0])
+        >>> tx.update(torch.tensor([3.0, 4.0]), tx.init(params), params)[0]
+        tensor([0., 5.])
+    """
+
+    def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
+        length = _dot(p, p)
+        across = g - p * (_dot(p, g) / torch.where(length == 0, 1.0, length))
+        before, after = safe_norm(g), safe_norm(across)
+        is_zero = after <= 4 * torch.finfo(g.dtype).eps * before
+        return across * torch.where(is_zero, 0.0, before / torch.where(is_zero, 1.0, after)), state
+
+    return leafwise(None, update, needs_params=True)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum() if not x.is_complex() else (x.conj() * y).real.sum()

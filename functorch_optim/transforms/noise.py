@@ -1,0 +1,131 @@
+"""Noise: random numbers that are a function of the state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.checks import HALF
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._numerics import double, safe_sqrt
+from functorch_optim.tree import Tree
+
+
+class AddNoiseState(NamedTuple):
+    """The state of `add_noise`, once for the tree.
+
+    Attributes:
+        step: number of updates done: 0-dim int64 tensor.
+        key: what the noise of all steps is computed from: 0-dim int64 tensor.
+    """
+
+    step: Tensor
+    key: Tensor
+
+
+def add_noise(
+    eta: Hyperparameter, gamma: Hyperparameter = 0.55, generator: torch.Generator | int | Tensor | None = None
+) -> GradientTransformation:
+    """Add Gaussian noise that becomes weaker: `g_t <- g_t + N(0, eta / t^gamma)`.
+
+    The noise is a function of a key in the state, of the step, and of the place in the tree: the same state gives the
+    same noise, and training that is resumed goes on with the noise it would have had. Under `torch.vmap` members with
+    the same key have the same noise; batch the key for noise of their own: `add_noise(0.1, generator=keys)`, or
+    `state._replace(key=keys)`. Derivatives by eta and gamma flow; the noise is a constant. Real and imaginary parts of
+    complex tensors have noise of their own, each of this variance.
+
+    Args:
+        eta: variance >= 0 of the noise of the first step: number, 0-dim tensor, or schedule.
+        gamma: exponent >= 0 of its decay; 0 for none. The paper has 0.55.
+        generator: what the key is drawn from, once, when this function is called: a `torch.Generator`, or None for
+            torch's own. Or the key itself: an integer, or a 0-dim tensor of int64.
+
+    Returns:
+        Transformation whose state is an `AddNoiseState`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: `generator` is something else; a number is a tree.
+
+    The numbers are not those of `torch.randn` from the generator: they are hashed (SplitMix64), so that updates are
+    pure. Source: Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks, arXiv:1511.06807;
+    Steele et al., Fast splittable pseudorandom number generators, OOPSLA 2014.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx = fo.chain(fo.add_noise(eta=0.01, generator=0), fo.sgd(0.1))
+        >>> params = torch.zeros(2)
+        >>> state = tx.init(params)
+        >>> first, again = [tx.update(params, state)[0] for _ in range(2)]
+        >>> bool((first != 0).all()), torch.equal(first, again)
+        (True, True)
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = None if generator is None else generator.device
+        generator = torch.randint(1 << 62, (), generator=generator, device=device)
+    key = generator
+    if type(key) is not int and not (isinstance(key, Tensor) and key.dtype == torch.int64):
+        raise TypeError(
+            f"Invalid generator: {key!r}; give a torch.Generator, or an integer as in add_noise(0.1, generator=0)"
+        )
+    check("eta", eta, trees=False)
+    check("gamma", gamma, trees=False)
+
+    def init(params: Tree) -> AddNoiseState:
+        device = tree.device_of(params)
+        return AddNoiseState(
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.as_tensor(key, dtype=torch.int64, device=device).clone(),
+        )
+
+    def update(updates: Tree, state: AddNoiseState, params: Tree) -> tuple[Tree, AddNoiseState]:
+        step = state.step + 1
+        t = double(step)
+        spread = safe_sqrt(at(eta, t) * t ** -at(gamma, t))
+        key = _mixed(_mixed(state.key) + step)
+        leaves, structure = tree.flatten(updates)
+        noisy = [None if g is None else _noisy(g, spread, _mixed(key + i)) for i, g in enumerate(leaves)]
+        return tree.unflatten(structure, noisy), AddNoiseState(step, state.key)
+
+    made = GradientTransformation(init, update)
+    made._call = (add_noise, (eta, gamma, key), {})  # that of the key: the generator has gone on
+    return made
+
+
+def _noisy(g: Tensor, spread: Tensor, key: Tensor) -> Tensor:
+    if g.is_complex():
+        return torch.view_as_complex(_noisy(torch.view_as_real(g.resolve_conj()), spread, key))
+    wide = g.float() if g.dtype in HALF else g
+    noise = _normal(key.to(g.device), g.shape).to(wide.dtype)
+    return (wide + spread.to(g.device, wide.dtype) * noise).to(g.dtype)
+
+
+# Random numbers as a function of a key: element i is a hash of key + i golden ratios. ---------------------------------
+
+
+def _normal(key: Tensor, shape: torch.Size) -> Tensor:
+    """Make numbers of the standard normal distribution, float64."""
+    places = torch.arange(shape.numel(), device=key.device).reshape(shape)
+    bits = (_mixed(key + places * _GOLDEN) >> 12) & ((1 << 52) - 1)
+    # In the middle of 2^52 intervals: neither -1 nor 1.
+    noise: Tensor = 2**0.5 * torch.special.erfinv((bits.to(torch.float64) + 0.5) * 2.0**-51 - 1)
+    return noise
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Hash an integer, each bit of which changes each bit of the result; SplitMix64's."""
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Shift an integer right without its sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+_GOLDEN = -0x61C8864680B583EB
