@@ -115,15 +115,16 @@ def clip_by_global_norm(
     skip = nonfinite == "skip"
 
     def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:
-        norm = global_norm(updates, norm_type, step)
-        finite = isfinite(norm)
+        if skip:
+            norm, finite = finite_norm(updates, norm_type, step)
+        else:
+            norm = global_norm(updates, norm_type, step)
+            finite = isfinite(norm)
         if nonfinite == "raise" and not finite:
             raise RuntimeError(
                 f"The total norm of order {norm_type} is {float(norm)}, so it cannot be clipped. Find the cause, or "
                 "choose clip_by_global_norm(..., nonfinite='skip')"
             )
-        if skip:  # what is thrown away must not reach derivatives either
-            norm = global_norm([_finite_part(update) for update in updates], norm_type, step)
         return shrink(norm + at(eps, step), at(max_norm, step)), finite
 
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
@@ -225,6 +226,20 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
     is_known = isinstance(step, float) and norm.device.type == "cpu"
     return norm if not is_known or (norm.requires_grad and torch.is_grad_enabled()) else norm.item()
+
+
+def finite_norm(tensors: list[Tensor], norm_type: float, step: Any) -> tuple[Any, Any]:
+    """Take the norm of all elements of all tensors; where it is NaN or infinite, 0, with derivative zero.
+
+    Returns:
+        The norm, and whether it is finite.
+    """
+    norm = global_norm(tensors, norm_type, step)
+    finite = isfinite(norm)
+    if isinstance(finite, bool):
+        return norm if finite else 0.0, finite
+    kept = [torch.where(finite.to(tensor.device), tensor, torch.zeros_like(tensor)) for tensor in tensors]
+    return global_norm(kept, norm_type, step), finite
 
 
 def shrink(norm: Any, max_norm: Any) -> Any:

@@ -57,11 +57,13 @@ def orthogonalize_against_params() -> GradientTransformation:
     """
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
-        length = _dot(p, p)
-        across = g - p * (_dot(p, g) / torch.where(length == 0, 1.0, length))
-        before, after = safe_norm(g), safe_norm(across)
+        size = safe_norm(g.detach(), torch.inf)  # of which the square may be out of range
+        size = torch.where(size == 0, 1.0, size)
+        length, u = _dot(p, p), g / size
+        across = u - p * (_dot(p, u) / torch.where(length == 0, 1.0, length))
+        before, after = safe_norm(u), safe_norm(across)
         is_zero = after <= 4 * torch.finfo(g.dtype).eps * before
-        return across * torch.where(is_zero, 0.0, before / torch.where(is_zero, 1.0, after)), state
+        return across * torch.where(is_zero, 0.0, size * before / torch.where(is_zero, 1.0, after)), state
 
     return leafwise(None, update, needs_params=True)
 

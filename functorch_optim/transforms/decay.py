@@ -104,7 +104,14 @@ def add_decayed_weights(
             raise ValueError(f"lr_max is of kind='corrected', and kind={kind!r} was given; leave lr_max out")
         check("lr_max", lr_max, "value > 0")
     if is_zero(weight_decay):
-        return of_rule(None, lambda g, state, p, s: (g, state), elementwise=True, sparse="touched")
+        # It counts all the same, so that its state does not depend on the number.
+        return of_rule(
+            None,
+            lambda g, state, p, s: (g, state),
+            lambda step: at(weight_decay, step),
+            elementwise=True,
+            sparse="touched",
+        )
 
     def of_rate(lr: Any, behind: bool) -> GradientTransformation:
         return _decay(weight_decay, kind, cautious, towards == "init", lr, lr_max, behind)

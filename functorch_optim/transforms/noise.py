@@ -21,6 +21,11 @@ class AddNoiseState(NamedTuple):
     Attributes:
         step: number of updates done: 0-dim int64 tensor.
         key: what the noise of all steps is computed from: 0-dim int64 tensor.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.add_noise(0.1, generator=5).init(torch.zeros(2))
+        AddNoiseState(step=tensor(0), key=tensor(5))
     """
 
     step: Tensor

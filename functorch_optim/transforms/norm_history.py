@@ -17,8 +17,8 @@ from functorch_optim._core.hyperparameters import (
 )
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import isfinite, minimum, safe_sqrt, where
-from functorch_optim.transforms.clipping import global_norm
+from functorch_optim._numerics import double, minimum, safe_sqrt, where
+from functorch_optim.transforms.clipping import finite_norm
 from functorch_optim.transforms.scaling import scaled
 from functorch_optim.tree import Tree
 
@@ -113,16 +113,14 @@ def zclip(
         sigma, thresh = safe_sqrt(var), at(z_thresh, step)
         if mode == "percentile":
             return n > mean + thresh * sigma, mean + thresh * sigma
-        z = (n - mean) / (sigma + at(eps, step))
+        above, least = n - mean, thresh * (sigma + at(eps, step))
+        spike = above > least  # z > z_thresh; sigma and eps may be zero
         if clip_option == "mean":
-            return z > thresh, mean
-        spike = z > thresh
-        return spike, at(clip_factor, step) * (mean + thresh * sigma / (where(spike, z, thresh) / thresh))
+            return spike, mean
+        return spike, at(clip_factor, step) * (mean + thresh * sigma * least / where(spike, above, 1.0))
 
     def scalars(step: Tensor, carried: ZClipCarried, *, updates: list[Tensor]) -> Any:
-        norm = global_norm(updates, 2.0, step)
-        finite = isfinite(norm)
-        n = where(finite, norm, carried.mean)
+        n, finite = finite_norm(updates, 2.0, step)
         count, mean, var = carried.num_norms + 1, carried.mean, carried.var
         warm = count > warmup_steps
         spike, cut = bound(n, mean, where(warm, var, 1.0), step)
@@ -139,7 +137,8 @@ def zclip(
             where(finite, count, carried.num_norms), where(changes, new_mean, mean), where(changes, new_var, var)
         )
         # What fits is not divided by its norm plus eps.
-        factor = where(n <= largest, 1.0, largest / (n + at(eps, step)))
+        fits = n <= largest
+        factor = where(fits, 1.0, largest / where(fits, 1.0, n + at(eps, step)))
         return where(finite, factor, 1.0), numbers
 
     def update(g: Tensor, state: Any, p: Tensor | None, factor: Any) -> Any:
@@ -158,6 +157,11 @@ class AutoClipState(NamedTuple):
         step: number of updates done: 0-dim int64 tensor.
         num_norms: number of norms so far that were finite: 0-dim int64 tensor.
         norms: the latest of them, in a ring: float64 tensor, `(window,)`.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.autoclip(10.0, window=2).init(torch.zeros(2)).norms
+        tensor([0., 0.], dtype=torch.float64)
     """
 
     step: Tensor
@@ -215,16 +219,15 @@ def autoclip(
     def update(updates: Tree, state: AutoClipState, params: Tree) -> tuple[Tree, AutoClipState]:
         step = state.step + 1
         given = [u for u in tree.flatten(updates)[0] if u is not None]
-        norm = global_norm(given, 2.0, step.to(torch.float64))
-        finite = torch.isfinite(norm)
-        known = torch.where(finite, norm, 0.0).to(torch.float64)
+        t = double(step)
+        norm, finite = finite_norm(given, 2.0, t)
         places = torch.arange(window, device=state.norms.device)
         here = (places == state.num_norms % window) & finite
-        norms = torch.where(here, known, state.norms)
+        norms = torch.where(here, norm, state.norms)
         count = state.num_norms + finite
-        largest = _quantile(norms, torch.clamp(count, max=window), at(percentile, step.to(torch.float64)) / 100)
-        fits = (known <= largest) | (finite ^ True)
-        factor = where(fits, 1.0, largest / where(fits, 1.0, known + at(eps, step.to(torch.float64))))
+        largest = _quantile(norms, torch.clamp(count, max=window), at(percentile, t) / 100)
+        fits = (norm <= largest) | (finite ^ True)
+        factor = where(fits, 1.0, largest / where(fits, 1.0, norm + at(eps, t)))
         return tree.map(lambda g: scaled(g, factor), updates), AutoClipState(step, count, norms)
 
     return GradientTransformation(init, update)

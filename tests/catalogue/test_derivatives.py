@@ -45,7 +45,8 @@ INACTIVE = {
 }
 NAMESAKES = {"inject_hyperparams": {"lr", "weight_decay", "eps"}, "inject_hyperparams_chain": {"lr", "max_norm"}}
 """Hyperparameters of which there are others of the same name in the state, which do have a derivative."""
-INDEPENDENT = ("set_to_zero", "scale_by_rprop", "rprop")  # updates do not depend on where they are made
+INDEPENDENT = ("set_to_zero", "scale_by_rprop", "rprop", "scale_by_sign")
+"""Transformations whose updates do not depend on where they are made."""
 
 
 def inactive(row, start):

@@ -55,6 +55,7 @@ def public_names():
     modules = {
         "meta": fo.meta.__all__,
         "optim": fo.optim.__all__,
+        "projections": fo.projections.__all__,
         "schedules": fo.schedules.__all__,
         "testing": testing.__all__,
         "tree": TREE,

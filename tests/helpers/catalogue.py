@@ -161,8 +161,19 @@ def decayed(before: str, **options: Any) -> Callable[..., fo.GradientTransformat
 
 
 def zclip(z_thresh: Any, alpha: Any, max_grad_norm: Any, eps: Any, clip_factor: Any) -> fo.GradientTransformation:
-    """Make ZClip for which nearly half of the norms are spikes."""
-    return fo.zclip(alpha, z_thresh, max_grad_norm, eps, warmup_steps=1, clip_factor=clip_factor)
+    """Make ZClip for which most norms are spikes, and the first ones greater than the largest that there may be."""
+    largest = fo.schedules.exponential(1.0, 10.0) * max_grad_norm
+    return growing(fo.zclip(alpha, z_thresh, largest, eps, warmup_steps=2, clip_factor=clip_factor))
+
+
+def autoclip(percentile: Any, eps: Any) -> fo.GradientTransformation:
+    """Make AutoClip for which most norms are greater than those before."""
+    return growing(fo.autoclip(percentile, eps=eps))
+
+
+def growing(tx: fo.GradientTransformation) -> fo.GradientTransformation:
+    """Let what a transformation is given grow from step to step."""
+    return fo.chain(fo.scale(lambda count: 3.0**count), tx)
 
 
 # Values with which all of them matter within a few steps.
@@ -199,14 +210,14 @@ CATALOGUE = [
     Row("add_decayed_weights_mask", partial(fo.add_decayed_weights, mask=not_vectors), {"weight_decay": 0.1}),
     Row("adaptive_grad_clip", fo.adaptive_grad_clip, {"clipping": 0.3, "eps": 0.7}, elementwise=False),
     Row("clip_by_block_rms", fo.clip_by_block_rms, {"threshold": 0.5}, elementwise=False),
-    Row("zclip", zclip, {"z_thresh": 0.1, "alpha": 0.5, "max_grad_norm": 0.6, "eps": 1e-3, "clip_factor": 0.9}),
-    Row("autoclip", fo.autoclip, {"percentile": 30.0, "eps": 1e-3}, elementwise=False),
+    Row("zclip", zclip, {"z_thresh": 0.1, "alpha": 0.5, "max_grad_norm": 0.05, "eps": 0.1, "clip_factor": 0.9}),
+    Row("autoclip", autoclip, {"percentile": 30.0, "eps": 1e-3}),
     Row("scale_by_sign", fo.scale_by_sign),
     Row("normalize_by_update_norm", fo.normalize_by_update_norm, {"scale_factor": 0.7, "eps": 1e-3}),
     Row(
         "scale_by_trust_ratio",
         fo.scale_by_trust_ratio,
-        {"min_norm": 0.4, "trust_coefficient": 0.5, "eps": 1e-3},
+        {"min_norm": 1.0, "trust_coefficient": 0.5, "eps": 1e-3},
         elementwise=False,
     ),
     Row("centralize", fo.centralize, elementwise=False),

@@ -54,6 +54,10 @@ def make_product(value, gamma, factor, total_iters):
     return schedules.product(exponential, factor, lambda step: 1 + step)
 
 
+def make_rewarmed(value, gamma, milestone, warmup_iters):
+    return schedules.rewarm(schedules.exponential(value, gamma), [milestone], warmup_iters)
+
+
 def fraction(cycle):
     return 1 / cycle
 
@@ -98,6 +102,23 @@ def warmup_stable_decay(
         return peak_value
     x = min((step - warmup_iters - stable_iters) / decay_iters, 1)
     return peak_value + (end_value - peak_value) * weight(x)
+
+
+def power_decay(step, power, peak_value, warmup_iters, stable_iters, decay_iters, start_value, end_value):
+    def weight(x):
+        return 1 - (1 - x) ** power
+
+    numbers = (peak_value, warmup_iters, stable_iters, decay_iters, start_value, end_value)
+    return warmup_stable_decay(step, *numbers, weight=weight)
+
+
+def rex(step, value, total_iters, end_value):
+    x = min(step / total_iters, 1)
+    return end_value + (value - end_value) * (1 - x) / (1 / 2 + (1 - x) / 2)
+
+
+def rewarmed(step, value, gamma, milestone, warmup_iters):
+    return exponential(step, value, gamma) * (1 if step < milestone else min((step - milestone) / warmup_iters, 1))
 
 
 def inverse_sqrt(step, value, warmup_iters, start_value=0.0, timescale=None):
@@ -428,6 +449,27 @@ CASES = {
         {0: 0.1, 4: 0.9, 5: 0.9, 7: 0.9, 9: 0.2, 10**9: 0.2},
         (0.5, 2, 5, 8),
     ),
+    "rex": Case(
+        schedules.rex,
+        {"value": 0.3, "total_iters": 7.0, "end_value": 0.1},
+        rex,
+        {0: 0.3, 7: 0.1, 8: 0.1, 10**9: 0.1},
+        (0.5, 2, 6.5),
+    ),
+    "rewarm": Case(
+        make_rewarmed,
+        {"value": 0.3, "gamma": 0.9, "milestone": 3.0, "warmup_iters": 4.0},
+        rewarmed,
+        {0: 0.3, 3: 0.0, 7: 0.3 * 0.9**7},
+        (0.5, 2, 4, 8),
+    ),
+    "momentum_warmup": Case(
+        schedules.momentum_warmup,
+        {"start_value": 0.85, "end_value": 0.95, "total_iters": 7.0},
+        linear,
+        {0: 0.85, 7: 0.95, 8: 0.95, 10**9: 0.95},
+        (0.5, 2, 6.5),
+    ),
     "product": Case(
         make_product,
         {"value": 0.3, "gamma": 0.9, "factor": 0.5, "total_iters": 4.0},
@@ -438,9 +480,15 @@ CASES = {
         (0.5, 2, 6),
     ),
 }
-for name, weight in {"cosine": half_wave, "sqrt": math.sqrt}.items():
+for name, weight in {"cosine": half_wave, "sqrt": math.sqrt, "1-sqrt": math.sqrt}.items():
     CASES[f"warmup_stable_decay {name}"] = CASES["warmup_stable_decay"]._replace(
         make=partial(schedules.warmup_stable_decay, decay=name), expected=partial(warmup_stable_decay, weight=weight)
     )
+
+CASES["warmup_stable_decay power"] = CASES["warmup_stable_decay"]._replace(
+    make=lambda power, **numbers: schedules.warmup_stable_decay(decay="power", power=power, **numbers),
+    arguments={"power": 1.7, **CASES["warmup_stable_decay"].arguments},
+    expected=power_decay,
+)
 
 BOUNDARIES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # of all of them
