@@ -113,8 +113,39 @@ def add_decayed_weights(
             sparse="touched",
         )
 
+    carries = kind == "corrected" and lr_max is None
+
+    def start(p: Tensor) -> AddDecayedWeightsState:
+        return AddDecayedWeightsState(p.clone())
+
     def of_rate(lr: Any, behind: bool) -> GradientTransformation:
-        return _decay(weight_decay, kind, cautious, towards == "init", lr, lr_max, behind)
+        """Make the decay of a known learning rate, by minus which updates are multiplied already if it is behind."""
+
+        def amount(step: Any, largest: Any) -> Any:
+            factor = at(weight_decay, step)
+            if kind == "decoupled":
+                return factor
+            rate = at(lr, step)
+            if kind == "independent":
+                return -factor if behind else factor * _ratio(1.0, rate)
+            return factor * _ratio(rate, largest) * (-rate if behind else 1.0)
+
+        def scalars(step: Any) -> Any:
+            return amount(step, None if lr_max is None else at(lr_max, step))
+
+        def carried(step: Any, carried: LargestRate) -> Any:
+            largest = maximum(at(lr, step), carried.lr_max)
+            return amount(step, largest), LargestRate(largest)
+
+        def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
+            way = p - state.init_param if towards == "init" else p
+            if cautious:
+                way = torch.where(g * way <= 0 if behind else g * way >= 0, way, torch.zeros_like(way))
+            return g + s * way, state
+
+        init: Any = start if towards == "init" else CorrectedDecayState if carries else None
+        numbers, carry = (carried, _no_rate) if carries else (scalars, None)
+        return of_rule(init, update, numbers, carry=carry, elementwise=True, needs_params=True)
 
     if kind == "decoupled":
         decay = of_rate(None, False)
@@ -134,56 +165,6 @@ def _without_rate(*args: Any) -> Any:
         "This weight decay depends on the learning rate, and there is none in its chain: write "
         "chain(scale_by_adam(), add_decayed_weights(0.1, kind='independent'), scale_by_learning_rate(1e-3))"
     )
-
-
-def _decay(
-    weight_decay: Hyperparameter,
-    kind: str,
-    cautious: bool,
-    from_start: bool,
-    lr: Any,
-    lr_max: Hyperparameter | None,
-    behind: bool,
-) -> GradientTransformation:
-    """Make the decay of a known learning rate.
-
-    Args:
-        weight_decay: see `add_decayed_weights`, and there `kind` and `cautious`.
-        kind: see there.
-        cautious: see there.
-        from_start: whether it is towards the parameters as they began.
-        lr: the learning rate of the chain; None for decoupled decay.
-        lr_max: the largest, or None.
-        behind: whether updates are multiplied by minus the learning rate already.
-    """
-
-    def amount(step: Any, largest: Any) -> Any:
-        """Return the factor of p."""
-        factor = at(weight_decay, step)
-        if kind == "decoupled":
-            return factor
-        rate = at(lr, step)
-        if kind == "independent":
-            return -factor if behind else factor * _ratio(1.0, rate)
-        return factor * _ratio(rate, largest) * (-rate if behind else 1.0)
-
-    def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
-        way = p - state.init_param if from_start else p
-        if cautious:
-            way = torch.where(g * way <= 0 if behind else g * way >= 0, way, torch.zeros_like(way))
-        return g + s * way, state
-
-    def carried(step: Any, carried: LargestRate) -> Any:
-        largest = maximum(at(lr, step), carried.lr_max)
-        return amount(step, largest), LargestRate(largest)
-
-    def start(p: Tensor) -> AddDecayedWeightsState:
-        return AddDecayedWeightsState(p.clone())
-
-    carries = kind == "corrected" and lr_max is None
-    init: Any = start if from_start else CorrectedDecayState if carries else None
-    numbers = carried if carries else lambda step: amount(step, None if lr_max is None else at(lr_max, step))
-    return of_rule(init, update, numbers, carry=_no_rate if carries else None, elementwise=True, needs_params=True)
 
 
 def _no_rate() -> LargestRate:
