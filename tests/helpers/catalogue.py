@@ -162,7 +162,7 @@ def decayed(before: str, **options: Any) -> Callable[..., fo.GradientTransformat
 
 def zclip(z_thresh: Any, alpha: Any, max_grad_norm: Any, eps: Any, clip_factor: Any) -> fo.GradientTransformation:
     """Make ZClip for which most norms are spikes, and the first ones greater than the largest that there may be."""
-    largest = fo.schedules.exponential(1.0, 10.0) * max_grad_norm
+    largest = fo.tree.map(lambda number: fo.schedules.exponential(1.0, 10.0) * number, max_grad_norm)
     return growing(fo.zclip(alpha, z_thresh, largest, eps, warmup_steps=2, clip_factor=clip_factor))
 
 
