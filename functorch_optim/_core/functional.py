@@ -10,7 +10,8 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import check_is_param, check_params, check_updates
 from functorch_optim._core.links import Link, select, unnest
-from functorch_optim._core.prepare import Bucket, Leaves, Outcome, Prepared
+from functorch_optim._core.numbers import Bucket
+from functorch_optim._core.prepare import Leaves, Outcome, Prepared
 from functorch_optim._core.rule import ADD, Rule, TreeRule, check_extras, tree_state_type
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.choose import Way
@@ -334,7 +335,7 @@ def _bucket(prepared: Prepared, parts: _Parts, numbers: Sequence[Tensor], known:
         else:
             last, read = number, read if number is last else _read(number, known, 1)
             steps[k] = read
-    return Bucket(range(len(prepared.shapes)), steps, carried)
+    return Bucket(range(len(prepared.numbers.shapes)), steps, carried)
 
 
 def _read(number: Tensor, known: bool, more: int) -> Any:
@@ -354,7 +355,7 @@ def new_states(links: Sequence[Link], made: Call) -> list[Any]:
         new = outcome.columns[k]
         if part is None:
             states.append(new)
-        elif due[k] is False and links[k].rule.hold is None:
+        elif not (part.counters or part.names) or (due[k] is False and links[k].rule.hold is None):
             states.append(old)
         else:
             counters = [_counted(old[0], due[k], counted)] if part.counts else []

@@ -83,11 +83,12 @@ class Group:
         """
         if updates[0].layout == torch.sparse_coo:
             return self._compute_touched(updates[0], params, states, scalars)
-        numbers = _flat(scalars)
-        if self.one_program and self._are_numbers(numbers):
+        numbers = self._numbers(scalars)
+        if self.one_program and numbers is not None:
             inputs = self._inputs(updates, params, states)
-            return self._restored(self._run(0, inputs, states, scalars, numbers), updates, params, states)
-        return self._compute_by_rules(updates, params, states, scalars, numbers)
+            outputs = self._machine("new", 0, inputs, states, scalars, numbers).new(inputs, numbers)
+            return self._restored(outputs, updates, params, states)
+        return self._compute_by_rules(updates, params, states, scalars, eagerly=self.plain and numbers is not None)
 
     def overwrite(
         self, updates: list[Tensor], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]
@@ -99,56 +100,51 @@ class Group:
         """
         if updates[0].layout == torch.sparse_coo:
             return self._overwrite_touched(updates[0], params, states, scalars)
-        numbers = _flat(scalars)
-        if not self.one_program or not self._are_numbers(numbers):
+        numbers = self._numbers(scalars)
+        if not self.one_program or numbers is None:
             return None
         if self.bound is not None:
-            grads = [as_reals(u) for u in updates] if self.is_complex else updates
-            return self.bound(grads, self._converted(numbers))
+            return self.bound([as_reals(u) for u in updates] if self.is_complex else updates, numbers)
         columns = [column for state in states for column in state]
         if not writing.can_overwrite(updates, [params, *columns]):
             return None
         inputs = self._inputs(updates, params, states)
-        converted = self._converted(numbers)
-        machine = self._machine("over", 0, inputs, states, scalars, converted)
-        bound = machine.over(inputs[1:])
+        bound = self._machine("over", 0, inputs, states, scalars, numbers).over(inputs[1:])
         if self.keeps:
             self.bound = bound
-        return bound(inputs[0], converted)
+        return bound(inputs[0], numbers)
 
-    def _converted(self, numbers: list[Any]) -> list[Any]:
-        """Return numbers as programs take them."""
-        return numbers if _are_floats(numbers) else [self.converted(number) for number in numbers]
+    def _numbers(self, scalars: Sequence[Any]) -> list[Any] | None:
+        """List the numbers of rules as programs take them.
 
-    def _are_numbers(self, numbers: Sequence[Any]) -> bool:
-        """Tell whether numbers are the same for all elements, and want no derivative."""
-        if _are_floats(numbers):
-            return True
+        Returns:
+            None where no program can run: for one that differs between elements or wants a derivative, say.
+        """
+        numbers: list[Any] = []
+        for s in scalars:
+            if isinstance(s, tuple):
+                numbers += s
+            else:
+                numbers.append(s)
+        if _are_floats(numbers):  # as nearly always
+            return numbers
+        if not self.plain:
+            return None
+        numbers = tree.flatten(list(scalars))[0]
         for number in numbers:
             if isinstance(number, Tensor) and (
                 number.ndim > 0
                 or (number.requires_grad and self.mode == "recorded")
                 or not writing.is_plain_type(number)
             ):
-                return False
-        return True
+                return None
+        return [self.converted(number) for number in numbers]
 
     def _inputs(
         self, updates: list[Tensor], params: list[Tensor] | None, states: Sequence[Columns]
     ) -> list[list[Tensor]]:
         inputs = [updates, *([] if params is None else [params]), *[column for state in states for column in state]]
         return [[as_reals(tensor) for tensor in column] for column in inputs] if self.is_complex else inputs
-
-    def _run(
-        self,
-        run: int,
-        inputs: list[list[Tensor]],
-        states: Sequence[Columns],
-        scalars: Sequence[Any],
-        numbers: list[Any],
-    ) -> list[list[Tensor]]:
-        converted = self._converted(numbers)
-        return self._machine("new", run, inputs, states, scalars, converted).new(inputs, converted)
 
     def _machine(
         self,
@@ -157,21 +153,21 @@ class Group:
         inputs: list[list[Tensor]],
         states: Sequence[Columns],
         scalars: Sequence[Any],
-        converted: list[Any],
+        numbers: list[Any],
     ) -> Machine:
         """Choose the machine for a run of elementwise rules, once for each kind of numbers."""
-        key = (use, run, None if _are_floats(converted) else tuple(map(type, converted)))
+        key = (use, run, tuple(map(type, numbers)))
         if key not in self.machines:
             stages = [self.stages[k] for k in self.runs[run][1]]
             with_params = len(inputs) > 1 + sum([len(state) for state in states])
             structure = tree.flatten(list(scalars))[1]
-            program = record(stages, states, with_params, tree.unflatten(structure, converted), self.like)
+            program = record(stages, states, with_params, tree.unflatten(structure, numbers), self.like)
             if self.still:
                 outputs = program.outputs[1:]
                 kept = needed(program.instructions, outputs)
                 program = replace(program, outputs=outputs, instructions=kept, updates=False)
             sizes = [tensor.numel() for tensor in inputs[0]]
-            self.machines[key] = choose.machine(program, sizes, converted, self.way, use == "over")
+            self.machines[key] = choose.machine(program, sizes, numbers, self.way, use == "over")
         return self.machines[key]
 
     def _restored(
@@ -196,10 +192,9 @@ class Group:
         params: list[Tensor] | None,
         states: Sequence[Columns],
         scalars: Sequence[Any],
-        numbers: Sequence[Any],
+        eagerly: bool,
     ) -> tuple[list[Tensor] | None, list[Columns]]:
         """Run rules as they are; elementwise ones between others as programs, where no derivative is wanted."""
-        eagerly = self.plain and self._are_numbers(numbers)
         new_updates = each(widened, updates)
         new_states = [map_columns(widened, state) for state in states]
         wide_params = each(widened, params) if params is not None else None
@@ -217,7 +212,8 @@ class Group:
             if elementwise and eagerly:
                 inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
                 inputs += [column for state in arguments[1] for column in state]
-                outputs = iter(self._run(run, inputs, arguments[1], own, _flat(own)))
+                numbers: Any = self._numbers(own)
+                outputs = iter(self._machine("new", run, inputs, arguments[1], own, numbers).new(inputs, numbers))
                 results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
             else:
                 stages = [self.stages[k] for k in members]
@@ -297,17 +293,6 @@ class Group:
                     tensor.index_put_(indices, values)
 
         return step
-
-
-def _flat(scalars: Sequence[Any]) -> list[Any]:
-    """List the numbers of rules, as `tree.flatten` does, which takes longer."""
-    numbers: list[Any] = []
-    for s in scalars:
-        if isinstance(s, tuple):
-            numbers += s
-        else:
-            numbers.append(s)
-    return numbers if _are_floats(numbers) else tree.flatten(list(scalars))[0]
 
 
 def _are_floats(numbers: Sequence[Any]) -> bool:

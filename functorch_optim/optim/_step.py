@@ -10,7 +10,8 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import check_updates
 from functorch_optim._core.links import Link
-from functorch_optim._core.prepare import Bucket, Leaves, Outcome, Prepared
+from functorch_optim._core.numbers import Bucket
+from functorch_optim._core.prepare import Leaves, Outcome, Prepared
 from functorch_optim._core.rule import ADD, step_dtype
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution import writing

@@ -41,6 +41,8 @@ LAYERS = [
     "_execution.group",
     "_execution",
     "_core.links",
+    "_core.numbers",
+    "_core.groups",
     "_core.prepare",
     "_core.functional",
     "_core.transformation",
