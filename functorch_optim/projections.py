@@ -213,6 +213,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
         tensor([1., 3.])
     """
     check("offset", offset, "a number", trees=False)
+    normal = trees.map(lambda x, a: a.to(x), tree, normal)
     above = _dot(tree, normal) - offset
     square = _dot(normal, normal)
     factor = torch.where(above > 0, above, 0.0) / torch.where(square == 0, 1.0, square)
@@ -226,7 +227,7 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
     """Find the tau with which the sum of max(x - tau, 0) is `total`; 0 for no elements."""
     if not _size(tree):
         return torch.zeros((), dtype=torch.float64)
-    x = torch.cat([leaf.flatten().to(torch.float64) for leaf in _tensors(tree)])
+    x = torch.cat([_real(leaf).flatten().to(torch.float64) for leaf in _tensors(tree)])
     ordered = x.sort(descending=True).values
     counts = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
     candidates = (ordered.cumsum(0) - total) / counts

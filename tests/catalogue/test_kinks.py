@@ -38,6 +38,26 @@ def clip_by_sum(g, c):
     return updated(fo.clip_by_norm(c, 1.0), g)[0]
 
 
+def clip_by_rms(g, c):
+    return updated(fo.clip_by_block_rms(c), g)[0]
+
+
+def clip_by_units(g, p, c, eps):
+    return updated(fo.adaptive_grad_clip(c, eps), g, p)[0]
+
+
+def trust_ratio(g, p, least):
+    return updated(fo.scale_by_trust_ratio(least), g, p)[0]
+
+
+def nonnegative(g, p):
+    return updated(fo.keep_params_nonnegative(), g, p)[0]
+
+
+def across(g, p):
+    return updated(fo.orthogonalize_against_params(), g, p)[0]
+
+
 def max_of_amsgrad(largest, v, g):
     tx = fo.scale_by_adam((0.9, 0.5), amsgrad=True)
     return updated(tx, g, exp_avg_sq=v, max_exp_avg_sq=largest)[1].max_exp_avg_sq
@@ -103,6 +123,23 @@ CASES = [
     # The largest elements share the derivative of their maximum; that of |0| is zero.
     (clip_by_largest, [[2.0, -2.0], 1.0], [[[0.25, 0.25], [0.25, 0.25]], [1.0, -1.0]]),
     (clip_by_sum, [[2.0, 0.0], 1.0], [[[0.0, 0.0], [0.0, 0.5]], [1.0, 0.0]]),
+    (clip_by_rms, [[3.0, -3.0], 3.0], [EYE, [0.0, 0.0]]),
+    (clip_by_rms, [[0.0, 0.0], 0.0], [EYE, [0.0, 0.0]]),
+    # The unit's norm is the largest; then more, where the parameter's norm is eps.
+    (clip_by_units, [[3.0, 4.0], [0.0, 10.0], 0.5, 1.0], [EYE, [[0.0, 0.0]] * 2, [0.0, 0.0], [0.0, 0.0]]),
+    (
+        clip_by_units,
+        [[0.0, 5.0], [0.0, 2.0], 0.5, 2.0],
+        [[[0.2, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.5]], [0.0, 2.0], [0.0, 0.0]],
+    ),
+    # The ratio is 1 where a norm is zero.
+    (trust_ratio, [[3.0, 4.0], [0.0, 0.0], 0.0], [EYE, [[0.0, 0.0]] * 2, [0.0, 0.0]]),
+    (trust_ratio, [[0.0, 0.0], [3.0, 4.0], 0.0], [EYE, [[0.0, 0.0]] * 2, [0.0, 0.0]]),
+    # At p + g = 0 the update counts, below it the parameter.
+    (nonnegative, [[-1.0, -2.0], [1.0, 1.0]], [[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, -1.0]]]),
+    # Along the parameter, and at zero.
+    (across, [[2.0, 4.0], [1.0, 2.0]], [[[0.0, 0.0]] * 2] * 2),
+    (across, [[0.0, 0.0], [1.0, 2.0]], [[[0.0, 0.0]] * 2] * 2),
     # At a tie both share.
     (max_of_amsgrad, [1.0, 1.0, 1.0], [0.5, 0.25, 0.5]),
     (max_of_adamax, [1.0, 0.25, 0.5, 0.25], [0.25, 0.5, 0.5, 0.5]),
