@@ -134,9 +134,11 @@ def maximum(x: Any, y: Any) -> Any:
     return -minimum(-x, -y)
 
 
-def at_least(x: Any, least: float) -> Any:
-    """Clamp a number from below; at the bound it has the derivative of `x`."""
-    return max(x, least) if isinstance(x, int | float) else torch.clamp(x, min=least)
+def at_least(x: Any, least: Any) -> Any:
+    """Clamp from below; at the bound it has the derivative of `x`, of which torch.clamp(x, tensor) has two opinions."""
+    if isinstance(x, int | float) and isinstance(least, int | float):
+        return max(x, least)
+    return torch.where(x < least, least, x)
 
 
 def _both(x: Any, y: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from functorch_optim import tree as trees
 from functorch_optim._core.hyperparameters import check
-from functorch_optim._numerics import where
+from functorch_optim._numerics import at_least, where
 from functorch_optim.transforms.clipping import global_norm, shrink
 from functorch_optim.tree import Tree
 
@@ -71,7 +71,7 @@ def box(tree: Tree, lower: Tree, upper: Tree) -> Tree:
     bounds = [trees.broadcast_prefix(bound, tree, name) for bound, name in ((lower, "lower"), (upper, "upper"))]
     leaves, structure = trees.flatten(tree)
     inside = [
-        None if x is None else torch.clamp(torch.clamp(_real(x), min=_like(low, x)), max=_like(high, x))
+        None if x is None else -at_least(-at_least(_real(x), _like(low, x)), -_like(high, x))
         for x, low, high in zip(leaves, *bounds, strict=True)
     ]
     return trees.unflatten(structure, inside)

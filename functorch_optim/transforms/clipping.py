@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
-from functorch_optim._numerics import isfinite, rms, safe_norm, safe_sqrt, where
+from functorch_optim._numerics import at_least, isfinite, rms, safe_norm, safe_sqrt, where
 
 
 @factory
@@ -197,7 +197,7 @@ def adaptive_grad_clip(clipping: Hyperparameter, eps: Hyperparameter = 1e-3) -> 
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
         c, least = s
-        size, largest = _of_units(g), c * torch.clamp(_of_units(p), min=least)
+        size, largest = _of_units(g), c * at_least(_of_units(p), least)
         fits = size <= largest
         return g * torch.where(fits, 1.0, largest / torch.clamp(size, min=_TINY)), state
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import safe_norm, where
+from functorch_optim._numerics import at_least, safe_norm, where
 from functorch_optim.transforms.clipping import global_norm
 
 
@@ -98,7 +98,7 @@ def scale_by_trust_ratio(
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
         least, c, small = s
-        ours, theirs = [torch.clamp(safe_norm(x), min=least) for x in (p, g)]
+        ours, theirs = [at_least(safe_norm(x), least) for x in (p, g)]
         is_one = (ours == 0) | (theirs == 0)
         ratio = c * ours / (torch.where(is_one, 1.0, theirs) + small)
         return g * torch.where(is_one, 1.0, ratio), state

@@ -137,6 +137,13 @@ def test_dtypes_none_and_zeros_are_kept(name, dtype):
     assert all(leaf.isfinite().all() for leaf in gradient.values())
 
 
+def test_at_its_bounds_a_box_has_the_derivative_of_the_identity():
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        for bound in (0, 1):
+            derivatives = mode(projections.box, argnums=(0, 1, 2))(double(float(bound)), double(0.0), double(1.0))
+            assert derivatives == (1, 0, 0)
+
+
 def test_to_zero_a_point_of_the_sphere_is_taken():
     y = projections.sphere(torch.zeros(4), 2.0)
     assert torch.equal(y, torch.ones(4))
