@@ -14,6 +14,7 @@ from functorch_optim._core.transformation import (
     leafwise,
     stateless,
 )
+from functorch_optim._labels import frozen, label, label_table, layer_decay, param_groups, weight_decay_mask
 from functorch_optim._learning_rate import learning_rate
 from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._modules import buffers_of, params_of
@@ -110,9 +111,13 @@ __all__ = [
     "factory",
     "freeze",
     "from_torch",
+    "frozen",
     "identity",
     "inject_hyperparams",
     "keep_params_nonnegative",
+    "label",
+    "label_table",
+    "layer_decay",
     "lbfgs",
     "leaf_state",
     "leafwise",
@@ -132,6 +137,7 @@ __all__ = [
     "optim",
     "optimistic_gradient",
     "orthogonalize_against_params",
+    "param_groups",
     "params_of",
     "partition",
     "projections",
@@ -168,6 +174,7 @@ __all__ = [
     "to_torch",
     "trace",
     "tree",
+    "weight_decay_mask",
     "zclip",
     "zero_nans",
 ]
