@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
 import functorch_optim as fo
@@ -139,6 +138,8 @@ def magnitude(cell: str) -> float:
 
 def audit(names: list[str]) -> dict[str, dict[str, str]]:
     """Return what is wrong with each operation, if anything is."""
+    from torch.testing._internal.common_methods_invocations import op_db  # noqa: PLC0415 (which takes seconds)
+
     found = {}
     for operation in op_db:
         name = ".".join(filter(None, (operation.name, operation.variant_test_name)))

@@ -15,6 +15,8 @@ pytest.register_assert_rewrite(
     "fault_cases",
     "hooks",
     "lbfgs_problems",
+    "steady_cases",
+    "step_cases",
     "torch_like_cases",
     "unrolling",
     "wrapper_cases",

@@ -5,6 +5,8 @@ import torch
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 INF = float("inf")
 
 

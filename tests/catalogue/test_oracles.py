@@ -11,6 +11,8 @@ from torch_like_cases import CASES, REAL, awkward_params, by_case, deviation, ea
 import functorch_optim as fo
 from functorch_optim import testing
 
+pytestmark = pytest.mark.smoke
+
 same = by_case(
     [
         *CASES,

@@ -1,8 +1,11 @@
 """Chains, masks, partitions: what they make of their parts."""
 
+import pytest
 import torch
 
 import functorch_optim as fo
+
+pytestmark = pytest.mark.smoke
 
 
 def ones(*shape):

@@ -7,6 +7,8 @@ import torch
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 
 def ones(*shape):
     return torch.ones(shape, dtype=torch.float64)

@@ -12,6 +12,8 @@ import functorch_optim as fo
 from functorch_optim import schedules
 from functorch_optim._core.hyperparameters import at, check, check_betas, is_zero
 
+pytestmark = pytest.mark.smoke
+
 
 def double(x):
     return torch.tensor(x, dtype=torch.float64)

@@ -13,6 +13,8 @@ import torch
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 
 class Layer(NamedTuple):
     weight: torch.Tensor

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name) for module in (fo, fo.schedules) for name in module.__all__
 }

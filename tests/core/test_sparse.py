@@ -5,6 +5,8 @@ import torch
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 
 def sparse(entries, shape=(5, 2)):
     values = torch.randn(len(entries), *shape[1:], dtype=torch.float64)

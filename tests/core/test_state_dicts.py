@@ -9,6 +9,7 @@ import functorch_optim as fo
 from functorch_optim.testing._copies import through_a_file
 
 
+@pytest.mark.sampled
 @rows
 @pytest.mark.parametrize("by", ["path", "index"])
 def test_there_and_back_by_parameter(row, by):

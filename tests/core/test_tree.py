@@ -131,6 +131,7 @@ def test_what_torch_compile_traces_does_what_optree_does(tree, leaves, names):
     assert insertion_order(rebuilt) == insertion_order(tree)
 
 
+@pytest.mark.sampled(size=4)
 @of_each
 def test_map_in_a_compiled_function(tree, leaves, names):
     def function(tree):

@@ -8,6 +8,8 @@ from torch import nn
 import functorch_optim as fo
 from functorch_optim.meta import inner_loop
 
+pytestmark = pytest.mark.smoke
+
 # Extras. --------------------------------------------------------------------------------------------------------------
 
 

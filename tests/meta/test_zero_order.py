@@ -7,6 +7,8 @@ import torch
 import functorch_optim as fo
 from functorch_optim.meta import zero_order_grad
 
+pytestmark = pytest.mark.smoke
+
 F64 = torch.float64
 ESTIMATORS = ["naive", "forward", "antithetic"]
 each = pytest.mark.parametrize("estimator", ESTIMATORS)

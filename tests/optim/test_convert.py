@@ -43,6 +43,7 @@ def update_all(tx, params, state, history, names):
     return params, state
 
 
+@pytest.mark.sampled
 @cases
 @pytest.mark.parametrize(
     ("module", "named", "groups", "late"),

@@ -90,6 +90,7 @@ OPTIONS = [
 each = pytest.mark.parametrize("options", OPTIONS, ids=[str(list(o.items())) for o in OPTIONS])
 
 
+@pytest.mark.sampled
 @each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_double_precision(options, dtype):

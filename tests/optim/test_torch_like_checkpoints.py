@@ -40,6 +40,7 @@ def missing(step, i):
     return i == 3 or (step + i) % 4 == 0
 
 
+@pytest.mark.sampled
 @cases
 @pytest.mark.parametrize(
     ("source", "dtype"),

@@ -27,6 +27,8 @@ from torch_like_cases import (
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 STEPS = 60  # of what docs/torch-optim.md says
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 NAN = float("nan")
 
 

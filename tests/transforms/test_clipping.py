@@ -5,6 +5,8 @@ import torch
 
 import functorch_optim as fo
 
+pytestmark = pytest.mark.smoke
+
 
 def updated(tx, grads):
     return tx.update(grads, tx.init(grads))[0]

@@ -9,6 +9,8 @@ from catalogue import assert_close
 import functorch_optim as fo
 from functorch_optim.testing._copies import through_a_file
 
+pytestmark = pytest.mark.smoke
+
 
 def make(count=8):
     generator = torch.Generator().manual_seed(0)
