@@ -14,7 +14,16 @@ from functorch_optim.testing._copies import through_pickle
 from functorch_optim.testing._properties import COMPLETE, INCOMPLETE
 from functorch_optim.testing._properties.numbers import used_hyperparameters
 
-properties = pytest.mark.parametrize("check", [*COMPLETE, *INCOMPLETE], ids=lambda check: check.__name__)
+# Those that take a tenth of a second and more.
+EXPENSIVE = {"schedules", "steps", "vmap_hyperparameters", "vmap_parameters", "ways"}
+sampled = pytest.mark.sampled(size=48)
+properties = pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.__name__, marks=[sampled] if check.__name__ in EXPENSIVE else [])
+        for check in (*COMPLETE, *INCOMPLETE)
+    ],
+)
 
 
 def holds(row, check, device):
@@ -35,6 +44,7 @@ def test_property(row, check):
     holds(row, check, "cpu")
 
 
+@pytest.mark.sampled
 @rows
 def test_no_hyperparameter_is_forgotten(row):
     if row.name != "muon":  # whose eps is for matrices smaller than it; muon_large_eps has them

@@ -54,6 +54,7 @@ def has_state(row):
 # Everything is the same. ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("row", "start"),
     [pytest.param(row, begun, id=row.name) for row in CATALOGUE]
@@ -78,6 +79,7 @@ def test_values_and_derivatives_of_first_and_second_order(row, start, joined):
     assert bool(joined) == has_state(row)
 
 
+@pytest.mark.sampled
 @rows
 def test_batches_of_parameters_and_of_tasks(row, joined):
     batch, xs = [{name: torch.randn(3, *shape).double() for name, shape in zip("abcdefg", SHAPES, strict=True)}] * 2

@@ -45,6 +45,7 @@ def grads_of(output, inputs, **options):
 # Everything is the same. ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @rows
 def test_values_and_derivatives_of_first_and_second_order(row, again):
     begin, x = make_params(), torch.randn(3, dtype=F64)

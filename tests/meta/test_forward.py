@@ -47,6 +47,7 @@ def slope(lr, steps=3):
 # Exact. ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @hyperparameters
 def test_is_reverse_mode_and_finite_differences(row, name):
     f, number = outcome(row), numbers_of(row)[name]
@@ -58,6 +59,7 @@ def test_is_reverse_mode_and_finite_differences(row, name):
     assert (forward != 0) == (expected != 0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("row", [row for row in CATALOGUE if row.hyperparameters], ids=lambda row: row.name)
 def test_all_hyperparameters_at_once(row):
     f, numbers = outcome(row), numbers_of(row)

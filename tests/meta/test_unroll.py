@@ -22,6 +22,7 @@ def small(tx):
 # Values and derivatives. ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @rows
 def test_is_the_loop(row):
     params = make_params()
@@ -31,6 +32,7 @@ def test_is_the_loop(row):
         assert_close(unrolled, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled
 @rows
 def test_derivatives_are_those_of_the_loop(row):
     """With respect to parameters, batches, the state, and all hyperparameters, which the transformation closes over."""

@@ -118,6 +118,7 @@ def assert_goes_on_as_torch_does(name, params, saved, options, steps=12):
     assert run(*pair, steps=steps, missing=missing) < 1e-12
 
 
+@pytest.mark.sampled
 @cases
 def test_groups_that_lack_newer_keys(name, options):
     params, saved = saved_by_torch(name, options)
@@ -153,6 +154,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_steps_of_other_forms(name, form):
@@ -205,6 +207,7 @@ CASTS = [
 ]
 
 
+@pytest.mark.sampled
 @cases
 @pytest.mark.parametrize(("before", "after", "tolerance"), CASTS)
 def test_other_dtypes(name, options, before, after, tolerance):

@@ -50,6 +50,7 @@ def test_single_precision(name, options, device):
     assert_same_state(ours, theirs, 1e-4)
 
 
+@pytest.mark.sampled(size=24)
 @cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, options, dtype, device):

@@ -68,6 +68,7 @@ def named(name):
 # Exact. ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @rows
 @forms
 def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(row, form):
@@ -79,6 +80,7 @@ def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(
     assert is_right(function, gradient)
 
 
+@pytest.mark.sampled
 @rows
 def test_derivatives_are_finite_and_right_where_units_are_dead(row):
     outcome, stateful, arguments = both(row, loss=RELU, shifts=tuple(DEAD))
@@ -96,6 +98,7 @@ def test_second_derivatives(name):
     assert max(errors(second(function), expected, function.places).values()) < 1e-10
 
 
+@pytest.mark.sampled
 @rows
 def test_derivatives_with_numbers_for_hyperparameters(row):
     """States that have no derivative themselves are kept where autograd remembers them."""
