@@ -1,6 +1,5 @@
 """Derivatives by computing again: the same in every mode and order, with less memory."""
 
-
 import pytest
 import torch
 from catalogue import assert_close
