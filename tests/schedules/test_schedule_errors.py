@@ -85,7 +85,7 @@ NAN = math.nan
         (lambda: schedules.warmup_stable_decay(1.0, 1, 1, -1), "Invalid decay_iters: -1; it needs value >= 0"),
         (
             lambda: schedules.warmup_stable_decay(1.0, 1, 1, 1, decay="cos"),
-            "Invalid decay: 'cos'; choose 'linear', 'cosine' or 'sqrt'",
+            "Invalid decay: 'cos'; choose 'linear', 'cosine', 'sqrt', '1-sqrt' or 'power'",
         ),
         (lambda: schedules.product(), "product got no schedule"),
         (lambda: schedules.join([schedules.constant(1.0)] * 3, [1]), "3 schedules need 2 milestones, got 1"),
