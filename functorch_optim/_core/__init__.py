@@ -1,1 +1,1 @@
-"""What a transformation is, and how it is run over trees."""
+"""Transformations, and how they are run over trees."""

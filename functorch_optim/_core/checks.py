@@ -69,7 +69,7 @@ def check_loss(must: str, value: Any) -> None:
 
 
 def check_pair(what: str, first: str, returned: Any) -> None:
-    """Raise unless what is to return an update and a state has returned a pair."""
+    """Raise unless an update function has returned a pair."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         found = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
         found = "a tensor" if isinstance(returned, Tensor | StandIn) else found

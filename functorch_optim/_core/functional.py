@@ -72,10 +72,10 @@ class Call(NamedTuple):
 
     Attributes:
         structure: of the tree of parameters, or of updates where there are none.
-        leaves: what the links are run over.
-        parts: what the states of links consist of.
+        leaves: the leaves that the links are run over.
+        parts: the parts of the states of links.
         states: of each link, as they were given.
-        outcome: what the links have made.
+        outcome: the results of the links.
     """
 
     structure: Any
@@ -163,7 +163,7 @@ def _aligned(structure: Any, updates: Tree, params: Tree) -> list[Any]:
 
 
 class _Parts(NamedTuple):
-    """What the states of links consist of.
+    """The parts of the states of all links.
 
     Attributes:
         each: the part of each link; None for a function of the whole tree.
@@ -180,7 +180,7 @@ class _Parts(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What the state of a link consists of.
+    """The parts of the state of one link.
 
     Attributes:
         counts: whether it begins with the step.
@@ -196,7 +196,7 @@ class _Part(NamedTuple):
 
 
 def _parts(transformation: Any, states: Sequence[Any], forms: dict[Any, Any] | None) -> _Parts:
-    """Tell what the states of links consist of.
+    """Find the parts of the states of all links.
 
     Raises:
         ValueError: a state is not one of its link.
@@ -226,7 +226,7 @@ def _prepared(
     how: tuple[Any, ...],
     forms: dict[Any, Any] | None,
 ) -> Prepared:
-    """Find what was prepared for arguments of this form, or prepare it."""
+    """Find the run that was prepared for arguments of this form, or prepare it."""
     types: list[Any] = []
     kinds: list[Any] = []
     if forms is not None:
@@ -239,7 +239,7 @@ def _prepared(
             if known.kinds == kinds and known.types == types and known.structure == structure and known.is_labelled():
                 return known.prepared  # type: ignore[no-any-return]
     mode, adds, way, overwrites = how
-    count = len(leaves.updates)  # what is kept holds no tensors
+    count = len(leaves.updates)  # the function below is kept, and must hold no tensors
 
     def path(i: int) -> str:
         return tree.paths(tree.unflatten(structure, range(count)))[i]
@@ -270,7 +270,7 @@ def _check_counters(links: Sequence[Link], counters: list[Tensor]) -> None:
 
 
 class _Form(NamedTuple):
-    """What was prepared for a form of arguments.
+    """A form of arguments, and the run that was prepared for it.
 
     Attributes:
         structure: of the tree.
@@ -297,7 +297,7 @@ def _labels(links: Sequence[Link]) -> list[tuple[Tree, list[Any]]]:
 
 
 def _part(link: Link, state: Any) -> _Part | None:
-    """Tell what the state of a link consists of.
+    """Find the parts of the state of a link.
 
     Raises:
         ValueError: it is not one of this link.
@@ -346,7 +346,7 @@ def _read(number: Tensor, known: bool, more: int) -> Any:
 
 
 def new_states(links: Sequence[Link], made: Call) -> list[Any]:
-    """Arrange what links have made as states like those that were given."""
+    """Arrange the results of links as states like those that were given."""
     outcome = made.outcome
     due, carried = outcome.due[0], outcome.carried[0]
     counted: list[tuple[Tensor, Any, Tensor]] = []

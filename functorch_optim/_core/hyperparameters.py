@@ -151,7 +151,7 @@ def check(name: str, value: Any, allowed: str = "value >= 0", *, trees: bool = T
     """Raise unless `value` is a tensor, a schedule, a python number that is allowed, or a tree of these.
 
     Args:
-        name: what to call it in the message, in torch.optim's words.
+        name: its name in the message, in torch.optim's words.
         value: the hyperparameter.
         allowed: "value >= 0", "value > 0", "0 <= value < 1", "0 <= value <= 1", "value <= 0", "value > 1", ... or
             "a number".

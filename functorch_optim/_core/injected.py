@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Current(threading.local):
-    """What links read while their numbers are computed: for each keeper, what it keeps."""
+    """The numbers that links read while theirs are computed, by keeper."""
 
     numbers: Mapping[Any, Sequence[Any]] | None = None
 
@@ -20,7 +20,7 @@ def reading(numbers: Mapping[Any, Sequence[Any]]) -> Iterator[None]:
     """Let injected hyperparameters be these numbers.
 
     Args:
-        numbers: what keepers keep, by what their rules have for `keeps`.
+        numbers: those of keepers, by the `keeps` of their rules.
     """
     outer, _CURRENT.numbers = _CURRENT.numbers, numbers
     try:

@@ -41,7 +41,7 @@ class DiffersError(TypeError):
 
 
 class _Current(threading.local):
-    """What `at` looks at: the leaf, and the trees that were read for it."""
+    """The leaf that `at` looks values up for, and the trees that were read for it."""
 
     leaf: Leaf | None = None
     read: list[Tree] | None = None

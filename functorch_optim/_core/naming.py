@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing add to names, at any place; DDP adds `module` in front."""
+"""Parts that torch.compile, FSDP and activation checkpointing add to names, at any place; DDP begins with `module`."""
 
 
 def plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of a step: what the scalars of links make of the step, of hyperparameters and of extras."""
+"""The numbers of a step: the scalars of links, computed from the step, hyperparameters and extras."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ class Numbers:
             number: of the bucket.
             bucket: the leaves, and their steps.
             extras: the keyword arguments of `update`.
-            seen: what the first link is about to transform, if it sees the tree.
+            seen: the updates that the first link is about to transform, if it sees the tree.
             carried: for each link, the numbers to carry on; written to.
             due: for each link, whether it runs at this step; written to.
 
@@ -132,7 +132,7 @@ class Numbers:
             with self.reading(k, carried):
                 scalars, new = self._evaluated(k, bucket, extras, seen)
             carried[k] = _chosen(is_open, new, carried[k])
-        if rule.hold is not None:  # of a gate, `due` is what it says to the links inside
+        if rule.hold is not None:  # a gate tells the links inside whether they are due
             scalars, gate = scalars
             gate = _as_known(gate)
             due[k] = _both(is_open, gate)
@@ -177,7 +177,7 @@ class Numbers:
             except (
                 TypeError,
                 AttributeError,
-            ):  # functions of tensors alone; what fails with tensors, too, raises below
+            ):  # functions of tensors alone; a mistake of the user fails with tensors, too, and raises below
                 found = _split(rule, _wide(step), tuple(map(_as_tensor, carried)), wanted)
                 self.takes_tensors.add(k)
                 self.simple[k] = None

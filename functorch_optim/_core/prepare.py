@@ -27,7 +27,7 @@ from functorch_optim.tree import MaskedNode, Tree
 
 
 class Leaves(NamedTuple):
-    """What links are run over.
+    """The leaves that links are run over.
 
     Attributes:
         updates: for each leaf, a tensor or None.
@@ -42,7 +42,7 @@ class Leaves(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run has made of leaves.
+    """The results of a run.
 
     Attributes:
         updates: for each leaf an update, or the new parameter if the last link adds; None where nothing moves, or where
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
         columns: new states, as in `Leaves`.
         carried: for each bucket and link, the numbers to carry on.
         due: for each bucket and link, whether it was run: True, False, or a condition that is not known.
-        ready: what overwrites the parameters and states that were given up.
+        ready: functions that overwrite the parameters and states that were given up.
         computed: whether there is more than that: updates, or new states.
     """
 
@@ -74,7 +74,7 @@ class Prepared:
         mode: how torch treats tensors.
         way: the user's choice of how to run.
         overwrites: whether parameters and states are given up.
-        keeps: whether these are always the same tensors, so that what was found out of them may be kept.
+        keeps: whether these are always the same tensors, so that views of them may be kept.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Prepared:
 
 
 def _passes(links: Sequence[Link]) -> list[list[int]]:
-    """Split links into passes, by index; what sees the whole tree begins a new one."""
+    """Split links into passes, by index; a link that sees the whole tree begins a new one."""
     groups: list[list[int]] = []
     for k, link in enumerate(links):
         if not groups or link.rule.sees_tree or isinstance(links[groups[-1][0]].rule, TreeRule):

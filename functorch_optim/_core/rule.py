@@ -30,7 +30,7 @@ class Extras(NamedTuple):
     """The keyword-only parameters of a function.
 
     Attributes:
-        names: what they are called.
+        names: their names.
         any: whether the function takes `**anything` besides.
         required: those that have no default.
     """
@@ -40,7 +40,7 @@ class Extras(NamedTuple):
     required: frozenset[str]
 
     def wanted(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Pick from what was given what the function takes."""
+        """Pick the arguments that the function takes."""
         return dict(given) if self.any else {name: given[name] for name in self.names if name in given}
 
     def missing(self, given: Collection[str]) -> frozenset[str]:
@@ -63,7 +63,7 @@ def extras_of(function: Any) -> Extras:
         if code.co_flags & inspect.CO_VARKEYWORDS and hasattr(function, "__wrapped__"):
             return extras_of(function.__wrapped__)  # a decorator that passes everything on
         names = frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
-        # What a function made in a trace has for defaults cannot be asked there.
+        # The defaults of a function that was made in a trace cannot be read there.
         optional = names if torch.compiler.is_compiling() else frozenset(function.__kwdefaults__ or ())
         return Extras(names, bool(code.co_flags & inspect.CO_VARKEYWORDS), names - optional)
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -74,7 +74,7 @@ def extras_of(function: Any) -> Extras:
 
 @dataclass(frozen=True)
 class Rule:
-    """What `fo.leafwise` was told; its docstring explains the fields."""
+    """The arguments of `fo.leafwise`; its docstring explains the fields."""
 
     init: Callable[[Tensor], Any] | None
     update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -91,13 +91,13 @@ class Rule:
     resume: Callable[[Any, Any], Any] | None = None  # (those, state) -> p, to train on
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
-    keeps: Any = None  # of a keeper: what the links that read its numbers know it by
+    keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
 
-    extras: "Extras" = field(init=False)  # what `scalars` wants to be told besides the step
+    extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all updates of the tree, as a global norm does
-    counts: bool = field(init=False)  # whether the state holds the step; that of a gate is among what it carries on
-    counters: tuple[str, ...] = field(init=False)  # what the state holds once for all tensors
+    counts: bool = field(init=False)  # whether the state holds the step; a gate carries it on instead
+    counters: tuple[str, ...] = field(init=False)  # fields that the state holds once for all tensors
 
     def __post_init__(self) -> None:
         extras = _NO_EXTRAS if self.scalars is None else extras_of(self.scalars)
@@ -172,7 +172,7 @@ class TreeRule:
     update: Callable[..., Any]
     wraps: tuple[Any, ...] | None = None
 
-    # What a rule for one tensor may have and this has not.
+    # Fields of a rule for one tensor that this one lacks.
     scalars: ClassVar[None] = None
     carry: ClassVar[None] = None
     hold: ClassVar[None] = None
@@ -194,7 +194,7 @@ class TreeRule:
 
     @property
     def extras(self) -> "Extras":
-        """What `update` wants to be told by keyword, for itself and for what it wraps."""
+        """The keyword arguments of `update`, and of the transformations that it wraps."""
         own = extras_of(self.update)
         wraps = () if not own.any else _closed_over(self.update) if self.wraps is None else self.wraps
         if not wraps:
@@ -224,7 +224,7 @@ def check_extras(
     Args:
         rules: of the chain.
         extras: by name.
-        call: what the user calls, as far as the extras.
+        call: the user's call, up to the extras.
     """
     function = call.partition("(")[0].rpartition(".")[2]
     declared = [rule.extras for rule in rules]
@@ -248,11 +248,11 @@ def with_loss(
     value_fn: Callable[..., Any] | None = None,
     grad_fn: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Add to extras what a loop knows of the loss, where a rule declares it and the caller gave none.
+    """Add a loop's knowledge of the loss to the extras, where a rule declares it and the caller gave none.
 
     Args:
         rules: of the chain.
-        extras: what the caller gave.
+        extras: those of the caller.
         value: the loss; given to rules that take any extra, too. None: there is none.
         value_fn: params -> loss, if the loop can evaluate it.
         grad_fn: params -> gradients, likewise.
@@ -269,7 +269,7 @@ def leaf_state(state_type: type, carried: type | None = None) -> type:
     """Declare a NamedTuple as the state that a rule keeps for one tensor.
 
     The state for a tree is then a NamedTuple of the same name, whose fields are trees like the parameters, with `step`
-    before them when the rule has scalars. Undeclared NamedTuples work as well; the declaration is what allows a
+    before them when the rule has scalars. Undeclared NamedTuples work as well; only the declaration allows a
     transformation to be made for the first time inside a function that `torch.compile` traces.
 
     Args:
@@ -321,7 +321,7 @@ def tree_state_type(state_type: Any, counters: tuple[str, ...]) -> Any:
 
     Args:
         state_type: the NamedTuple for one tensor; tuple where nothing is kept for each.
-        counters: what is kept once for all tensors.
+        counters: fields that are kept once for all tensors.
     """
     if state_type is tuple and counters in ((), ("step",)):
         return StepState if counters else EmptyState

@@ -16,7 +16,7 @@ from functorch_optim._core.naming import indices_of, names_of, same_names
 from functorch_optim._core.rule import EmptyState, StepState, step_dtype
 from functorch_optim.tree import Tree
 
-# What belongs to no parameter: steps, numbers that scalars carry on, states of functions of the whole tree.
+# Entries that belong to no parameter: steps, numbers that scalars carry on, states of functions of the whole tree.
 REST = "transformation"
 
 
@@ -24,15 +24,15 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
     """Turn a state into plain containers, which `torch.load(weights_only=True)` takes.
 
     Args:
-        state: what `init` or `update` returned; any tree of tensors.
+        state: the result of `init` or `update`; any tree of tensors.
         params: the parameters, to have the state of each of them by itself, under torch.optim's names.
-        by: with `params`, what to call each parameter: its dotted path, or its index in the order in which dicts were
+        by: with `params`, the name of each parameter: its dotted path, or its index in the order in which dicts were
             filled, as `model.named_parameters()` and torch.optim count.
 
     Returns:
         Without `params` a dict: dotted path in the state -> tensor. With `params` a dict of two:
         `"state"`: path or index -> {"step": ..., "exp_avg": ..., ...}, as in torch.optim's state dicts, and
-        `"transformation"`: path in the state -> what belongs to no parameter.
+        `"transformation"`: path in the state -> an entry that belongs to no parameter.
         The tensors are those of the state, not copies; with `by="index"` they are copies, and each parameter has a step
         of its own, on the CPU and in torch.optim's dtype. None is left out.
 
@@ -64,7 +64,7 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
         for owner, name in zip(place.owners, place.names, strict=True):
             states[keys[owner]][name] = place.tensor
     _add_steps([place for place in places if place.of_all], list(states.values()))
-    if by == "index":  # torch.optim modifies what it loads
+    if by == "index":  # torch.optim modifies the dict that it loads
         states = {key: {name: _copy(name, tensor) for name, tensor in own.items()} for key, own in states.items()}
     return {
         "state": {key: found for key, found in states.items() if found},
@@ -73,12 +73,12 @@ def state_dict(state: Tree, params: Tree = None, *, by: Literal["path", "index"]
 
 
 class Loaded(NamedTuple):
-    """What was loaded with `strict=False`.
+    """The outcome of a load with `strict=False`.
 
     Attributes:
-        taken: paths of what has the saved value. Those of `fo.Optimizer` are of a parameter and a key in its state.
-        begun: paths of what begins anew.
-        left: what was saved and has no place here.
+        taken: paths of entries that have their saved values; those of `fo.Optimizer` are of a parameter and a key.
+        begun: paths of the entries that begin anew.
+        left: saved entries that have no place here.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -130,24 +130,24 @@ def load_state_dict(
 
     Args:
         state: a state of the same transformation for the same parameters, as `init` makes it.
-        saved: what `state_dict` returned; with `by="index"`, the state dict of an optimizer too. Where that has names
+        saved: the result of `state_dict`; with `by="index"`, the state dict of an optimizer too. Where that has names
             and `params` the same ones, parameters are found by name. Names may differ by the prefixes that
             torch.compile, DDP and FSDP make.
         params: the parameters, where `state_dict` was given them.
         by: as it was given to `state_dict`.
-        strict: whether all that was saved must have a place, and the other way round. With False, what fits is loaded:
-            of each rule and parameter all or nothing, by parameter and name if `params` are given, so that the chain
-            may be another one, and else by path. A rule's step is loaded with its tensors.
-        cast: round what was saved in float32 where `state` has half precision. Else it stays in float32.
+        strict: whether each saved entry must have a place, and each place an entry. With False, those that fit are
+            loaded: of each rule and parameter all or none, by parameter and name if `params` are given, so that the
+            chain may be another one, and else by path. A rule's step is loaded with its tensors.
+        cast: round numbers saved in float32 where `state` has half precision. Else it stays in float32.
 
     Returns:
         State built like `state`, on its devices and in its dtypes, except for float32 in place of half precision. The
-        saved values are copied. With `strict=False` a pair: this state, and `Loaded`, the paths of what was taken, what
-        begins anew, and what was left out.
+        saved values are copied. With `strict=False` a pair: this state, and `Loaded`, the paths that were
+        taken, begun anew, and left out.
 
     Raises:
         TypeError: `state` is no tree of tensors, but an optimizer, say.
-        ValueError: paths or shapes differ, or something is not what belongs there; the message names the first. Or an
+        ValueError: paths or shapes differ, or an entry is of a wrong kind; the message names the first. Or an
             optimizer's state dict has parameters at different steps, where a state has one step; see `from_torch`.
 
     Example:
@@ -196,7 +196,7 @@ def migrate(tx: Any, state: Tree, params: Tree) -> tuple[Tree, Loaded]:
 
     Returns:
         A state of `tx`, which has from `state` all that fits, and the rest as `init` makes it; and `Loaded`, which says
-        what was taken and what begins anew. See `load_state_dict` with `strict=False`.
+        the paths that were taken and begun anew. See `load_state_dict` with `strict=False`.
 
     Raises:
         ValueError: the state is of other parameters; or rules whose steps differ would have to share one.
@@ -228,8 +228,8 @@ def kept_dtype(saved: torch.dtype, initial: torch.dtype) -> torch.dtype:
     """Return the dtype in which a state goes on: its own where that is more precise and steps keep it.
 
     Args:
-        saved: what it was saved in.
-        initial: what it begins with. Steps keep float32 where that is float16 or bfloat16.
+        saved: the dtype that it was saved in.
+        initial: the dtype that it begins with. Steps keep float32 where that is float16 or bfloat16.
     """
     return torch.float32 if initial in HALF and saved in (torch.float32, torch.float64) else initial
 
@@ -252,12 +252,12 @@ def _check_is_state(state: Tree, name: str) -> None:
             at = f"at {path!r}" if path else "for the whole state"
             raise TypeError(
                 f"{name} is for trees of tensors, got a {type(leaf).__name__} {at}; write "
-                f"{name}(state{saved}), where state = tx.init(params), or what tx.update returned"
+                f"{name}(state{saved}), where state = tx.init(params), or a result of tx.update"
             )
 
 
 def check_is_dict(what: str, saved: Any) -> None:
-    """Raise when what was saved, as what the message says, is no dict.
+    """Raise when a saved part, which the message names, is no dict.
 
     Raises:
         ValueError: it is none.
@@ -267,7 +267,7 @@ def check_is_dict(what: str, saved: Any) -> None:
 
 
 def _check_saved(path: str, saved: Any, leaf: Tensor) -> None:
-    """Raise when what was saved is not what belongs there."""
+    """Raise when a saved entry does not fit its place."""
     if not isinstance(saved, Tensor):
         raise ValueError(f"The saved {path!r} is {saved!r}, where a tensor belongs")
     if saved.shape != leaf.shape:
@@ -321,9 +321,9 @@ class _Place(NamedTuple):
     Attributes:
         link: the number of its rule.
         path: dotted path in the state.
-        tensor: what is there.
+        tensor: the entry.
         owners: indices of the parameters whose it is.
-        names: what it is called in the state of each of them.
+        names: its name in the state of each of them.
         shared: whether it may be several parameters'.
         of_all: whether it is the step of a rule that keeps nothing else, so that nothing tells whose it is.
         idle: whether it is a number of a rule that is for none of the parameters.
@@ -402,7 +402,7 @@ def _fields(part: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
 
 
 def _saved_states(saved: Mapping[str, Any]) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
-    """Return what was saved of each parameter, and of none of them."""
+    """Return the saved entries of each parameter, and those of none."""
     states, rest = saved.get("state", {}), saved.get(REST, {})
     check_is_dict("state", states)
     check_is_dict(f"state of functions of the whole tree, {REST!r},", rest)
@@ -412,7 +412,7 @@ def _saved_states(saved: Mapping[str, Any]) -> tuple[Mapping[Any, Any], Mapping[
 
 
 def _gathered(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> dict[str, Tensor]:
-    """Collect from what `state_dict` or an optimizer saved, by path in the state."""
+    """Collect saved entries, of a state or of an optimizer, by path in the state."""
     states, rest = _saved_states(saved)
     unknown = [key for key in states if key not in keys]
     if unknown:
@@ -448,7 +448,7 @@ def _agreed(values: Mapping[Any, Any], name: str) -> Tensor:
 
 
 def _fitting_by_path(state: Tree, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Pick what fits: of each rule all or nothing."""
+    """Pick the entries that fit: of each rule all or none."""
     found: dict[str, Tensor] = {}
     for path, part in state_parts(state):
         own = {_dotted(path, inner): leaf for inner, leaf in _by_path(part).items()}
@@ -458,7 +458,7 @@ def _fitting_by_path(state: Tree, saved: Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def _fitting(places: list[_Place], saved: Mapping[str, Any], keys: list[Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Pick what fits: of each rule and parameter all or nothing; and name what is left."""
+    """Pick the entries that fit: of each rule and parameter all or none; and name the rest."""
     states, rest = _saved_states(saved)
     found: dict[str, Tensor] = {}
     used: set[tuple[Any, str]] = set()
@@ -491,7 +491,7 @@ def _number(value: Any) -> Any:
 
 
 def _saved_keys(params: Tree, by: str, saved: Mapping[str, Any]) -> list[Any]:
-    """List the keys of the parameters in what was saved: by name where both have names."""
+    """List the saved keys of the parameters: by name where both have names."""
     keys, paths = _keys(params, by), tree.paths(params)
     if by == "path":
         states = saved.get("state", {})

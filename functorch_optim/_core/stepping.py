@@ -1,4 +1,4 @@
-"""Steps: an update, and what it does to the parameters, in one pass."""
+"""Steps: the update and its addition to the parameters in one pass."""
 
 from typing import Any
 
@@ -24,9 +24,9 @@ def step(tx: GradientTransformation, grads: Tree, state: Any, params: Tree, **ex
     Args:
         tx: transformation.
         grads: tree of gradients; None leaves a parameter as it is.
-        state: what `tx.init` or the last step returned.
+        state: the result of `tx.init` or of the last step.
         params: tree of tensors.
-        **extra: by name, what some transformation in the chain declares, such as `value`.
+        **extra: keyword arguments that a transformation in the chain declares, such as `value`.
 
     Returns:
         New parameters, and the next state.
@@ -66,7 +66,7 @@ def step_(
 ) -> tuple[Tree, Any]:
     """Update parameters in place: they and the state are given up, and must not be used any more but as returned.
 
-    So nothing is allocated but what a block of elements needs, as with jax.jit's donated arguments. What can fail for
+    Only the memory of a block of elements is allocated, as with jax.jit's donated arguments. All that can fail for
     the arguments' sake fails before anything is written.
 
     Half-precision parameters are rounded once by elementwise transformations; the updates of others, `muon` say, are
@@ -75,12 +75,12 @@ def step_(
     Args:
         tx: transformation.
         grads: tree of gradients; None leaves a parameter as it is.
-        state: what `tx.init` or the last step returned.
+        state: the result of `tx.init` or of the last step.
         params: tree of tensors.
         fused: True compiles the whole chain to one kernel, once; elementwise transformations then run at the speed of
             memory. None or False: block by block on the CPU, and with foreach kernels elsewhere.
         foreach: True for foreach kernels, False for none.
-        **extra: by name, what some transformation in the chain declares, such as `value`.
+        **extra: keyword arguments that a transformation in the chain declares, such as `value`.
 
     Returns:
         Parameters, in the tensors that were given, and the next state, in its tensors where that is possible.
@@ -173,7 +173,7 @@ def eval_params(tx: GradientTransformation, state: Any, params: Tree) -> Tree:
 
     Args:
         tx: transformation, with one wrapper such as `schedule_free`, masked or not.
-        state: what the last step returned.
+        state: the result of the last step.
         params: the parameters that are trained.
 
     Returns:

@@ -71,7 +71,7 @@ class GradientTransformation(Recorded):
             check_transformation(one, "GradientTransformation(init, update, wraps=sgd(0.1))")
         self._links: tuple[Link, ...] = (Link(TreeRule(init, update, inner)),)
         self._layout: Any = 0
-        self._forms: dict[Any, Any] = {}  # what was prepared, by the form of the arguments
+        self._forms: dict[Any, Any] = {}  # prepared runs, by the form of the arguments
         self._call = (GradientTransformation, (init, update), {} if wraps is None else {"wraps": wraps})
 
     @classmethod
@@ -107,9 +107,9 @@ class GradientTransformation(Recorded):
             updates: tree of tensors built like the parameters; None where there is no gradient: that parameter and its
                 state stay as they are. The step counts for the whole tree, so that the bias correction of a parameter
                 whose gradients begin late is that of a late step; `fo.Optimizer` counts for each parameter.
-            state: what `init` or the last `update` returned.
+            state: the result of `init` or of the last `update`.
             params: the parameters; may be left out when nothing in the chain needs them.
-            **extra: by name, what some transformation in the chain declares, such as `value`.
+            **extra: keyword arguments that a transformation in the chain declares, such as `value`.
 
         Returns:
             Updates to add to the parameters (see `fo.apply_updates`), and the next state. They may share memory with
@@ -136,7 +136,7 @@ class GradientTransformation(Recorded):
     def __getattr__(self, name: str) -> Any:
         """Raise: there is no such attribute. Who looks for an optimizer's is told where they are."""
         where = (
-            ". A transformation has init and update; what is stateful, with step, param_groups and the rest of "
+            ". A transformation has init and update; an object with step, param_groups and the rest of "
             "torch.optim's interface, is fo.Optimizer(params, transformation). torch.optim.Optimizer, which is "
             "fo.optim.Optimizer too, takes a dict of defaults"
         )
@@ -154,13 +154,13 @@ def check_transformation(transformation: Any, example: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """Name a function or class, or print what is short, for messages."""
+    """Name a function or class, or print a short object, for messages."""
     text = getattr(value, "__name__", None) or repr(value)
     return text if len(text) < 80 and "\n" not in text else f"This {type(value).__name__}"
 
 
 def advice(value: Any) -> str:
-    """Say what to do with what was given for a transformation, where its kind tells: a sentence, or nothing."""
+    """Say how to correct a wrong transformation, where its kind tells: a sentence, or nothing."""
     kind = value if isinstance(value, type) else type(value)
     if issubclass(kind, torch.optim.Optimizer):
         return f". {kind.__name__} is a class of optimizers; transformations are made by functions such as adam"
@@ -205,7 +205,7 @@ def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, Grad
 
 
 def _mistake(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Say what may be wrong with the arguments of a factory, beyond an error of its own."""
+    """Name a likely mistake in the arguments of a factory, beyond an error of its own."""
     name = function.__name__
     if args and _are_params(args[0]):
         return (
@@ -220,7 +220,7 @@ def _mistake(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _are_params(value: Any) -> bool:
-    """Tell whether this is what torch.optim's classes are given first."""
+    """Tell whether this could be the first argument of torch.optim's classes."""
     values = list(value.values()) if isinstance(value, Mapping) else value
     if isinstance(values, list | tuple):
         return any(isinstance(item, torch.nn.Parameter) for item in values)
@@ -248,7 +248,7 @@ def leafwise(
         init: `init(p) -> state` makes the state for one parameter, a NamedTuple of tensors. Or the NamedTuple class
             itself: every field then starts at `zeros_like(p)`. None: the rule keeps no state.
         update: `update(g, state, p, s) -> (g, state)` transforms the gradient of one parameter, keeping its shape. `p`
-            is None when the caller gave no parameters; `s` is what `scalars` returned, and `()` without it; `state` is
+            is None when the caller gave no parameters; `s` is the result of `scalars`, and `()` without it; `state` is
             `()` when the rule keeps none. An elementwise rule sees complex tensors as pairs of reals, `(..., 2)`;
             every rule sees float16 and bfloat16 as float32.
         scalars: `scalars(step) -> s` computes, once a step for all tensors, every number that the rule needs: 0-dim
@@ -264,8 +264,8 @@ def leafwise(
         elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
             at will. Leave it False when the rule looks at shapes or reduces over elements.
         needs_params: whether the rule uses `p`.
-        sparse: what to do with sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on the entries
-            that they have, so that all others keep their state. "dense": make them dense. None: refuse them.
+        sparse: the treatment of sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on their
+            entries, so that all others keep their state. "dense": make them dense. None: refuse them.
 
     Returns:
         Transformation whose state is a NamedTuple: `step` (0-dim int64, when there are scalars), the numbers that are

@@ -1,7 +1,7 @@
-"""In blocks: tensors are cut and put together, so that what a program computes with fits into the cache.
+"""In blocks: tensors are cut and put together, so that the working set of a program fits into the cache.
 
 A large tensor is run over piece by piece, and small ones are copied together into one piece. So a step takes a few
-buffers of the size of a block besides what it reads and writes, whatever the size of the largest tensor.
+buffers of the size of a block besides its inputs and outputs, whatever the size of the largest tensor.
 """
 
 import functools
@@ -58,11 +58,11 @@ class Blocks:
     """How lists of tensors are cut and put together.
 
     Args:
-        dtype: what is computed in.
-        columns: lists of tensors, an entry for each; those of one entry have the same shape. What has another dtype is
+        dtype: the precision of the computation.
+        columns: lists of tensors, an entry for each; those of one entry have the same shape. One of another dtype is
             copied, and so is run over in packs.
-        layouts: for each entry, a tensor in whose order of memory elements are taken. What lies otherwise is copied; so
-            tensors that are to be written must not.
+        layouts: for each entry, a tensor in whose order of memory elements are taken. One that lies otherwise is
+            copied; so tensors that are to be written must not.
         length: elements of the longest piece that is run over where it is; None for tensors of any length.
         small: elements below which a tensor is copied.
     """
@@ -121,11 +121,11 @@ class Blocks:
     def joined(
         self, inputs: Sequence[Cut], outputs: Sequence[tuple[Cut, int]], scratch: "Scratch"
     ) -> Iterator[list[Tensor]]:
-        """Yield copies of packs, each in one tensor for each input; then copy back what was made of them.
+        """Yield copies of packs, each in one tensor for each input; then copy the results back.
 
         Args:
             inputs: for each input, its tensors.
-            outputs: tensors to write, and the index of the input in whose copy is what belongs into them.
+            outputs: tensors to write, and the index of the input whose copy holds their values.
             scratch: where the copies are.
         """
         for k, sizes in enumerate(self.sizes):

@@ -1,4 +1,4 @@
-"""What machines ask of programs: names of calls, last reads, and calls that can be joined."""
+"""Questions that machines ask of programs: names of calls, last reads, and calls that can be joined."""
 
 import functools
 from collections import Counter
@@ -62,7 +62,7 @@ def contracted(program: Program) -> Program:
         return instruction.args
 
     def scaled(value: Any) -> tuple[Callable[..., Any], str, Any, tuple[Any, ...]] | None:
-        """Return what adds n b, n b c or n b / c: the function, its keyword for n, n, and the tensors."""
+        """Return the call that adds n b, n b c or n b / c: the function, its keyword for n, n, and the tensors."""
         for number, rest in both(factors(value, "mul")):
             if is_factor(number):
                 over, times = factors(rest, "div"), factors(rest, "mul")

@@ -1,4 +1,4 @@
-"""Which machine runs what: the only place that chooses, and that has thresholds.
+"""The choice of a machine: the only place that chooses, and that has thresholds.
 
 | rules, on tensors | machine |
 |---|---|

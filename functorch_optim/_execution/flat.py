@@ -28,7 +28,7 @@ def can_join(
     """Tell whether it pays to join tensors: many small ones, for rules with a state, which do enough with them.
 
     In each column all must need derivatives, or none, and all be batched by the same `torch.vmap`, or none: a tensor
-    that is joined to others becomes like them. What is compiled, is joined by the compiler.
+    that is joined to others becomes like them. Where torch.compile traces, its compiler joins tensors.
     """
     small = [i for i, update in enumerate(updates) if update.numel() <= SMALL]
     if mode == "compiled" or not any(states) or len(small) < MANY:

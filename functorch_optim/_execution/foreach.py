@@ -82,7 +82,7 @@ class Foreach:
             self._begin([[column[i] for i in some] for column in inputs], numbers)()
 
     def _begin(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> Callable[[], None]:
-        """Compute all that takes memory, and return what overwrites."""
+        """Compute all that takes memory, and return the function that overwrites."""
         if all([tensor.dtype == self.program.dtype for column in inputs for tensor in column]):  # noqa: C419
             finish = self.in_place.begin(inputs, numbers)
         else:  # halves, which are computed in single precision
@@ -108,7 +108,7 @@ def _call(calls: Sequence[_Call], values: list[Any]) -> None:
 
 
 class _Lowered:
-    """A program as calls of foreach functions on places in a list of values: inputs, numbers, and what comes of them.
+    """A program as calls of foreach functions on places in a list of values: inputs, numbers, and results.
 
     Args:
         program: the program.
@@ -152,7 +152,7 @@ class _Lowered:
         """Make the calls before anything is overwritten.
 
         Returns:
-            What makes the others, and returns the outputs. Those in the place of an input are the lists as given.
+            Function that makes the others, and returns all. Those in the place of an input are the lists as given.
         """
         values = [*inputs, *numbers, *self.values[len(inputs) + len(numbers) :]]
         _call(self.before, values)
@@ -163,10 +163,10 @@ class _Lowered:
         return [values[place] for place in self.outputs]
 
     def _parted(self) -> tuple[list[_Call], list[_Call], set[str]]:
-        """Part calls into those before anything is overwritten and those after; find what is overwritten too early."""
+        """Part calls into those before anything is overwritten and those after; find values overwritten too early."""
         inputs = self.program.inputs
         waits: dict[int, set[Any]] = {}  # by place, the inputs whose overwriting its value comes after
-        reads: dict[int, set[Any]] = {}  # the same for what reads it before it is overwritten itself
+        reads: dict[int, set[Any]] = {}  # the same for calls that read it before it is overwritten itself
         before: list[Any] = []
         after: list[Any] = []
         too_early: set[Any] = set()

@@ -1,4 +1,4 @@
-"""A group: tensors of one dtype and device, the rules that are run over them, and what runs them."""
+"""A group: tensors of one dtype and device, the rules that are run over them, and the machine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,7 +96,7 @@ class Group:
         """Get ready to overwrite parameters and states: take the memory for it, and change nothing.
 
         Returns:
-            What overwrites them; None where that cannot be done.
+            Function that overwrites them; None where that cannot be done.
         """
         if updates[0].layout == torch.sparse_coo:
             return self._overwrite_touched(updates[0], params, states, scalars)

@@ -95,7 +95,7 @@ def pure(program: Program, in_place: tuple[str, ...]) -> Callable[..., None]:
 
 
 class _Names:
-    """What a source text refers to."""
+    """The objects that a source text refers to."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {"nan": math.nan, "inf": math.inf}

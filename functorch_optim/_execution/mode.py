@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 Mode: TypeAlias = Literal["compiled", "transformed", "recorded", "plain"]
 """compiled: torch.compile traces; transformed: by torch.func, in forward mode, or by a dispatch mode such as make_fx;
-recorded: autograd records what needs derivatives; plain: none of these."""
+recorded: autograd records operations that need derivatives; plain: none of these."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 PLAIN_TYPES = frozenset(PLAIN)

@@ -1,4 +1,4 @@
-"""Native: torch's own fused kernels, for programs that compute what they compute.
+"""Native: torch's own fused kernels, for programs that compute the same.
 
 Each kernel is written down here as a rule, and recorded. A program is one of theirs where its last calls are the same.
 The calls before them make the gradient for the kernel: `clip, AdamW` is a product, and then a kernel. The kernels
@@ -32,7 +32,7 @@ class _Kernel(NamedTuple):
     """One of torch's kernels.
 
     Attributes:
-        rule: what it computes: `rule(g, state, p, n) -> (p, state)`.
+        rule: its computation: `rule(g, state, p, n) -> (p, state)`.
         numbers: names of the numbers n.
         states: how many states it overwrites.
         takes: whether it computes that with these values of the numbers.
@@ -46,7 +46,7 @@ class _Kernel(NamedTuple):
     run: Callable[..., None]
 
 
-# What they compute. --------------------------------------------------------------------------------------------------
+# Their computations. -------------------------------------------------------------------------------------------------
 
 
 def _gradient(g: Any, p: Any, n: Any, maximize: bool, decay: bool) -> Any:
@@ -262,7 +262,7 @@ def match(program: Program) -> _Match | None:
 def _unified(
     theirs: Any, ours: Any, pattern: dict[Name, Instruction], made: dict[Name, Instruction], bound: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Bind what a kernel is given to values of a program, so that one computes the other; None if none does."""
+    """Bind the arguments of a kernel to values of a program, so that one computes the other; None if none does."""
     if theirs in pattern:
         one, other = pattern[theirs], made.get(ours)
         if other is None or called(one) != called(other) or one.kwargs != other.kwargs:
@@ -356,7 +356,7 @@ class Native:
                     _number(t, self.program.device)  # takes memory before anything is written
 
     def _gradients(self, inputs: Sequence[list[Tensor]], params: list[Tensor], numbers: Sequence[Any]) -> list[Tensor]:
-        """Compute what the kernel is given for gradients; they lie in memory as parameters do."""
+        """Compute the gradients for the kernel; they lie in memory as parameters do."""
         grads = inputs[0]
         if self.prefix is not None:
             [grads] = self.prefix.new(inputs, numbers)

@@ -1,7 +1,7 @@
 """Elementwise rules as programs: straight lines of torch functions, recorded once.
 
-A program is what is left of rules when their Python is gone. It is recorded before anything is written to, so that a
-rule which raises leaves everything as it was; and what runs it knows which of its numbers are needed no longer.
+A program is a list of torch calls: rules without their Python. It is recorded before anything is written to, so that a
+rule which raises leaves everything as it was; and a machine knows which values are needed no longer.
 """
 
 import functools
@@ -20,7 +20,7 @@ from functorch_optim._execution.reference import Stage, applied
 
 
 class Name(str):
-    """A value in a program: an input, a number, or what an instruction computes."""
+    """A value in a program: an input, a number, or the result of an instruction."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ class Instruction(NamedTuple):
         function: a torch function, an operator, or a method of Tensor.
         args: names and constants.
         kwargs: the same, as pairs of keyword and value.
-        result: name of what it returns.
+        result: name of its result.
         dtype: of the result; None for a number, which is the same for all elements.
     """
 
@@ -53,8 +53,8 @@ class Program:
     """Rules, one after the other, for one tensor.
 
     Attributes:
-        inputs: names of what differs between elements: "g", the parameter "p" where it is given, and the states.
-        numbers: names of the scalars; they begin with n, as do those of what is computed from numbers alone.
+        inputs: names of values that differ between elements: "g", the parameter "p" where it is given, and the states.
+        numbers: names of the scalars; they begin with n, as do those of results computed from numbers alone.
         instructions: in order.
         outputs: the transformed update, and the new states in the order of the inputs.
         dtype: of inputs and outputs.
@@ -78,7 +78,7 @@ class Program:
 
 
 def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, scalars: Any, like: Tensor) -> Program:
-    """Run rules on names instead of tensors, and write down what they do.
+    """Run rules on names instead of tensors, and write down their calls.
 
     Args:
         stages: elementwise rules.
@@ -88,7 +88,7 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
         like: a tensor of the dtype and device that all have.
 
     Raises:
-        TypeError, AttributeError: a rule is not what a rule must be.
+        TypeError, AttributeError: a rule breaks the conditions of `leafwise`.
     """
     leaves, structure = tree.flatten(list(scalars))
     kinds = tuple([_kind(scalar) for scalar in leaves])
@@ -141,7 +141,7 @@ def _identity(value: Any, depth: int = 3) -> Any:
 
 
 class _Same:
-    """Equal to what holds the very same thing; code of other modules may be equal, too, and mean something else."""
+    """Equal to another of the very same object; equal code of other modules may mean something else."""
 
     def __init__(self, it: Any) -> None:
         self.it = it
@@ -169,7 +169,7 @@ def overwritten(program: Program) -> tuple[str, ...]:
 
 
 class _Symbol(StandIn):
-    """A name that answers like a tensor, by writing down what is asked of it."""
+    """A name that answers like a tensor, by writing down the calls on it."""
 
     def __init__(self, recording: "_Recording", name: Name, sample: Any) -> None:
         self.recording, self.name, self.sample = recording, name, sample
@@ -241,11 +241,11 @@ class _Recording:
             raise TypeError(several)
         sample = function(*map(_sample, args), **{key: _sample(value) for key, value in kwargs.items()})
         if isinstance(sample, bool) and name in _OF_VALUES:
-            raise TypeError(f"A rule must not look at values, as {name} does: compute what it needs in scalars(step)")
+            raise TypeError(f"A rule must not look at values, as {name} does: compute such numbers in scalars(step)")
         if isinstance(sample, tuple | list):
             raise TypeError(several)
         if not isinstance(sample, Tensor | int | float) or isinstance(sample, bool):
-            return sample  # what it says of the dtype or device is true of all
+            return sample  # its dtype and device are those of all
         elements = sample if isinstance(sample, Tensor) and sample.ndim > 0 else None
         dtype = None if elements is None else elements.dtype
         if elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
@@ -285,7 +285,7 @@ class _Recording:
 
 
 def needed(instructions: Sequence[Instruction], outputs: Sequence[Name]) -> tuple[Instruction, ...]:
-    """Leave out what no output depends on."""
+    """Leave out instructions that no output depends on."""
     names, kept = set(outputs), []
     for instruction in reversed(instructions):
         if instruction.result in names:

@@ -1,7 +1,7 @@
-"""Recomputed: of rules run on a large tensor, autograd saves what they were given, and nothing in between.
+"""Recomputed: of rules run on a large tensor, autograd saves the arguments, and nothing in between.
 
 A step of Adam makes a dozen tensors like the parameter, and its derivative needs some of them. They can be had again
-from the gradient and the two means, which are there anyway: they are what the step before has returned.
+from the gradient and the two means, which are there anyway: the step before has returned them.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,12 +107,12 @@ def _without_graph(
 
 
 class _Outputs(NamedTuple):
-    """What a function of tensors returns.
+    """The results of a function of tensors.
 
     Attributes:
-        places: for each output, where it is among the arguments and, after them, what is computed.
+        places: for each output, where it is among the arguments and, after them, the computed tensors.
         computed: which outputs are no arguments; of those that are one tensor, the first.
-        constant: places among these of what has no derivative.
+        constant: places among these of the tensors without a derivative.
     """
 
     places: list[int]
@@ -121,10 +121,10 @@ class _Outputs(NamedTuple):
 
 
 def _outputs(function: Function, tensors: Sequence[Tensor]) -> _Outputs | None:
-    """Find out what a function returns, by running it on one element; None when it is not to be run again.
+    """Find the results of a function, by running it on one element; None when it is not to be run again.
 
     That is when it draws random numbers, or has derivatives by tensors that are no arguments; and when the arguments
-    take more memory than what autograd would save.
+    take more memory than autograd would.
     """
     device = tensors[0].device
     random: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
@@ -157,7 +157,7 @@ def _outputs(function: Function, tensors: Sequence[Tensor]) -> _Outputs | None:
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_Recomputed.apply(f, outputs, *tensors)` is what is computed of f(tensors)."""
+    """`_Recomputed.apply(f, outputs, *tensors)` is the computed part of f(tensors)."""
 
     @staticmethod
     def forward(ctx: Any, function: Any, outputs: _Outputs, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -206,7 +206,7 @@ def _alias(tensor: Tensor, needed: bool, plain: bool) -> Tensor:
 
 
 def _block_by_block(function: Function, tensors: Sequence[Tensor]) -> Sequence[Any]:
-    """Run a function on the CPU so that what it needs in between stays in the cache; sum what is one number."""
+    """Run a function on the CPU so that intermediate tensors stay in the cache; sum results that are one number."""
     first = tensors[0]
     alike = all(tensor.shape == first.shape for tensor in tensors if tensor.ndim > 0)
     if first.device.type != "cpu" or not alike or first.numel() <= BLOCK:

@@ -1,4 +1,4 @@
-"""What a rule is given for a tensor, and what is made of what it returns.
+"""The form in which a rule is given a tensor, and the way back.
 
 Elementwise rules see complex tensors as pairs of reals, as torch.optim does; others see them as they are. float16 and
 bfloat16 tensors are computed in float32 and rounded once at the end, as torch's fused kernels do.
@@ -50,7 +50,7 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def cast(given: Tensor, original: torch.dtype, to_number: bool, as_pairs: bool) -> Callable[[Any], Any]:
-    """Return a function that makes of a scalar what rules compute with.
+    """Return a function that turns a scalar into the number that rules compute with.
 
     Where torch.compile traces, each number is computed once. Its compiler would compute `beta ** step` again for every
     eight elements, in double precision, which takes twelve times as long as the rest of Adam.

@@ -86,7 +86,7 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
 
 
 def check_apart(params: list[Tensor], path: Callable[[int], str]) -> None:
-    """Raise when two parameters begin at the same place: what is added to one would be added to the other too.
+    """Raise when two parameters begin at the same place: an addition to one would change the other too.
 
     Raises:
         RuntimeError: they do.
@@ -118,7 +118,7 @@ def unshared(given: list[Any]) -> Callable[[Any], Any]:
 
 
 def unmodified(params: list[Tensor]) -> list[Tensor]:
-    """Return parameters that may be modified in place while autograd remembers what was computed from these."""
+    """Return parameters that may be modified in place while autograd remembers results of these."""
     return [p.clone() for p in params] if torch.is_grad_enabled() else params
 
 

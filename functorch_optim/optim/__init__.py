@@ -1,4 +1,4 @@
-"""The stateful side: what torch.optim has, under the same names.
+"""The stateful side: torch.optim's classes and functions, under the same names.
 
 `import functorch_optim.optim as optim` takes the place of `import torch.optim as optim`, with the same numbers up to
 rounding; `Optimizer`, `lr_scheduler` and `swa_utils` here are torch's own. The optimizer around any transformation is

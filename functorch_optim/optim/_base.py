@@ -1,4 +1,4 @@
-"""What all stateful optimizers share: the step of a torch.optim.Optimizer that a transformation makes."""
+"""The base of all stateful optimizers: the step of a torch.optim.Optimizer that a transformation makes."""
 
 import functools
 import weakref
@@ -79,7 +79,7 @@ class OptimizerBase(torch.optim.Optimizer):
             **extra: by name, what some transformation declares.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             RuntimeError: a gradient is sparse where that is not supported, or a parameter cannot be modified in place.
@@ -99,7 +99,7 @@ class OptimizerBase(torch.optim.Optimizer):
         return loss
 
     def _check_extras(self, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]) -> None:
-        """Raise unless the extras are what the transformation declares.
+        """Raise unless the extras are those that the transformation declares.
 
         Raises:
             TypeError: an extra is given that nothing declares, or not given that something needs.
@@ -118,7 +118,7 @@ class OptimizerBase(torch.optim.Optimizer):
     def _extras(
         self, plan: Plan, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]
     ) -> dict[str, Any]:
-        """Add to extras what a closure tells of the loss, where something declares it."""
+        """Add the closure's loss to the extras, where a transformation declares it."""
         value_fn = grad_fn = None
         if closure is not None and not self.defaults.get("differentiable", False):
             again = Closure(closure, plan.params, [p for group in self.param_groups for p in group["params"]])
@@ -270,8 +270,8 @@ class OptimizerBase(torch.optim.Optimizer):
         """Load what `state_dict` returned, or that of torch.optim's class; see there.
 
         Where the saved groups and these have `param_names`, parameters are found by name, in whatever order. Names may
-        differ by what torch.compile, DDP and FSDP put in front, such as `_orig_mod.` and `module.`. The optimizer keeps
-        its own names. Tensors are copied: a dict in memory can be loaded as often as you like.
+        differ by the parts that torch.compile, DDP and FSDP add, such as `_orig_mod.` and `module.`. The optimizer
+        keeps its own names. Tensors are copied: a dict in memory can be loaded as often as you like.
 
         Args:
             state_dict: checked before anything is changed. Entries that belong to the program, in groups and in the
@@ -284,7 +284,7 @@ class OptimizerBase(torch.optim.Optimizer):
                 stays in float32.
 
         Returns:
-            None; with `strict=False` what was taken, what begins anew, and what was left out.
+            None; with `strict=False` the entries that were taken, begun anew, and left out.
 
         Raises:
             ValueError: groups, names, keys, shapes or values are not those of this optimizer.
@@ -304,7 +304,7 @@ class OptimizerBase(torch.optim.Optimizer):
         return reports[-1] if reports else None
 
     def _check_loaded(self, former: "OptimizerBase", manner: Manner) -> None:
-        """Complete a loaded state with what it leaves out, check that it is this optimizer's, and copy it.
+        """Complete a loaded state with the entries that it leaves out, check that it is this optimizer's, and copy it.
 
         Args:
             former: the optimizer as it was.
@@ -319,7 +319,7 @@ class OptimizerBase(torch.optim.Optimizer):
         saved, tree_states = dict(saved), {}
         for index in range(self._number_of_trees):
             plan = self._plan(index)
-            # After an edit, such as momentum set to 0, states hold what only the former hyperparameters need.
+            # After an edit, such as momentum set to 0, states hold entries that only the former hyperparameters need.
             others = [former._plan(index)]
             if self._has_factory:
                 others.append(self._new_plan(self._transformation, [self.param_groups[index]], self.defaults))
@@ -345,7 +345,7 @@ class OptimizerBase(torch.optim.Optimizer):
 
 
 def _untraced(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function as it is, also in what torch.compile traces: plans and buckets are found from numbers there."""
+    """Call a function as it is, also where torch.compile traces: plans and buckets are found from numbers there."""
     return _disabled(function, *args) if torch.compiler.is_compiling() else function(*args)
 
 

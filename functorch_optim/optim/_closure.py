@@ -63,7 +63,7 @@ class Closure:
             for p, new in pairs:
                 p.copy_(new)
             for p in self.everything:
-                p.grad = None  # the closure may set to zero what is there, and that is still needed
+                p.grad = None  # the closure may set it to zero, and it is still needed
             with torch.enable_grad():
                 loss = self.closure()
             check_loss("The closure must return", loss)

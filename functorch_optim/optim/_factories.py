@@ -73,7 +73,7 @@ def defaults(transformation: Any, hyperparameters: dict[str, Any]) -> dict[str, 
 
 
 def _hint(given: Any) -> str:
-    """Say what to do with what was given for a transformation: a sentence, or nothing."""
+    """Say how to correct a wrong transformation: a sentence, or nothing."""
     if isinstance(given, type):
         return f". {given.__name__} is a class of optimizers; fo.optim.{given.__name__}(params) is an optimizer already"
     if isinstance(given, Mapping):
@@ -129,7 +129,7 @@ def check_injects_nothing(transformation: GradientTransformation, factory: Facto
 
 
 def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick from a param group what a factory takes."""
+    """Pick a factory's arguments from a param group."""
     return {name: group[name] for name in parameters(factory) if name in group}
 
 

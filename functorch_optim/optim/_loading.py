@@ -35,12 +35,12 @@ def checked_state(
     Args:
         plan: of the transformation.
         i: index of the parameter.
-        state: what was loaded.
+        state: the loaded entries.
         known: keys that are welcome though this transformation has no use for them.
         required: keys that must be there if this transformation keeps them, unless nothing is there.
         as_torch: whether to widen the numbers that scalars carry on to the dtype of the parameter, as torch.optim does.
             Else they keep theirs, so that the numbers are those of a training that was never interrupted.
-        cast: whether to round what was saved in a wider dtype, as torch.optim does.
+        cast: whether to round numbers that were saved in a wider dtype, as torch.optim does.
 
     Keys that no rule has belong to the program, and are kept.
 
@@ -60,7 +60,7 @@ def checked_state(
     # torch's SGD and Muon do not count.
     uncounted = plan.count is None or all(key.startswith("momentum_buffer") for key in state)
     lacking = sorted((part.known & required) - set(state) - (set(part.counters) if uncounted else set()))
-    if lacking and set(state) & part.known:  # what a derived class alone has put there is no state of ours
+    if lacking and set(state) & part.known:  # entries of a derived class alone are no state of ours
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
         )
@@ -100,7 +100,7 @@ def initial_state(plan: Plan, i: int) -> dict[str, Tensor]:
 
 
 def copied(value: Any) -> Any:
-    """Copy what a program keeps in `state[p]`; tensors may be recorded by autograd."""
+    """Copy the entries that a program keeps in `state[p]`; tensors may be recorded by autograd."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -135,8 +135,8 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
         plan: of the transformation.
         i: index of the parameter.
         key: of the tensor.
-        value: what was loaded.
-        like: what the transformation begins with; None when it does not keep the tensor.
+        value: the loaded entry.
+        like: its initial value; None when it does not keep the tensor.
         cast: whether to round it to the dtype that it begins with.
     """
     p = plan.params[i]

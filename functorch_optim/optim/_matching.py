@@ -19,7 +19,7 @@ class Manner(NamedTuple):
 
     Attributes:
         strict: whether the state of a parameter must be whole.
-        cast: whether to round what was saved in a wider dtype.
+        cast: whether to round numbers that were saved in a wider dtype.
     """
 
     strict: bool = True
@@ -27,7 +27,7 @@ class Manner(NamedTuple):
 
 
 class _AsSaved:
-    """What torch.optim's load_state_dict shall not look into: it casts all numbers to the dtype of the parameter."""
+    """A wrapper that torch.optim's load_state_dict does not look into; it would cast all numbers to p.dtype."""
 
     def __init__(self, it: Any, manner: Manner) -> None:
         self.it, self.manner = it, manner
@@ -40,7 +40,7 @@ def as_saved(
 
     Args:
         optimizer: loads it.
-        state_dict: what was saved.
+        state_dict: the saved dict.
         manner: for `unwrapped` to return.
         takes_names: see `arranged`.
     """
@@ -160,7 +160,7 @@ def fitting(
         saved: the state dict.
 
     Returns:
-        A state dict of this optimizer, with its own groups, and what was taken.
+        A state dict of this optimizer, with its own groups, and the entries that were taken.
 
     Raises:
         ValueError: there are other numbers of parameters than were saved, and no names to tell which are which.

@@ -105,7 +105,7 @@ def _mapped(transformation: GradientTransformation, change: Callable[[Any], Any]
         name: change(value) if name == "lr" else value if "lr" in bound.arguments else _within(value, change, inside)
         for name, value in bound.arguments.items()
     }
-    if "lr" not in bound.arguments and not inside:  # a factory under another name: look at what it makes
+    if "lr" not in bound.arguments and not inside:  # a factory under another name: look at its result
         made = function(*args, **kwargs)
         mapped = _mapped(made, change)
         return transformation if mapped is made else mapped

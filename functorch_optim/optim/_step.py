@@ -24,7 +24,7 @@ class _Counted(NamedTuple):
     """Parameters at one position.
 
     Attributes:
-        bucket: what the links are told of them; its steps are written to.
+        bucket: these leaves and their steps, which are written to.
         keys: the key of the step of each link; None where it has none.
         done: for each key of a step, the number of updates done; written to.
         counters: for each key of a step, the tensors that hold it, one for each parameter.
@@ -41,10 +41,10 @@ class _Counted(NamedTuple):
 
 
 class _Computed(NamedTuple):
-    """What a step has computed besides what it overwrites.
+    """The results of a step besides those that it overwrites.
 
     Attributes:
-        moved: parameters, and what they are to become; or where autograd records, their updates.
+        moved: parameters, and their next values; or where autograd records, their updates.
         entries: index of a parameter, key in its state, the tensor that is there, and its next value.
         whole: by link, the next states of functions of the whole tree.
     """
@@ -55,7 +55,7 @@ class _Computed(NamedTuple):
 
 
 class PreparedStep:
-    """What a step does, for these parameters and states, and gradients of these kinds.
+    """A step, prepared for these parameters and states, and gradients of these kinds.
 
     Args:
         plan: of the parameters.
@@ -72,7 +72,7 @@ class PreparedStep:
         grads: list[Any] = [p.grad for p in plan.params]
         check_updates(grads, plan.params, plan.path)
         self.moving = [i for i, g in enumerate(grads) if g is not None]
-        # While autograd records, what was computed from the parameters must stay as it was.
+        # While autograd records, results computed from the parameters must stay as they were.
         recorded = self.mode == "recorded"
         self.params = [p.clone() if recorded else p for p in plan.params]
         writing.check_writable([plan.params[i] for i in self.moving], lambda k: plan.path(self.moving[k]))
@@ -106,7 +106,7 @@ class PreparedStep:
         self.buckets = [counted.bucket for counted in self.counted]
         self.first = True  # until the states that were completed are the optimizer's
         self.numbers: list[Tensor] = []
-        self.places: list[int] | None = None  # of what is overwritten, once a step was made
+        self.places: list[int] | None = None  # of the overwritten tensors, once a step was made
         self.versions: list[int] | None = None  # of numbers after the last step; unknown if that was interrupted
 
     def _columns(self, k: int) -> Any:
@@ -190,7 +190,7 @@ class PreparedStep:
         self.first = False
 
     def _kept(self, outcome: Outcome) -> "_Computed":
-        """List what was computed, in memory of its own."""
+        """List the results, in memory of their own."""
         plan = self.plan
         moved = [(p, u) for p, u in zip(plan.params, outcome.updates, strict=True) if u is not None]
         entries = []
@@ -203,7 +203,7 @@ class PreparedStep:
                         if after[i] is not before[i]:
                             entries.append((i, key, before[i], after[i]))
         whole = {k: outcome.columns[k] for k in plan.whole if self.moving}
-        # What is written must share no memory with what changes, or is the user's.
+        # A written tensor must share no memory with one that changes, or that is the user's.
         given = [*plan.params, *[p.grad for p in plan.params], *[v for s in self.states.values() for v in s.values()]]
         kept = writing.unshared(given)
         return _Computed(
@@ -213,7 +213,7 @@ class PreparedStep:
         )
 
     def _write(self, computed: "_Computed", state: dict[Any, State]) -> None:
-        """Write what was computed; states into the old tensors, as torch.optim does: others may hold or share them."""
+        """Write the results; states into the old tensors, as torch.optim does: others may hold or share them."""
         for p, u in computed.moved:
             if self.adds:
                 p.copy_(u)

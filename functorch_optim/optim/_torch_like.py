@@ -1,4 +1,4 @@
-"""What the classes of torch.optim have here in place of their steps."""
+"""The steps of torch.optim's classes here."""
 
 import functools
 import inspect
@@ -13,11 +13,11 @@ from functorch_optim.optim._base import OptimizerBase, watched
 
 
 class TorchLike(OptimizerBase):
-    """What the classes below have before those of torch.optim."""
+    """The base of the classes below, before those of torch.optim."""
 
     _live = True
     _sparse_error: str | None = "{} does not support sparse gradients"
-    _options: dict[str, Any] = {}  # what was asked of a class that torch.optim has without, see `also`  # noqa: RUF012
+    _options: dict[str, Any] = {}  # options that torch.optim's class lacks, see `also`  # noqa: RUF012
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch.optim does."""
@@ -35,7 +35,7 @@ class TorchLike(OptimizerBase):
             closure: evaluates the model again, calls backward, and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             RuntimeError: a gradient is of a kind that this optimizer does not take, or a parameter cannot be modified
@@ -73,7 +73,7 @@ def also(init: Callable[..., None], **options: Any) -> Callable[..., None]:
 
     Args:
         init: the constructor.
-        **options: the keywords and their defaults; what is given otherwise becomes a default of the param groups.
+        **options: the keywords and their defaults; another value becomes a default of the param groups.
     """
 
     @functools.wraps(init)

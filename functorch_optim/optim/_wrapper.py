@@ -162,7 +162,7 @@ class Optimizer(OptimizerBase):
             transformation: the transformation to go on with.
 
         Returns:
-            What was kept (`taken`), what begins anew (`begun`), and what has no place any more (`left`).
+            The entries that were kept (`taken`), begun anew (`begun`), and dropped (`left`).
 
         Raises:
             TypeError: it is no transformation; or the optimizer has a factory, whose groups are edited instead.

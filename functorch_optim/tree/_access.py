@@ -28,7 +28,7 @@ def get(tree: Tree, name: str, path: str = "") -> Any:
         path: dotted path of the part of the tree to look in; all of it by default.
 
     Returns:
-        What the one node of that name holds: a tensor or a tree. It is not searched for further nodes of the name.
+        The one node of that name: a tensor or a tree. It is not searched for further nodes of the name.
 
     Raises:
         KeyError: no node bears the name, or more than one; the message has the paths of all of them.
@@ -81,7 +81,7 @@ def set(tree: Tree, name: str, value: Any, path: str = "") -> Tree:  # noqa: A00
     if found.computed:
         raise ValueError(f"{found.path!r} cannot be set: {found.computed}")
     inner = flatten(found.node)[1]
-    new = flatten_up_to(inner, value, "the value", found.node, f"what is at {found.path!r}")
+    new = flatten_up_to(inner, value, "the value", found.node, f"the node at {found.path!r}")
     # The same node in the tree of the leaves' numbers says which leaves are there.
     numbered = unflatten(structure, range(len(leaves)))
     places = flatten(_find(numbered, found.path, "").node)[0]

@@ -144,7 +144,7 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     """Convert a tree to a dtype, as `torch.nn.Module.to` does: integers and bools stay as they are.
 
     Args:
-        tree: tree of tensors; None and what is no tensor stay.
+        tree: tree of tensors; None and other objects stay.
         dtype: floating-point dtype, which makes of complex leaves those of its precision; or a complex one.
 
     Returns:

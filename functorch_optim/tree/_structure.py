@@ -15,8 +15,8 @@ Tree: TypeAlias = Any
 # Nodes registered globally with optree, or in this namespace, are trees. Dataclasses are registered when they are met.
 NAMESPACE = "functorch_optim"
 
-_DICTS = (dict, OrderedDict, defaultdict)  # what is derived from them is a leaf, or a node of its own
-# Known at once: what torch.compile would have to trace of optree for each of these, takes most of its time.
+_DICTS = (dict, OrderedDict, defaultdict)  # a derived class is a leaf, or a node of its own
+# Known at once: torch.compile would spend most of its time on optree's code for these.
 _LEAVES = (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool)
 _LEAF_TYPES = frozenset(_LEAVES)
 _SORTED = (dict, defaultdict)
@@ -54,11 +54,11 @@ def _adopted(kind: type) -> bool:
     """Register the type of a leaf, if it is a dataclass, as a node; tell whether it is one now.
 
     A dataclass that can be called is a function to this library: a schedule, say. One that is derived from a tensor or
-    a container is what that is.
+    a container is treated as that. One that optree knows in another namespace belongs to another library, and is a leaf.
     """
     if not dataclasses.is_dataclass(kind) or issubclass(kind, torch.Tensor | dict | list | tuple):
         return False
-    if any("__call__" in vars(base) for base in kind.__mro__):
+    if any("__call__" in vars(base) for base in kind.__mro__) or hasattr(kind, "__optree_dataclass_fields__"):
         return False
     fields = dataclasses.fields(kind)
     children = tuple([field.name for field in fields if field.metadata.get("pytree_node", True)])
@@ -68,7 +68,7 @@ def _adopted(kind: type) -> bool:
         return [getattr(node, name) for name in children], tuple([getattr(node, name) for name in constants]), children
 
     def build(values: Any, leaves: Any) -> Any:
-        node = object.__new__(kind)  # not by its constructor, which may check what is no tensor now
+        node = object.__new__(kind)  # not by its constructor, which may check values that are no tensors now
         for name, value in (*zip(children, leaves, strict=True), *zip(constants, values, strict=True)):
             object.__setattr__(node, name, value)
         return node
@@ -102,7 +102,7 @@ def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, refer
     return leaves
 
 
-def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - it is what the field calls it
+def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - the field's name
     """Apply `function` to every leaf of `tree` and to what stands at the same places in `rest`; None stays None.
 
     Args:
@@ -133,7 +133,7 @@ def device_of(tree: Tree) -> torch.device | None:
 
 
 def stop_gradient(tree: Tree) -> Tree:
-    """Cut a tree off from what it was computed from: every tensor is detached, in reverse and in forward mode.
+    """Cut a tree off from its history: every tensor is detached, in reverse and in forward mode.
 
     Args:
         tree: any tree: parameters, a state, what `fo.meta.unroll` returns. Leaves that are no tensors stay as they are.
@@ -228,7 +228,7 @@ class Prefixes:
         self._known: list[tuple[Tree, list[Any]]] = []
 
     def of(self, prefix: Tree) -> list[Any]:
-        """Give every leaf of the tree what the prefix has for it; see `broadcast_prefix`."""
+        """Give every leaf of the tree the prefix's value for it; see `broadcast_prefix`."""
         for known, found in self._known:
             if known is prefix:
                 return found
@@ -276,7 +276,7 @@ def is_leaf(node: Tree) -> bool:
 
 
 def _is_record(node: Tree) -> bool:
-    """Tell whether this is a NamedTuple: by hand, for what is traced of optree is guarded at every call."""
+    """Tell whether this is a NamedTuple: by hand, for torch.compile guards optree's code at every call."""
     return isinstance(node, tuple) and hasattr(type(node), "_fields")
 
 
@@ -301,7 +301,7 @@ def children(node: Tree) -> dict[Any, Tree]:
 
 
 class _TracedStructure:
-    """What optree's PyTreeSpec does, for what torch.compile cannot trace of it: dicts without tensors, as masks are.
+    """optree's PyTreeSpec, for the trees in which torch.compile cannot trace it: dicts without tensors, as masks are.
 
     The keys are sorted once, and leaves are met without a call for each, for every instruction takes time to trace.
     """

@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_not_set():
         ValueError, match=r"value for 'a\.1\.1\.exp_avg\.x' has shape \(3,\), but what is there has \(2,\)"
     ):
         T.set(tree, "exp_avg.x", torch.ones(3))
-    with pytest.raises(ValueError, match=r"the value and what is at 'a\.1\.1\.exp_avg' do not match: 'y' is missing"):
+    with pytest.raises(ValueError, match=r"the value and the node at 'a\.1\.1\.exp_avg' do not match: 'y' is missing"):
         T.set(tree, "exp_avg", {"x": torch.ones(2)})
     with pytest.raises(TypeError, match=r"value for 'b\.step' is torch\.float64, but what is there is torch\.int64"):
         T.set(tree, "step", 0.5, path="b")
