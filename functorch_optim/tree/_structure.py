@@ -54,7 +54,7 @@ def _adopted(kind: type) -> bool:
     """Register the type of a leaf, if it is a dataclass, as a node; tell whether it is one now.
 
     A dataclass that can be called is a function to this library: a schedule, say. One that is derived from a tensor or
-    a container is treated as that. One that optree knows in another namespace belongs to another library, and is a leaf.
+    a container is treated as that. One that optree knows in another namespace is a leaf.
     """
     if not dataclasses.is_dataclass(kind) or issubclass(kind, torch.Tensor | dict | list | tuple):
         return False
