@@ -18,6 +18,7 @@ from functorch_optim._labels import frozen, label, label_table, layer_decay, par
 from functorch_optim._learning_rate import learning_rate
 from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._modules import buffers_of, params_of
+from functorch_optim._names import get, names
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
@@ -112,6 +113,7 @@ __all__ = [
     "freeze",
     "from_torch",
     "frozen",
+    "get",
     "identity",
     "inject_hyperparams",
     "keep_params_nonnegative",
@@ -133,6 +135,7 @@ __all__ = [
     "muon",
     "nadam",
     "named_chain",
+    "names",
     "normalize_by_update_norm",
     "optim",
     "optimistic_gradient",

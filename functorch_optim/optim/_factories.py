@@ -182,15 +182,15 @@ def check_spelling(factory: Factory, group: Mapping[str, Any]) -> None:
     """
     known = parameters(factory)
     for name in group:
-        meant = None if name in known or name in _OF_GROUPS else _meant(str(name), known)
-        if meant is not None:
+        right = None if name in known or name in _OF_GROUPS else meant(str(name), known)
+        if right is not None:
             raise TypeError(
-                f"{name_of(factory)} has no hyperparameter {name!r}, which a param group gives; did you mean {meant!r}"
+                f"{name_of(factory)} has no hyperparameter {name!r}, which a param group gives; did you mean {right!r}"
                 f"? It has {', '.join(known)}"
             )
 
 
-def _meant(name: str, known: Iterable[str]) -> str | None:
+def meant(name: str, known: Iterable[str]) -> str | None:
     """Find the hyperparameter that a word looks like: by its letters, its first letters, or its initials."""
     for right in known:
         if name.endswith(f"_{right}") or name.startswith(f"{right}_"):

@@ -105,6 +105,7 @@ LAYERS = [
     "optim",
     "optim._convert",
     "_learning_rate",
+    "_names",
     "_former",
     "testing._comparison",
     "testing._copies",

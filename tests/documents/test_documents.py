@@ -99,6 +99,7 @@ def test_the_citation_has_the_version():
         ("EMA", "averaging"),
         ("Lookahead", "averaging"),
         ("gradients", "clipping-and-accumulation"),
+        ("configuration file", "configuration-files"),
         ("weight decay on bias", "labels"),
         ("layer-wise learning rate decay", "labels"),
         ("freeze", "labels"),
