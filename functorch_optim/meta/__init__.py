@@ -1,4 +1,4 @@
-"""Optimization of what an optimization depends on."""
+"""Differentiation of optimizations: of training runs, solutions and inner loops."""
 
 from functorch_optim.meta._check import DerivativeCheck, check_derivative
 from functorch_optim.meta._exact import exact_derivatives

@@ -17,10 +17,10 @@ _LOOKS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf",
 
 
 class Capture(TorchFunctionMode):
-    """Collects the tensors that a function closes over, and that a derivative is wanted of or that vmap batches.
+    """Collects the tensors that a function closes over, if vmap batches them or a derivative is wanted of them.
 
-    Such a tensor comes, as an argument of a torch function, without having been computed by one before. What is
-    computed sees it as a constant, and records nothing.
+    Such a tensor is an argument of a torch function, and no torch function inside has computed it. The function is
+    given a constant in its place, and so autograd records nothing.
 
     Attributes:
         found: tensors, in the order in which they were met, and whether a derivative is wanted of each.
@@ -28,7 +28,7 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
-        """Begin with the arguments of the function, and with what it is given in place of them."""
+        """Begin with the arguments of the function, and with the constants that it is given in their place."""
         super().__init__()
         self.found: list[tuple[Tensor, bool]] = []
         self.others: list[tuple[weakref.ref[Tensor], int]] = []
@@ -40,8 +40,8 @@ class Capture(TorchFunctionMode):
         self._begin = _sequence_number()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a torch function, with constants in place of what comes from outside."""
-        if function in _LOOKS:  # nobody shall see that they are constants
+        """Call a torch function, with constants in place of tensors from outside."""
+        if function in _LOOKS:  # these must answer for the tensors, and not for the constants
             return function(*[self._originals.get(id(arg), arg) for arg in args])
         if function is not computed:
             args, kwargs = _replaced(self._constant, args, kwargs or {})
@@ -50,10 +50,10 @@ class Capture(TorchFunctionMode):
         return result
 
     def constants(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return what the function returned as constants, tensors from outside too.
+        """Return the results of the function as constants, tensors from outside too.
 
         Raises:
-            RuntimeError: one has a derivative: it can only have that of something that was not found.
+            RuntimeError: a result has a derivative. It must come from a tensor that was not found.
         """
         outputs = [self._constant(output) for output in outputs]
         for output in outputs:
@@ -87,7 +87,7 @@ class Capture(TorchFunctionMode):
         return self._know(tensor)
 
     def _is_inner(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor depends, for autograd, on tensors alone that were made inside of the function."""
+        """Tell whether all tensors that autograd knows a tensor to depend on were made inside of the function."""
         for value in _unwrapped(tensor):
             if value.requires_grad and value.grad_fn is None and id(value) not in self._known:
                 return False
@@ -115,19 +115,19 @@ class Substitute(TorchFunctionMode):
     """Puts other tensors in place of those that `Capture` found."""
 
     def __init__(self, found: Sequence[tuple[Tensor, bool]], others: Sequence[Tensor]) -> None:
-        """Hold what was found, and what to put in place of each."""
+        """Hold the tensors that were found, and a substitute for each."""
         super().__init__()
         self._found = found
         self._others = {id(tensor): other for (tensor, _), other in zip(found, others, strict=True)}
         self._met: set[int] = set()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a torch function with the others."""
+        """Call a torch function with the substitutes."""
         args, kwargs = _replaced(self._other, args, kwargs or {})
         return function(*args, **kwargs)
 
     def others(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return what the function returned, with the others.
+        """Return the results of the function, with the substitutes.
 
         Raises:
             RuntimeError: a tensor was not met this time.
@@ -160,7 +160,7 @@ def check_unchanged(others: Sequence[tuple["weakref.ref[Tensor]", int]]) -> None
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return two numbers, by which to know a tensor again: a product with fixed weights, and the norm."""
+    """Return two numbers that identify a tensor: a product with fixed weights, and the norm."""
     x = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
     x = x.to(torch.float32 if x.dtype in HALF else x.dtype if x.is_floating_point() else torch.float64)
     x = x.flatten().nan_to_num(1.0, 2.0, -2.0)  # NaN is like NaN
@@ -169,10 +169,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def check_repeated(first: Iterable[Tensor], again: Sequence[Tensor]) -> None:
-    """Raise when a function returns other numbers than those that the fingerprints of the first time are of.
+    """Raise when the second results of a function do not match the fingerprints of its first results.
 
-    The same computation may round differently, where threads add up in another order: a difference of the square root
-    of the precision, relative to the norm, is let pass.
+    The same computation may round differently where threads add up in another order. Therefore a difference of the
+    square root of the precision, relative to the norm, is allowed.
     """
     for old, tensor in zip(first, again, strict=True):
         new = fingerprint(tensor)
@@ -187,14 +187,14 @@ def check_repeated(first: Iterable[Tensor], again: Sequence[Tensor]) -> None:
 
 
 def _holds(condition: Tensor) -> bool:
-    """Tell whether a condition holds anywhere, in any batch of torch.vmap too."""
+    """Tell whether a condition holds anywhere, including all batches of torch.vmap."""
     *_, condition = _unwrapped(condition)
     with torch._C._DisableFuncTorch():
         return condition.device.type != "meta" and bool(condition.any())
 
 
 def computed(tensors: list[Tensor]) -> list[Tensor]:
-    """Return tensors that a transform has computed, and let `Capture` know, which sees torch functions alone."""
+    """Return tensors that a transform has computed, and tell `Capture`, which sees only torch functions."""
     if has_torch_function(tensors):
         known: list[Tensor] = handle_torch_function(computed, tensors, tensors)
         return known
@@ -218,7 +218,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def _unwrapped(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor, and what it wraps, level by level."""
+    """Yield a tensor, and the tensors that it wraps, level by level."""
     yield tensor
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)

@@ -1,4 +1,4 @@
-"""A derivative beside finite differences."""
+"""Comparison of a derivative with finite differences."""
 
 import dataclasses
 import itertools
@@ -13,24 +13,24 @@ from functorch_optim import tree
 from functorch_optim.meta._derivative import is_differentiable, replaced
 
 _WIDTHS = tuple(2.0**-k for k in range(4, 18, 2))
-_RELATIVE = 1e-6  # an error that is none
-_ROUNDING = 1e-15  # of a value
-_DOUBT = 1e-3  # more than that, relative to the derivative, and differences say nothing
+_RELATIVE = 1e-6  # a smaller relative error is none
+_ROUNDING = 1e-15  # relative rounding error of a value
+_DOUBT = 1e-3  # finite differences are not used as evidence above this doubt, relative to the derivative
 
 
 @dataclasses.dataclass(frozen=True)
 class DerivativeCheck:
-    """What `check_derivative` returns: it prints as a verdict.
+    """The result of `check_derivative`; it prints as a verdict.
 
-    `ok` is True where differences say something, and the derivative is theirs in every mode. `verdict(mode)` says in a
-    few words what is to be said of one.
+    `ok` is True where finite differences are reliable and torch's derivative agrees with them in every mode.
+    `verdict(mode)` gives the verdict on one mode in a few words.
 
     Attributes:
         value: the number that the function returns.
         differences: the directional derivative by central differences.
-        doubt: how far that may be from the truth.
+        doubt: estimated error of `differences`.
         found: for each mode the derivative that torch computes, or the message of the error that it raises.
-        repeats: whether the function returned the same when it was called again.
+        repeats: whether a second call of the function returned the same number.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -46,11 +46,11 @@ class DerivativeCheck:
 
     @property
     def ok(self) -> bool:
-        """Tell whether differences say something, and torch's derivative is theirs in every mode."""
+        """Tell whether differences are reliable, and torch's derivative agrees with them in every mode."""
         return all(self.verdict(mode) == "right" for mode in self.found)
 
     def verdict(self, mode: str) -> str:
-        """Say in a few words what is to be said of a mode."""
+        """Give the verdict on one mode in a few words."""
         value = self.found[mode]
         if isinstance(value, str):
             return f"raises: {value}"
@@ -81,22 +81,23 @@ def check_derivative(
 
         d/dt f(x + t v) at t = 0,    against    (f(x + h v) - f(x - h v)) / 2h
 
-    Everything is computed in float64. Of several widths h those are taken that agree best, extrapolated to h = 0, and
-    how far they agree is how far they are believed.
+    Everything is computed in float64. Differences are taken with several widths h and extrapolated to h = 0. The two
+    neighbouring widths that agree best give the derivative, and their disagreement is the doubt.
 
     Args:
-        function: f, which returns one real number, a 0-dim tensor: a loss after training, say. It must return the same
-            each time, and compute in the precision of its arguments: what it closes over should be float64.
-        *args: its arguments, trees. The derivative is by all floating-point tensors in them; v has their sizes.
+        function: f, which returns one real number, a 0-dim tensor: a loss after training, for example. Each call must
+            return the same. It computes in the precision of its arguments: tensors in its closure should be float64.
+        *args: its arguments, trees. The derivative is with respect to all floating-point tensors in them; v has their
+            sizes.
         modes: "reverse", which is `torch.func.grad`, and "forward", `torch.func.jvp`.
-        seed: of the direction.
+        seed: seed of the random direction.
 
     Returns:
-        `DerivativeCheck`, which prints as a verdict; `check.ok` is True where all is right.
+        `DerivativeCheck`, which prints as a verdict; `check.ok` is True when the derivative passes in every mode.
 
     Raises:
         ValueError: there is no floating-point tensor in the arguments; f does not return one real number; a mode is
-            neither of the two.
+            neither "reverse" nor "forward".
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -150,9 +151,9 @@ def _direction(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _differences(value: Callable[[float], float]) -> tuple[float, float]:
-    """Return the derivative at 0, and how far neighbouring widths disagree about it where they agree best.
+    """Return the derivative at 0, and the smallest disagreement of neighbouring widths about it.
 
-    A kink at 0 is where the slopes to both sides do not come together.
+    At a kink the slopes to the two sides do not converge to each other.
     """
     center = value(0.0)
     sides = [(value(h) - center, center - value(-h)) for h in _WIDTHS]

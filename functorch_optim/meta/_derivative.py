@@ -1,4 +1,4 @@
-"""Derivatives of functions of lists of tensors, at whatever levels of torch.func they are taken."""
+"""Derivatives of functions of lists of tensors, at any levels of torch.func."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def requires_grad(value: Tensor) -> bool:
-    """Tell whether reverse mode records what is computed from a tensor, at any level of torch.func or by autograd."""
+    """Tell whether reverse mode records computations with a tensor, at any level of torch.func or by autograd."""
     while not value.requires_grad:
         if not _functorch.is_functorch_wrapped_tensor(value):
             return False
@@ -64,15 +64,15 @@ def requires_grad(value: Tensor) -> bool:
 
 
 def alive(tensor: Tensor) -> Tensor:
-    """Return a tensor that a backward has saved, without a level that has ended.
+    """Return a saved tensor without the level of torch.func that has ended.
 
-    A function that torch.func.vjp returned, such as that of `pullback`, saves tensors of that level.
+    The function that torch.func.vjp returns, such as that of `pullback`, saves tensors of its level.
     """
     return _functorch.unwrap_if_dead(tensor)
 
 
 def forward_mode() -> contextlib.AbstractContextManager[None]:
-    """Turn forward mode on in the `jvp` of an autograd.Function: it is off there, for outer levels too, silently."""
+    """Turn forward mode on in the `jvp` of an autograd.Function: torch turns it off there, for outer levels too."""
     context: contextlib.AbstractContextManager[None] = forward_ad._set_fwd_grad_enabled(True)
     return context
 

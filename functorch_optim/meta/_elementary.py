@@ -1,7 +1,7 @@
-"""Torch's operations in elementary ones, whose derivatives are right where those of torch's own are not.
+"""Torch's operations, composed of elementary ones whose derivatives are right where torch's own are not.
 
-Each function has the arguments and the values of the torch function that it stands for. What torch refuses is given to
-torch, which says what is wrong. `docs/audit.md` has what torch does with each.
+Each function has the arguments and the values of the torch function that it stands for. Wrong arguments are passed on
+to torch, whose error explains the mistake. `docs/audit.md` lists torch's errors in the derivatives of each.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from torch.nn import functional
 from functorch_optim._core.checks import HALF
 from functorch_optim._numerics import safe_sqrt
 
-# Normalizations. Torch's backward passes take the mean and the deviation of the forward pass for constants, and their
-# batching rules add up what must stay apart. -------------------------------------------------------------------------
+# Normalizations. Torch's backward passes treat the mean and the deviation of the forward pass as constants, and their
+# batching rules add up derivatives that must stay apart. --------------------------------------------------------------
 
 
 def layer_norm(
@@ -30,7 +30,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     shapes = [input.shape[max(input.ndim - len(shape), 0) :], *[p.shape for p in (weight, bias) if p is not None]]
     if not shape or any(other != shape for other in shapes):
-        return torch.layer_norm(input, shape, weight, bias, eps, cudnn_enable)  # it says what is wrong
+        return torch.layer_norm(input, shape, weight, bias, eps, cudnn_enable)  # raises torch's error
     single = input.is_cuda and torch.is_autocast_enabled("cuda")
     x = _standardized(_full(input), tuple(range(-len(shape), 0)), eps)
     return _affine(x, weight, bias).to(torch.float32 if single else input.dtype)
@@ -54,7 +54,7 @@ def batch_norm(
     parameters, rest = (weight, bias, running_mean, running_var), (training, momentum, eps, cudnn_enabled)
     fixed = not training and running_mean is not None  # then torch is right
     if fixed or input.ndim < 2 or any(p is not None and p.shape != input.shape[1:2] for p in parameters):
-        return torchs(input, *parameters, *rest)  # it says what is wrong
+        return torchs(input, *parameters, *rest)  # raises torch's error, or is right
     if running_mean is not None:  # torch keeps the running statistics, which have no derivatives
         torchs(input.detach(), None, None, running_mean, running_var, *rest)
     along = (-1, *[1] * (input.ndim - 2))
@@ -88,7 +88,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _full(x: Tensor) -> Tensor:
-    """Return what torch's kernels compute with: half precision is too little for means."""
+    """Return the tensor in the precision of torch's kernels: half precision is too little for means."""
     return x.float() if x.dtype in HALF else x
 
 
@@ -98,7 +98,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
-# What has no second derivative, or none in forward mode. ------------------------------------------------------------
+# Operations without a second derivative, or without one in forward mode. --------------------------------------------
 
 
 def scaled_dot_product_attention(
@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if torch.is_autocast_enabled(query.device.type):  # it knows the function by the name that is replaced
+    if torch.is_autocast_enabled(query.device.type):  # autocast knows only the name of the replaced function
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -158,18 +158,18 @@ def hardsigmoid(input: Tensor) -> Tensor:  # noqa: A002
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
     if input.ndim == 0 or input.shape[dim] % 2:
-        return functional.glu(input, dim)  # it says what is wrong
+        return functional.glu(input, dim)  # raises torch's error
     a, b = input.chunk(2, dim)
     return a * b.sigmoid()
 
 
-# What has a wrong derivative for a reason of its own. -----------------------------------------------------------------
+# Operations whose derivative is wrong for a reason of their own. ------------------------------------------------------
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
     size = input.shape[dim]
     if not -size <= index < size or src.ndim != input.ndim - 1:
-        return torch.select_scatter(input, src, dim, index)  # it says what is wrong
+        return torch.select_scatter(input, src, dim, index)  # raises torch's error
     start = index % size
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, start, start + 1)
 
@@ -180,10 +180,10 @@ def cholesky_inverse(input: Tensor, upper: bool = False, **out: Any) -> Tensor: 
 
 
 def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
-    return functional.linear_cross_entropy(*args, **kwargs)  # it is right where it is not cut into chunks
+    return functional.linear_cross_entropy(*args, **kwargs)  # torch's derivative is right without chunks
 
 
-# What is wrong in forward mode over forward mode alone: torch saves the LU decomposition of the forward pass. --------
+# Operations that are wrong only in forward mode over forward mode: torch saves the forward pass's LU decomposition. ---
 
 
 def solve(A: Tensor, B: Tensor, *, left: bool = True, **out: Any) -> Any:  # noqa: N803 - torch's names

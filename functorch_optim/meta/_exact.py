@@ -1,4 +1,4 @@
-"""The same computation with right derivatives: what torch differentiates wrongly is replaced while a function runs."""
+"""Right derivatives: operations that torch differentiates wrongly are replaced while a function runs."""
 
 import contextlib
 import types
@@ -16,27 +16,27 @@ from functorch_optim.meta import _elementary as elementary
 class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa: N801 - used as torch.no_grad is
     """Compute with operations whose derivatives are right in all orders and modes, and under vmap.
 
-    Where derivatives are nested, torch (2.13) differentiates some operations wrongly, without a word: in
+    Torch (2.13) differentiates some operations wrongly, and without a warning, when derivatives are nested: in
     `torch.func.grad(torch.vmap(f))`, where f takes a gradient itself, as for meta-gradients over a batch of tasks; in
     forward mode over forward mode; from the third derivative on. Other operations have no second derivative. Inside of
-    `exact_derivatives` they are replaced by the same formulas in elementary operations:
+    `exact_derivatives` both kinds are replaced by the same formulas in elementary operations:
 
     - wrong in torch: `layer_norm`, `batch_norm`, `instance_norm`, `weight_norm`, `select_scatter`, `cholesky_inverse`,
       `linear_cross_entropy` in chunks; in forward mode over forward mode `linalg.solve` and determinants;
     - missing in torch: `scaled_dot_product_attention`, `cdist`, `pdist`, `huber_loss`, `soft_margin_loss`,
       `hardsigmoid`, `glu`.
 
-    So they are in modules, such as `LayerNorm`, `MultiheadAttention` and `TransformerEncoder`. Values are torch's, to
-    rounding. What is replaced is slower than torch's one kernel, and attention keeps its matrix of weights. Calls of
-    other torch functions take a microsecond longer.
+    The modules that call them, such as `LayerNorm`, `MultiheadAttention` and `TransformerEncoder`, become right too.
+    Values are torch's, up to rounding. A replacement is slower than torch's one kernel, and attention keeps its matrix
+    of weights. Calls of other torch functions take a microsecond longer.
 
     `fo.meta.unroll`, `inner_loop`, `forward_grad`, `checkpoint` and `custom_root` do this to the functions that they
-    are given. For loops by hand it is used as `torch.no_grad` is: `with fo.meta.exact_derivatives():` around what
-    computes the loss, or `@fo.meta.exact_derivatives()` on the loss function. It may stand inside and outside of the
-    transforms of torch.func and of what `torch.compile` compiles, and may be nested.
+    are given. In your own loops use it as you use `torch.no_grad`: `with fo.meta.exact_derivatives():` around the
+    computation of the loss, or `@fo.meta.exact_derivatives()` on the loss function. It works inside and outside of the
+    transforms of torch.func and of functions that `torch.compile` compiles. It may be nested.
 
-    Not replaced is what Python does not call by its torch name: `torch.ops.aten.native_layer_norm`, and modules that
-    went through `torch.jit`. The page "Derivatives in torch" of the documentation lists what is wrong in torch.
+    Only calls by torch's Python names are replaced. `torch.ops.aten.native_layer_norm` and modules that went through
+    `torch.jit` are not. The page "Derivatives in torch" of the documentation lists the errors in torch.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -54,7 +54,7 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
     """
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a torch function, or what stands for it."""
+        """Call a torch function, or its replacement."""
         if function in _OPENED:
             with self:
                 return _OPENED[function](*args, **(kwargs or {}))
@@ -62,9 +62,9 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy a function of torch that is written in Python, without the question whether a mode wants to see it.
+    """Copy a function of torch that is written in Python, without the check whether a mode handles it.
 
-    A mode sees a torch function as one call. What the copy calls is seen.
+    A mode sees a torch function as one call. It sees each call that the copy makes.
     """
     questions = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     names = {**function.__globals__, **dict.fromkeys(questions, _no)}

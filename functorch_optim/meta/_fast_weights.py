@@ -17,31 +17,32 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
 
         theta_0 = the parameters of the module;    theta_(k+1) = theta_k + update(gradient of loss_k at theta_k)
 
-    What is computed from the last theta has derivatives through all steps: with respect to the parameters of the
-    module, to data, to what came in by `params` and `state`, and to hyperparameters that are tensors. Those that
-    require grad belong into the meta optimizer, next to the parameters.
+    A loss that is computed from the last theta has derivatives through all steps: with respect to the parameters of
+    the module, to data, to the given `params` and `state`, and to hyperparameters that are tensors. Give the meta
+    optimizer the hyperparameters that require grad, next to the parameters.
 
-    `inner(*args, **kwargs)` calls the module with the fast weights, and with copies of its buffers, the running
-    statistics of BatchNorm say. `inner.step(loss)` takes a step. Values, buffers and `.grad` of the module stay as they
-    are. Frozen parameters are used and not updated; tied ones stay tied; one without a gradient stays where it is.
+    `inner(*args, **kwargs)` calls the module with the fast weights, and with copies of its buffers, such as the running
+    statistics of BatchNorm. `inner.step(loss)` takes a step. Values, buffers and `.grad` of the module do not change.
+    Frozen parameters are used and not updated. Tied parameters stay tied. A parameter without a gradient keeps its
+    value.
 
     Every `inner` has weights of its own, so that several may be open at once. After its `with` it may still be read and
-    called, but `step` raises. What it holds lives as long as `inner` itself and what was computed with it.
+    called, but `step` raises. Its tensors live as long as `inner` and the results computed with it.
 
     Args:
         module: is called as it is, with its hooks and in its training mode.
         tx: transformation, such as `fo.adam(1e-3)`.
-        params: tensors by name, where fast weights begin: those of a former loop say. The parameters named here adapt,
-            even frozen ones, and the others are used as they are. None: all adapt that require grad.
-        buffers: tensors by name, where buffers begin; those not named here begin at the module's.
-        state: where the state of `tx` begins; None is `tx.init` of the fast weights.
-        first_order: whether gradients are constants, so that there are no second derivatives: derivatives flow through
-            theta + u, and through what `tx` does with theta and its hyperparameters. What comes in by gradients alone
-            has derivative 0 through the steps: the data, and numbers in the loss, such as the strength of an
-            augmentation. Only what a transformation differentiates by itself, as `lbfgs` does after its first
-            evaluation, is no constant.
-        differentiable: False for an adaptation without outer derivatives, at test time say: memory does not grow with
-            the steps, and nothing reaches the parameters of the module, nor the hyperparameters.
+        params: first values of the fast weights, tensors by name, such as those of a former loop. Only the parameters
+            named here adapt, even frozen ones; the others are used as they are. None: all that require grad adapt.
+        buffers: first values of the buffers, tensors by name; a buffer without one begins with the module's value.
+        state: first state of `tx`; None is `tx.init` of the fast weights.
+        first_order: whether gradients are constants, so that there are no second derivatives. Derivatives still flow
+            through theta + u, and through the arithmetic of `tx` with theta and its hyperparameters. Arguments that
+            act through gradients alone have derivative 0 through the steps: the data, and numbers in the loss, such as
+            the strength of an augmentation. Gradients that a transformation takes by itself, as `lbfgs` does after its
+            first evaluation, are no constants.
+        differentiable: False for an adaptation without outer derivatives, for example at test time. Memory does not
+            grow with the steps, and neither the parameters of the module nor the hyperparameters get a derivative.
 
     Attributes:
         params: fast weights by the names of `module.named_parameters()`; a step makes new ones.
@@ -49,14 +50,14 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         state: the state of `tx`; a step makes a new one.
 
     Raises:
-        TypeError: `module` is no module, `tx` is no transformation, or something in `params` or `buffers` no tensor.
+        TypeError: `module` is no module, `tx` is no transformation, or an entry of `params` or `buffers` is no tensor.
         ValueError: the module has no parameter or buffer of that name, or there is nothing to adapt.
 
     Different from higher: there is no copy of the module, and any transformation will do. Buffers are copied before
-    every call, so that a module may change in place what it also computes with.
+    every call, so that a module may modify a buffer in place and also compute with it.
 
-    `inner` is for `backward` and `torch.autograd.grad`. Inside of `torch.func.grad` and `torch.vmap` torch refuses
-    it: write the loop as a function there, of `tx.update` and `torch.func.functional_call`. Modules that went through
+    `inner` is for `backward` and `torch.autograd.grad`. Torch refuses it inside of `torch.func.grad` and `torch.vmap`:
+    there write the loop as a function, with `tx.update` and `torch.func.functional_call`. Modules that went through
     torch.compile have no second derivatives, unless the backend is "eager": give `first_order=True` for them.
 
     Source: Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, arXiv:1703.03400;
@@ -118,11 +119,11 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         """Call the module with the fast weights and with copies of the buffers, which are `inner.buffers` afterwards.
 
         Args:
-            *args: what the module takes.
-            **kwargs: likewise.
+            *args: arguments of the module.
+            **kwargs: keyword arguments of the module.
 
         Returns:
-            What the module returns.
+            The result of the module.
         """
         tensors = {**self.params, **self._copied(self.buffers)}
         placed = {place: tensors[name] for place, name in self._places.items() if name in tensors}
@@ -136,16 +137,17 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
         """Take a step: make new fast weights and a new state.
 
         Args:
-            loss: 0-dim tensor, computed by `inner(...)` or from `inner.params`. It is also what a transformation that
-                declares the extra `value` is given.
-            **extra: by name, what some transformation declares. To the `value_fn` of `lbfgs` fast weights are given, by
-                name: `lambda params: loss_fn(torch.func.functional_call(model, params, (x,)), y)`.
+            loss: 0-dim tensor, computed by `inner(...)` or from `inner.params`. A transformation that declares the
+                extra `value` is given it, too.
+            **extra: keyword arguments that a transformation in the chain declares. The `value_fn` of `lbfgs` is called
+                with a dict of fast weights:
+                `lambda params: loss_fn(torch.func.functional_call(model, params, (x,)), y)`.
 
         Raises:
-            RuntimeError: the `with` has ended; grad mode is off; the loss does not depend on the fast weights as they
-                are now, or its graph was freed.
-            TypeError: the loss is no tensor; an extra that nothing declares, or one that is missing.
-            ValueError: the loss is not one real number; the state is another's.
+            RuntimeError: the `with` has ended; grad mode is off; the loss does not depend on the present fast weights,
+                or its graph was freed.
+            TypeError: the loss is no tensor; an extra is not declared, or is missing.
+            ValueError: the loss is not one real number; the state belongs to another transformation.
         """
         self._check(loss)
         grads = self._grads(loss)
@@ -190,7 +192,7 @@ class inner_loop:  # noqa: N801 - it is used like a function, as torch.no_grad i
     def _grads(self, loss: Tensor) -> dict[str, Tensor | None]:
         fast = list(self.params.values())
         try:
-            # The loss may be part of the outer one too, where there is one.
+            # The loss may also be a part of an outer loss.
             grads = torch.autograd.grad(
                 loss, fast, retain_graph=self._differentiable, create_graph=self._second_order, allow_unused=True
             )

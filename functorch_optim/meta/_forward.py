@@ -1,4 +1,4 @@
-"""Gradients by forward mode, whose memory does not grow with the length of a computation."""
+"""Gradients by forward mode. Its memory does not grow with the length of a computation."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -26,31 +26,31 @@ def forward_grad(
 
         df/dx_i = (d/dt) f(x + t e_i) at t = 0,    for each number x_i
 
-    Next to every tensor that f computes, its derivative is computed, and nothing is kept to go back through: where f
-    trains for many steps, the memory is that of one step, however many there are. The time is that of two to three
-    evaluations of f for each number. The gradient is exact, that of `torch.func.grad`.
+    The derivative of every tensor is computed together with the tensor, and nothing is kept for a backward pass. If f
+    trains for many steps, the memory is therefore that of one step. The time is that of two to three evaluations of f
+    for each number. The gradient is exact, and equals that of `torch.func.grad`.
 
     Args:
-        function: f, which returns a 0-dim tensor. Gradients inside of it, those that it trains with, are taken by
+        function: f, which returns a 0-dim tensor. It must take its own gradients, such as those of a training, by
             `torch.func.grad`.
         argnums: which of its positional arguments to differentiate, as in `torch.func.grad`: trees of floating-point
             or complex tensors; None where one is missing.
-        has_aux: whether f returns a pair, the number and a tree of tensors that has no derivative: the number itself,
-            say, or the trained parameters.
+        has_aux: whether f returns a pair: the number, and a tree of tensors that has no derivative, such as the
+            trained parameters.
         vectorize: whether f is evaluated once, with all derivatives at once, by `torch.vmap`: faster, with memory for
-            all of them. Otherwise it is evaluated for one number after the other, and must give the same each time:
-            seed what is random in it.
+            all of them. Otherwise it is evaluated for one number after the other, and each evaluation must give the
+            same result: seed its random numbers.
         create_graph: whether autograd records the computation, where grad is enabled, so that `backward` and
             `torch.autograd.grad` can differentiate the gradient; memory then grows with the steps. Otherwise nothing is
-            recorded, even where f uses tensors that require grad, and to them the gradient is a constant. To
-            `torch.func.grad`, `jvp` and the like it never is: these may be put around it in any case.
+            recorded, and autograd sees the gradient as a constant, even if f uses tensors that require grad.
+            `torch.func.grad`, `jvp` and the like can differentiate the gradient in both cases.
 
     Returns:
         A function of the arguments of `function` that returns a tree like the argument, or a tuple of trees for a tuple
-        of `argnums`; with `has_aux` a pair, the gradient and what f returned with its number.
+        of `argnums`; with `has_aux` a pair, the gradient and the tree that f returned with its number.
 
     Raises:
-        TypeError: there is something else than floating-point or complex tensors in the argument.
+        TypeError: a leaf of the argument is no floating-point or complex tensor.
         ValueError: there is no number in the argument; f does not return one real number.
 
     Source: Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, arXiv:1703.01785:
@@ -133,7 +133,7 @@ def _check_number(value: Any) -> None:
 
 
 def _is_differentiated() -> bool:
-    """Tell whether there is a reverse mode of torch.func around, to which no_grad would be a zero derivative."""
-    if torch.compiler.is_compiling():  # it cannot be asked there
+    """Tell whether a reverse mode of torch.func is active. Under no_grad it would compute zero derivatives."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the question
         return True
     return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())

@@ -29,35 +29,37 @@ def custom_root(
 
         dx = -A^(-1) dF/dargs dargs,    A = dF/dx,    F = optimality_fn, at the x that the solver returns
 
-    The value is the solver's, to the last bit. The solver may do anything: loop in python, call `.item()` or scipy,
-    train with `backward`; it sees constants, and nothing of it is differentiated. Derivatives of any order, in both
+    The value is the solver's, to the last bit. The solver may do anything: loop in Python, call `.item()` or scipy,
+    train with `backward`. It is given constants, and is never differentiated. Derivatives have any order, in both
     modes: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`, `backward`, `create_graph=True`, and
-    `torch.autograd.forward_ad`. They are as good as the solution: where F(x, *args) is not zero, they are off.
+    `torch.autograd.forward_ad`. They are as accurate as the solution: if F(x, *args) is not zero, they have an error.
 
     Args:
         optimality_fn: `optimality_fn(x, *args)`, built like x and zero at the solution: the gradient of a loss, such
-            as `torch.func.grad(loss)`. It is pure, and differentiable twice by `torch.func`. What is differentiated
-            comes in through args, and not through a closure.
+            as `torch.func.grad(loss)`. It is pure, and differentiable twice by `torch.func`. Tensors to differentiate
+            must be arguments; it must not close over them.
         has_aux: whether the solver returns a pair, the solution and something else, which has no derivative.
         solve: linear solver, `solve(matvec, b)`, for products with A' in reverse mode and with A in forward mode. The
             default is for any nonsingular A. Up to 256 unknowns it makes the matrix: a condition number k costs
-            log10(k) digits, of 16 in float64 and 7 in float32. Above it iterates, some k times, and the tolerance
-            leaves an error of up to k tol. `solve_cg` is faster there where A is symmetric and positive definite, as
-            the Hessian at a minimum is; `functools.partial(solve_cg, tol=1e-10)` gives more digits than its 1e-5.
-        sequential: whether `torch.vmap` runs the solver for one member of the batch after the other, as a solver needs
-            that branches on values in python, or leaves torch. Otherwise it is batched, and so must be made of what
-            can be, `functorch_optim.control.while_loop` for a loop that ends when data says so.
+            log10(k) digits, of 16 in float64 and 7 in float32. For more unknowns it takes about k iterations, and the
+            tolerance leaves an error of up to k tol. There `solve_cg` is faster if A is symmetric and positive
+            definite, as the Hessian at a minimum is; `functools.partial(solve_cg, tol=1e-10)` gives more digits than
+            its default of 1e-5.
+        sequential: whether `torch.vmap` runs the solver for one member of the batch after the other. Solvers need this
+            if they branch on values in Python or leave torch. Otherwise the solver is batched, and must consist of
+            functions that can be: `functorch_optim.control.while_loop` for a loop that ends by its data.
 
     Returns:
-        A decorator. The decorated function takes `init` and `args`, trees of anything; the derivative is with respect
-        to the floating-point and complex tensors in args. That with respect to `init` is zero. `torch.compile` breaks
-        its graph there, and cannot do so within `torch.func.grad`: compile the solver and `optimality_fn` instead.
+        A decorator. The decorated function takes `init` and `args`, trees of anything. Its derivative with respect to
+        the floating-point and complex tensors in args is that of the root; that with respect to `init` is zero.
+        `torch.compile` breaks its graph at the function, which it cannot do within `torch.func.grad`: compile the
+        solver and `optimality_fn` instead.
 
     Raises:
         ValueError: by the decorated function: `optimality_fn` returns a tree, shapes or dtypes other than those of the
             solution; it closes over a tensor that is being differentiated, or the solver over one that is batched.
-        TypeError: by the decorated function: there is something else than floating-point or complex tensors in the
-            solution, a number of iterations say; return it as aux.
+        TypeError: by the decorated function: a leaf of the solution, such as a number of iterations, is no
+            floating-point or complex tensor; return it as aux.
         torch.linalg.LinAlgError: when a derivative is computed: `solve` does not meet its tolerance.
 
     Source: Blondel et al., Efficient and Modular Implicit Differentiation, arXiv:2105.15183; jaxopt.
@@ -160,7 +162,7 @@ def root_vjp(
         solve: see `custom_root`.
 
     Returns:
-        Tuple like `args`, None in place of what is no floating-point or complex tensor.
+        Tuple like `args`, with None for each leaf that is no floating-point or complex tensor.
 
     Raises:
         ValueError: see `custom_root`.
@@ -236,11 +238,11 @@ def _tensors(tree_of_tensors: Tree) -> list[Tensor]:
     return [leaf for leaf in tree.flatten(tree_of_tensors)[0] if leaf is not None]
 
 
-# The solver, which sees constants. ------------------------------------------------------------------------------------
+# The run of the solver, with constants. -------------------------------------------------------------------------------
 
 
 def _run(solver: Solver, init: Tree, args: tuple[Tree, ...], sequential: bool) -> Any:
-    """Run a solver on constants, and outside of all levels of torch.func but vmap: numpy knows none."""
+    """Run a solver on constants, outside of all levels of torch.func except vmap: numpy knows no levels."""
     inputs, rebuilt = split((init, args))
     found: list[Any] = []
 
@@ -267,7 +269,7 @@ def _run(solver: Solver, init: Tree, args: tuple[Tree, ...], sequential: bool) -
 class _Constants(torch.autograd.Function):
     """`_Constants.apply(function, sequential, *tensors)` is function(*tensors), and has no derivative.
 
-    An autograd.Function is what torch takes out of the levels of torch.func.
+    Torch runs the forward of an autograd.Function outside of the levels of torch.func.
     """
 
     @staticmethod

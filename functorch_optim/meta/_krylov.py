@@ -1,10 +1,10 @@
 """Linear solvers for one real vector, and an operator A that is known only as the function x -> A x.
 
-Loops end early where values are known. Where they are not, under vmap and compile, members of a batch that have
-converged wait for the others: so that what is computed of them meanwhile is finite, 0 / 0 is 0 here.
+Loops end early where values are known. Under vmap and torch.compile values are unknown, and members of a batch that
+have converged wait for the others. Their iterations must stay finite, so 0 / 0 is 0 here.
 
-A solver that ends above its tolerance raises. Under vmap the members have values outside of the batch, and one of them
-is enough; while torch.compile traces there are none, and nothing is raised.
+A solver that ends above its tolerance raises. Under vmap it raises if one member of the batch does. While torch.compile
+traces, there are no values, and nothing is raised.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Apply: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Limits(NamedTuple):
-    """When to stop.
+    """The conditions for stopping.
 
     Attributes:
         tol: relative tolerance: a fraction of |b|.
@@ -39,13 +39,13 @@ class Limits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A solver under way.
+    """A solver between two iterations.
 
     Attributes:
         x: the solution so far.
         r: b - A x, the residual.
         rr: r'r.
-        more: what else the method carries.
+        more: further values that the method carries.
     """
 
     x: Tensor
@@ -146,7 +146,7 @@ def gmres(apply: Apply, b: Tensor, x: Tensor, limits: Limits, restart: int) -> R
             more = rows @ v  # once more: after one pass rounding leaves the basis far from orthogonal
             v = v - more @ rows
             length = torch.linalg.vector_norm(v)
-            # Where nothing but rounding is left of v, the space is complete. Zeros go on from there.
+            # If only rounding is left of v, the space is complete, and the further columns are zeros.
             length = length.masked_fill(length <= 10 * torch.finfo(b.dtype).eps * whole, 0)
             basis.append(v * _ratio(torch.ones_like(length), length))
             columns.append(torch.cat([h + more, length[None], h.new_zeros(restart - m)]))
@@ -166,9 +166,9 @@ def gmres(apply: Apply, b: Tensor, x: Tensor, limits: Limits, restart: int) -> R
 
 
 def _least_squares(columns: list[Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimize |size e_1 - H y| for the H of these columns, and tell how small it became."""
-    H = torch.stack(columns, dim=-1)  # noqa: N806 - it is what the field calls it
-    H = H.where(H.isfinite(), 0)  # noqa: N806 - the residual will tell; LAPACK would raise
+    """Minimize |size e_1 - H y| for the H of these columns, and return the minimum."""
+    H = torch.stack(columns, dim=-1)  # noqa: N806 - the field's name
+    H = H.where(H.isfinite(), 0)  # noqa: N806 - LAPACK would raise; the residual shows the NaN
     goal = torch.cat([size[None], size.new_zeros(H.shape[0] - 1)])
     y = torch.linalg.pinv(H) @ goal  # of least norm: zero for the columns of zeros after a complete space
     return y, torch.linalg.vector_norm(goal - H @ y)
@@ -222,7 +222,7 @@ def _iterated(step: Callable[[Run], Run], run: Run, b: Tensor, limits: Limits) -
 
 
 def _check_solved(run: Run, b: Tensor, limits: Limits, why: str, advice: str) -> None:
-    """Raise where a tolerance was asked for and is not met; NaN shows by itself."""
+    """Raise if a requested tolerance is not met. A NaN in x needs no error."""
     # The largest number in b is 1, see `over_trees`.
     share = run.rr.sqrt() / torch.linalg.vector_norm(b).clamp(min=1)
     unmet = known_values(share.masked_fill(~(run.rr > _tolerance(b, limits) ** 2), 0))
@@ -271,7 +271,7 @@ def over_trees(
         product = numbers(matvec(tree.unflatten(structure, unflattened(x, leaves))), "the results of matvec")
         return torch.add(product, ridge * x)
 
-    # In units of the largest number in b, squares of tiny numbers do not vanish, nor do those of large ones overflow.
+    # In units of the largest number in b, squares of tiny numbers do not vanish and squares of large ones are finite.
     largest = vector.abs().amax()
     unit = largest.masked_fill(largest == 0, 1)
     x = torch.zeros_like(vector) if init is None else numbers(init, "init") / unit
@@ -279,7 +279,7 @@ def over_trees(
         tol = torch.finfo(vector.dtype).eps ** (2 / 3)
     limits = Limits(tol, atol / unit, 10 * vector.numel() if max_iter is None else max_iter, bool(tol or atol))
     run = method(apply, vector / unit, x, limits)
-    x = (run.x * unit).masked_fill(run.rr.isnan(), torch.nan)  # no loop goes on with NaN: it would not change x
+    x = (run.x * unit).masked_fill(run.rr.isnan(), torch.nan)  # loops end at a NaN, before it reaches x
     return tree.unflatten(structure, unflattened(x, leaves))
 
 

@@ -1,4 +1,4 @@
-"""Derivatives by computing again: time for memory, under `torch.func` too."""
+"""Derivatives with recomputation, which trades time for memory, under `torch.func` too."""
 
 import contextlib
 import functools
@@ -28,30 +28,32 @@ from functorch_optim.tree import Tree
 
 
 def checkpoint(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """Let a function forget what it computes, and compute it again when a derivative is wanted.
+    """Let a function keep no intermediate tensors; compute them again when a derivative is wanted.
 
-    The values and all derivatives are those of `function`, in reverse and in forward mode, of any order. Until then
-    only its arguments and results are kept. It is what `torch.utils.checkpoint` is, which torch.func does not allow.
+    The values and all derivatives are those of `function`, in reverse and in forward mode, of any order. Until a
+    derivative is taken, only arguments and results are kept. This is `torch.utils.checkpoint` for torch.func, which
+    does not allow torch's own.
 
-    The function may close over tensors, learned hyperparameters say, and their derivatives are right. Inside of it the
-    rules of torch.func hold: gradients are taken by `torch.func.grad` and not by `backward`, graphs are cut by `detach`
-    and not by `torch.no_grad`, arguments are not modified. Random numbers of torch's default generators are drawn again
-    alike. Those of other generators are not, nor is a module put back into training mode, or a Python number set back
-    that the function reads: results that differ from the first ones, by more than rounding, are an error. It pays where
-    tensors are large: every operation is looked at.
+    The function may close over tensors, such as learned hyperparameters, and their derivatives are right. It follows
+    the rules of torch.func: it takes gradients by `torch.func.grad` and not by `backward`, cuts graphs by `detach` and
+    not by `torch.no_grad`, and does not modify its arguments. The second run repeats the random numbers of torch's
+    default generators. It does not reset other generators, the training mode of modules, or Python numbers that the
+    function reads. If its results differ from the first ones by more than rounding, an error is raised. Every torch
+    operation is inspected, so a checkpoint pays where tensors are large.
 
     Args:
         function: pure function of trees, which returns a tree of tensors and plain python values.
 
     Returns:
-        Function of the same arguments. `torch.compile` breaks its graph there: leave `checkpoint` out of what is
-        compiled, for the compiler decides itself what to compute again.
+        Function of the same arguments. `torch.compile` breaks its graph there: leave `checkpoint` out of compiled
+        functions, for the compiler chooses by itself which tensors to compute again.
 
     Raises:
-        TypeError: the function returns something that is no tree, which could hide a tensor.
-        RuntimeError: it modifies an argument; or it gives a tensor that it closes over, and that a derivative is wanted
-            of, to a transform or an autograd.Function, out of sight: make that an argument. When the derivative is
-            taken: it does not do the same again, by its tensors or its results, or what it closes over was modified.
+        TypeError: the function returns an object that is no tree, and so could hide a tensor.
+        RuntimeError: it modifies an argument; or it closes over a tensor with a derivative and passes it on to a
+            transform or an autograd.Function, where it cannot be found: make that tensor an argument. When the
+            derivative is taken: the second run has other tensors or results than the first, or a tensor in the closure
+            was modified.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
 
@@ -117,7 +119,7 @@ Function: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def _attached(function: Function, outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give outputs, computed of constants, the derivatives of the function of the tensors that computes them."""
+    """Give outputs, which were computed from constants, the derivatives of the function with respect to the tensors."""
     if torch.is_grad_enabled() and any(map(requires_grad, tensors)):
         apply: Any = _Checkpointed.apply
         return list(apply(function, len(outputs), *outputs, *map(fingerprint, outputs), *tensors))
@@ -131,8 +133,7 @@ def _attached(function: Function, outputs: Sequence[Tensor], tensors: Sequence[T
 class _Checkpointed(torch.autograd.Function):
     """`apply(f, n, *outputs, *fingerprints, *tensors)` is the n outputs, with the derivatives of f(tensors).
 
-    The derivative forgets what it computes, too: torch.func.grad records it, for higher derivatives that nobody may
-    want.
+    The derivative is a checkpoint, too: torch.func.grad records it for higher derivatives, which may never be taken.
     """
 
     generate_vmap_rule = True
@@ -148,7 +149,7 @@ class _Checkpointed(torch.autograd.Function):
         ctx.differentiable = [i for i, out in enumerate(output) if is_differentiable(out)]
         ctx.mark_non_differentiable(*[out for out in output if not is_differentiable(out)])
         ctx.save_for_backward(*tensors[n:])
-        if forward_ad._current_level >= 0:  # else they would be kept for as long as the output is
+        if forward_ad._current_level >= 0:  # else they would live as long as the output
             ctx.save_for_forward(*tensors[n:])
 
     @staticmethod
@@ -162,7 +163,7 @@ class _Checkpointed(torch.autograd.Function):
         def transposed(given: Sequence[Tensor], first: Sequence[Tensor] | None = None) -> list[Tensor]:
             tensors, cotangents = given[: -len(differentiable)], given[-len(differentiable) :]
             moving = _moving(function, tensors, needed, differentiable, first)
-            with torch.enable_grad():  # without it, recurrent layers compute nothing that can be differentiated
+            with torch.enable_grad():  # recurrent layers need it to be differentiable
                 return pullback(moving, [tensors[i] for i in needed])(cotangents)
 
         given = [*tensors, *[cotangents[i] for i in differentiable]]
@@ -191,7 +192,7 @@ def _moving(
     wanted: Sequence[int],
     first: Sequence[Tensor] | None,
 ) -> Function:
-    """Return some of the outputs as a function of some of the tensors; `first` has fingerprints to compare all with."""
+    """Return some of the outputs as a function of some of the tensors; `first` has the fingerprints of all outputs."""
 
     def moving(some: Sequence[Tensor]) -> list[Tensor]:
         outputs = function(replaced(tensors, needed, some))
@@ -203,7 +204,7 @@ def _moving(
 
 
 class _Surroundings(NamedTuple):
-    """What a function depends on besides its arguments: random numbers, and torch.autocast.
+    """The global state that a function depends on: random numbers, and torch.autocast.
 
     Attributes:
         states: of the random numbers of each device.
@@ -215,7 +216,7 @@ class _Surroundings(NamedTuple):
 
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> "_Surroundings":
-        """Note them down."""
+        """Record the present state."""
         with torch._C._DisableFuncTorch():  # generators know no levels of torch.func
             states = {device: _random(device).get_rng_state(*_index(device)) for device in devices}
         kinds = {device.type for device in devices}
@@ -230,7 +231,7 @@ class _Surroundings(NamedTuple):
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Have them again, for a while."""
+        """Return to the recorded state within a `with`."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.now(self.states).restore)
             self.restore()
@@ -240,7 +241,7 @@ class _Surroundings(NamedTuple):
 
 
 def _devices(tensors: Sequence[Tensor]) -> set[torch.device]:
-    """Return the devices of tensors, and those where what a function closes over is likely to be."""
+    """Return the devices of tensors, and those that are likely for tensors in a closure."""
     cuda: Any = torch.cuda
     current = [torch.device("cuda", cuda.current_device())] if cuda.is_initialized() else []
     return {torch.device("cpu"), *current, *[tensor.device for tensor in tensors if tensor.device.type != "meta"]}

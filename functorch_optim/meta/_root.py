@@ -1,17 +1,17 @@
 """An operation whose derivative is that of a root, in all modes and orders, under vmap.
 
 Where F(x, args) = 0 defines x as a function of args, that function has the derivative dx = -A^(-1) dF/dargs dargs, with
-A = dF/dx. A solution is computed with all derivatives off, and then goes through `_Root`, which keeps its value and has
+A = dF/dx. A solution is computed with all derivatives off. Then it goes through `_Root`, which keeps the value and has
 this derivative.
 
 It is an autograd.Function because nothing else has both modes. Ordinary operations, such as the Newton step
-x - A^(-1) F(x, args) with constant x and A, are right in first derivatives only, and reverse mode would go through the
-iterations of the linear solver, of which there are none where F is zero. `_Root` is right in all derivatives because it
-differentiates at its own result, which has derivatives again, and not at the constant that it was given; and because
-the linear systems of its derivative, A'u = g say, are solved by it as well: u is the root of A'u - g.
+x - A^(-1) F(x, args) with constant x and A, are right in first derivatives only. Reverse mode would also go through the
+iterations of the linear solver, and there are none where F is zero. `_Root` is right in all derivatives for two
+reasons. It differentiates at its own result, which has derivatives again, and not at the constant that it was given.
+And it solves the linear systems of its derivative, too: the u of A'u = g is the root of A'u - g.
 
-Of F only reverse mode is asked: a product with A is the transpose of that with A', which spares evaluating F for each.
-torch.func.jvp cannot be nested in torch.autograd.forward_ad, and not every operation of torch has it.
+Only reverse mode of F is used: a product with A is the transpose of that with A', and F is not evaluated for each.
+torch.func.jvp cannot be nested in torch.autograd.forward_ad, and not every operation of torch has a forward mode.
 """
 
 import dataclasses
@@ -90,12 +90,12 @@ def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], 
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What is not a tensor in a `_Root`.
+    """The arguments of a `_Root` that are no tensors.
 
     Attributes:
         F: (xs, ts) -> list of tensors like xs, zero at the root.
         solve: (matvec, b) -> x, over lists of tensors like xs.
-        count: how many xs there are.
+        count: number of xs.
     """
 
     F: Callable[[Tensors, Tensors], list[Tensor]]

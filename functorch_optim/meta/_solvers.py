@@ -1,9 +1,9 @@
 """Linear solvers over trees, which know the operator A only as the function x -> A x.
 
 They are functions `solve(matvec, b, *, init, ridge, tol, atol, max_iter) -> x`, and stop where |b - A x| is at most the
-larger of tol |b| and atol. A solver that cannot get there raises; with tol = atol = 0 nothing is asked of it, and it
-returns what `max_iter` iterations give. Whatever the tree is, the numbers are one real vector: a complex number is two,
-so that A need only be linear over the reals, as derivatives of functions of complex numbers are.
+larger of tol |b| and atol. A solver that does not reach this tolerance raises. With tol = atol = 0 there is none, and
+the solver returns the result of `max_iter` iterations. The numbers of a tree are treated as one real vector, and a
+complex number as two: so A need only be linear over the reals, as derivatives of functions of complex numbers are.
 """
 
 import functools
@@ -27,13 +27,15 @@ def solve_auto(
 ) -> Tree:
     """Solve (A + ridge I) x = b, for any A: by its matrix up to 256 unknowns, iteratively above.
 
-    The matrix is made by as many products with A, with `torch.vmap`, and its singular values tell what it can: a
-    condition number of 1e8 leaves 8 digits in float64. Of a singular A whose equations have solutions, as of weights
-    that a loss does not depend on, x is the smallest solution. Singular values below n eps times the largest count as
-    zero, for n unknowns whose dtype has the machine epsilon eps: 1e-14 in float64 for 50 unknowns, 6e-6 in float32.
+    The matrix takes one product with A for each unknown, with `torch.vmap`. Its singular values give the accuracy: a
+    condition number of 1e8 leaves 8 digits in float64. If A is singular and the equations have solutions, as for
+    weights that a loss does not depend on, x is the smallest solution. Singular values below n eps times the largest
+    count as zero, for n unknowns whose dtype has the machine epsilon eps: 1e-14 in float64 for 50 unknowns, 6e-6 in
+    float32.
 
-    Above, conjugate gradients on the normal equations (CGLS): sure to converge where A is nonsingular, but about as
-    many iterations as the condition number of A, each a product with A and one with A'.
+    More unknowns are solved for by conjugate gradients on the normal equations (CGLS). They converge for every
+    nonsingular A, in about as many iterations as the condition number of A. An iteration is one product with A and one
+    with A'.
 
         r = b - A x;              p = s = A'r
         alpha = s's / |A p|^2;    x <- x + alpha p;    r <- r - alpha A p
@@ -44,11 +46,11 @@ def solve_auto(
             differentiate.
         b: right-hand side: tree of real or complex tensors (a complex number is two unknowns); None where one is
             missing.
-        init: where iterations begin, built like `b`; None is zero.
+        init: first x of the iterations, built like `b`; None is zero.
         ridge: number that is added to the diagonal of A.
         tol: relative tolerance >= 0; None is eps^(2/3): 4e-11 in float64, 2e-5 in float32.
         atol: absolute tolerance >= 0.
-        max_iter: see `solve_cg`; of iterations only.
+        max_iter: see `solve_cg`; not used where the matrix is made.
 
     Returns:
         Tree like `b`.
@@ -85,21 +87,21 @@ def solve_cg(
     Args:
         matvec: x -> A x, a linear function of trees like `b`.
         b: right-hand side: tree of real or complex tensors; None where one is missing.
-        init: where to begin, built like `b`; None is zero.
+        init: first x, built like `b`; None is zero.
         ridge: number that is added to the diagonal of A.
-        tol: relative tolerance >= 0; 0, with `atol` 0 too, asks for `max_iter` iterations and no accuracy.
+        tol: relative tolerance >= 0; with `tol` and `atol` 0, `max_iter` iterations run and no accuracy is required.
         atol: absolute tolerance >= 0.
         max_iter: largest number of iterations; None is ten times the number of unknowns. Inside of `torch.vmap` and
-            `torch.compile`, where a loop cannot end early, each of them is computed: choose it small there.
+            `torch.compile` a loop cannot end early, and all of them are computed: choose a small number there.
 
     Returns:
         Tree like `b`. Derivatives go through the iterations; `custom_root` has those of the solution.
 
     Raises:
         ValueError: `matvec` returns a tree, shapes or dtypes other than those of `b`; the message names the path.
-        torch.linalg.LinAlgError: the tolerance is not met, under `torch.vmap` for some member of the batch. It is a
-            RuntimeError. Inside of `torch.compile` nothing can be raised: there x is what the last iteration gave, and
-            |b - matvec(x)| tells.
+        torch.linalg.LinAlgError: the tolerance is not met; under `torch.vmap`, by a member of the batch. It is a
+            RuntimeError. Inside of `torch.compile` nothing can be raised: x is the result of the last iteration there,
+            and |b - matvec(x)| shows its accuracy.
 
     Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems, 1952; names and defaults are
     those of jaxopt and scipy.
@@ -125,9 +127,9 @@ def solve_normal_cg(
 ) -> Tree:
     """Solve (A'A + ridge I) x = A'b by conjugate gradients, for any A; A' is found by differentiating `matvec`.
 
-    It is sure to converge, where A is nonsingular, but slower than others on A that is badly conditioned: the
-    condition number is squared. So is what the tolerance leaves open: with condition number k, x may be off by k^2 tol.
-    An iteration is one product with A and one with A'.
+    It converges for every nonsingular A. On a badly conditioned A it is slower than other solvers, because the
+    condition number k is squared. So is the error that the tolerance allows: x may be off by k^2 tol. An iteration is
+    one product with A and one with A'.
 
     Args:
         matvec: see `solve_cg`; made of functions that torch can differentiate.
@@ -171,8 +173,8 @@ def solve_gmres(
 ) -> Tree:
     """Solve (A + ridge I) x = b by generalized minimal residuals, for any A.
 
-    After m iterations x is what minimizes |b - A x| among x_0 + span(r_0, A r_0, .., A^(m-1) r_0). Arnoldi's process
-    makes an orthonormal basis V of that space, with A V_m = V_(m+1) H, and then the small problem is solved:
+    After m iterations x minimizes |b - A x| in x_0 + span(r_0, A r_0, .., A^(m-1) r_0). Arnoldi's process makes an
+    orthonormal basis V of that space, with A V_m = V_(m+1) H, and then the small problem is solved:
 
         x = x_0 + V_m y,    y = argmin | |r_0| e_1 - H y |
 
@@ -185,8 +187,8 @@ def solve_gmres(
         atol: see `solve_cg`.
         max_iter: largest number of iterations, rounded up to whole restarts (scipy and jaxopt count restarts); None is
             ten times the number of unknowns.
-        restart: number of iterations after which the basis is thrown away, >= 1. Memory grows with it; with fewer than
-            the number of unknowns, the iteration may stall.
+        restart: number of iterations after which a new basis is begun, >= 1. Memory grows with it. If it is smaller
+            than the number of unknowns, the iteration may stall.
 
     Returns:
         See `solve_cg`.
@@ -225,7 +227,7 @@ def solve_bicgstab(
         alpha = rho / q'v;          s = r - alpha v;      t = A s;      omega = t's / t't
         x <- x + alpha p + omega s;                       r <- s - omega t
 
-    It may break down, for a skew-symmetric A say, and then raises as `solve_cg` does; `solve_gmres` does not.
+    It may break down, for example with a skew-symmetric A, and then raises as `solve_cg` does; `solve_gmres` does not.
 
     Args:
         matvec: see `solve_cg`.
@@ -271,7 +273,7 @@ def solve_neumann(
 
         x = step_size (I + (I - step_size A) + .. + (I - step_size A)^(max_iter - 1)) b
 
-    which is `max_iter` steps of gradient descent, x <- x + step_size (b - A x), from zero. It converges where all
+    These are `max_iter` steps of gradient descent, x <- x + step_size (b - A x), from zero. They converge if all
     eigenvalues of I - step_size A are within the unit circle.
 
     Args:
@@ -319,7 +321,7 @@ def solve_dense(
     Args:
         matvec: see `solve_cg`; made of functions that `torch.vmap` can batch.
         b: see `solve_cg`.
-        init: not used, as all that follow but `ridge`: they are there so that solvers can be exchanged.
+        init: not used. It is an argument so that solvers can be exchanged, and so are the other unused ones.
         ridge: see `solve_cg`.
         tol: not used.
         atol: not used.

@@ -22,7 +22,7 @@ from functorch_optim.tree import Tree
 
 
 class Unrolled(NamedTuple):
-    """What `unroll` returns.
+    """The result of `unroll`.
 
     Attributes:
         params: the trained parameters.
@@ -54,46 +54,47 @@ def unroll(
     has_aux: bool = False,
     buffers: Tree = None,
 ) -> Any:
-    """Train on one batch after the other, and keep what derivatives need.
+    """Train on one batch after the other, as a differentiable function.
 
         g = grad loss_fn(params, batch);    u, state = update(g, state, params);    params <- params + u
 
-    The result is a function of everything that goes in: the parameters, the batches, the state, the hyperparameters of
-    the transformation, and whatever `loss_fn` closes over. It can be differentiated in all of them, by autograd and by
+    The result is a function of the parameters, the batches, the state, the hyperparameters of the transformation, and
+    the tensors that `loss_fn` closes over. It can be differentiated with respect to all of them, by autograd and by
     torch.func, batched by `torch.vmap`, and compiled whole.
 
     Args:
         loss_fn: `loss_fn(params, batch)`, a 0-dim tensor; with `buffers`, `loss_fn(params, batch, buffers)`.
-        transformation: makes updates of gradients. The extras `value`, `value_fn` and `grad_fn`, where it declares
-            them, are the loss of the batch, and that loss and its gradient as functions of the parameters.
+        transformation: makes updates from gradients. If it declares the extras `value`, `value_fn` and `grad_fn`, it
+            is given the loss of the batch, and that loss and its gradient as functions of the parameters.
         params: tree of tensors to begin with.
-        batches: each is given to `loss_fn` for one step: a list of tensors, say; a tensor, of which each step takes a
-            slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data. One pair for every step
-            is `[(x, y)] * steps`. An iterator is used up by a call: make it anew for the next.
+        batches: an iterable with one batch for each step: a list of tensors; a tensor, of which each step takes a
+            slice of the first dimension; `zip(xs, ys)`; `range(steps)` where there is no data. `[(x, y)] * steps` has
+            the same pair for every step. A call uses an iterator up: make a new one for the next call.
         state: the state to begin with, such as that of a former call. None: `transformation.init(params)`.
-        first_order: whether gradients are taken for constants, as in first-order MAML: no second derivatives of
-            `loss_fn` are needed then. Derivatives with respect to parameters, state and hyperparameters of the
-            transformation go on through the steps. What comes in by gradients alone does not: batches, and what
-            `loss_fn` closes over, such as the strength of an augmentation, have derivatives of `losses` only, and those
-            of the trained parameters are 0. To learn them, leave it False.
-        truncate: gradients flow through this many steps at most: parameters and state are detached after each of as
-            many steps. Sums of `losses` then have the gradient of truncated backpropagation; that of the final
+        first_order: whether gradients are constants, as in first-order MAML. Then no second derivatives of `loss_fn`
+            are needed. Derivatives with respect to parameters, state and hyperparameters of the transformation still
+            flow through the steps. Batches and tensors that `loss_fn` closes over, such as the strength of an
+            augmentation, act through gradients alone: `losses` has derivatives with respect to them, and the trained
+            parameters have derivative 0. To learn them, leave it False.
+        truncate: gradients flow through this many steps at most: parameters and state are detached each time after
+            this many steps. Sums of `losses` then have the gradient of truncated backpropagation; that of the final
             parameters comes from the steps since the last cut alone.
-        checkpoint: whether to compute again, when a derivative is wanted, what the steps have computed, and keep
-            parameters and state alone, of every `checkpoint` steps. True: of every square root of the number of steps,
-            for memory that grows like it. The derivatives are the same. See `fo.meta.checkpoint`.
-        has_aux: whether `loss_fn` returns a pair, the loss and a tree of something else.
-        buffers: tree of tensors that steps carry besides, such as `dict(module.named_buffers())` with the running
-            statistics of BatchNorm. `loss_fn` is given copies, which it may modify in place, as modules do; the next
-            step begins with those. Under `torch.vmap` every task has its own. None: there are none.
+        checkpoint: number of steps between two checkpoints. Only parameters and state at checkpoints are kept, and the
+            steps in between are computed again when a derivative is wanted. True: the square root of the number of
+            steps, so that memory grows like it. The derivatives are the same. See `fo.meta.checkpoint`.
+        has_aux: whether `loss_fn` returns a pair, the loss and a tree of anything else.
+        buffers: tree of further tensors that one step hands to the next, such as `dict(module.named_buffers())` with
+            the running statistics of BatchNorm. `loss_fn` is given copies, and may modify them in place, as modules do;
+            the next step begins with the modified ones. Under `torch.vmap` every task has its own. None: there are
+            none.
 
     Returns:
-        The trained parameters, the state, and the losses. With `has_aux` a tuple: these, and a list of what else
-        `loss_fn` returned, an entry for each batch. With `buffers` a tuple, too, whose last entry are the last ones.
+        The trained parameters, the state, and the losses. With `has_aux` a tuple: these, and a list of the second
+        results of `loss_fn`, one for each batch. With `buffers` a tuple, too; its last entry are the last buffers.
 
     Raises:
-        TypeError: `transformation` is none; `batches` cannot be iterated, or is a dict, or a tuple that looks like one
-            batch, such as a pair of tensors; `truncate` or `checkpoint` is no integer.
+        TypeError: `transformation` is no transformation; `batches` cannot be iterated, or is a dict, or a tuple that
+            looks like one batch, such as a pair of tensors; `truncate` or `checkpoint` is no integer.
         ValueError: `loss_fn` returns more than a number; `truncate` or `checkpoint` is less than 1; `batches` is an
             iterator that has been used up.
         RuntimeError: see `fo.meta.checkpoint`.
@@ -180,7 +181,7 @@ def _listed(batches: Any) -> list[Any]:
 
 
 def _is_one_batch(batches: tuple[Any, ...]) -> bool:
-    """Tell whether a tuple is a named one, a pair of tensors, or of tensors that differ in form."""
+    """Tell whether a tuple is a NamedTuple, a pair of tensors, or made of tensors that differ in form."""
     if not all(isinstance(part, Tensor) for part in batches):
         return hasattr(batches, "_fields")
     forms = {(part.dtype, part.ndim, tuple(part.shape[1:])) for part in batches}
@@ -190,11 +191,11 @@ def _is_one_batch(batches: tuple[Any, ...]) -> bool:
 def _called(
     loss_fn: Callable[..., Any], params: Tree, batch: Any, buffers: Tree, has_aux: bool
 ) -> tuple[Tensor, Any, Tree]:
-    """Return the loss, what else the function returns, and the buffers that it leaves."""
+    """Return the loss, the second result if there is one, and the buffers after the call."""
     if buffers is None:
         result = loss_fn(params, batch)
     else:
-        # A sum with a zero of all that goes in is a copy, and one for each task where torch.vmap batches any of it.
+        # The sum with a zero from all arguments is a copy; it is batched if torch.vmap batches any argument.
         inputs = [leaf for leaf in tree.flatten((params, batch))[0] if isinstance(leaf, Tensor)]
         zero = sum([leaf.new_zeros((), dtype=torch.float32) for leaf in inputs], torch.zeros(()))
         buffers = tree.map(lambda buffer: buffer + zero.to(buffer), buffers)
@@ -218,7 +219,7 @@ def _grads(
 def _grad_and_value(
     loss_fn: Callable[..., Any], params: Tree, batch: Any, buffers: Tree, has_aux: bool
 ) -> tuple[Tree, Tensor, Any, Tree]:
-    """Differentiate a loss with respect to the tensors of a tree; return what else there is too."""
+    """Differentiate a loss with respect to the tensors of a tree; return its further results too."""
     leaves, structure = tree.flatten(params)
     present = [i for i, leaf in enumerate(leaves) if leaf is not None]
 

@@ -1,4 +1,4 @@
-"""Gradients from values alone."""
+"""Gradients that are estimated from values of a function alone."""
 
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -27,37 +27,38 @@ def zero_order_grad(
     generator: torch.Generator | None = None,
     vectorize: bool = False,
 ) -> Callable[..., Tree]:
-    """Estimate the gradient of a function from its values: that of E[f(x + sigma z)], for random z.
+    """Estimate the gradient of E[f(x + sigma z)], for random z, from values of f.
 
         naive:          mean of f(x + sigma z) z / sigma
         forward:        mean of (f(x + sigma z) - f(x)) z / sigma
         antithetic:     mean of (f(x + sigma z) - f(x - sigma z)) z / (2 sigma)
 
     All have that gradient as their expectation when z is normal; for a quadratic f it is the gradient of f itself. The
-    variance of "naive" grows as f(x)^2 / sigma^2; subtracting f(x) takes that away, for one evaluation more, and
-    "antithetic" also takes away what the even derivatives of f add, for twice the evaluations.
+    variance of "naive" grows as f(x)^2 / sigma^2. "forward" subtracts f(x), which removes this term for one more
+    evaluation. "antithetic" also removes the terms of the even derivatives of f, for twice the evaluations.
 
     Args:
-        function: f, of which only values are used: it may have jumps, call `.item()`, or train a network. Returns a
-            number or a 0-dim tensor.
+        function: f, which returns a number or a 0-dim tensor. Only its values are used: it may have jumps, call
+            `.item()`, or train a network.
         argnums: which of its positional arguments to differentiate, as in `torch.func.grad`: trees of floating-point
             or complex tensors; None where one is missing.
         estimator: "naive", "forward" or "antithetic".
         samples: number of z, >= 1. The variance falls as 1 / samples.
-        sigma: how far to go, > 0: a larger one smoothes f, a smaller one has more of its rounding, and in half
-            precision must not vanish beside the parameters.
+        sigma: standard deviation of the steps, > 0. A larger one smoothes f; a smaller one amplifies the rounding of
+            f. In half precision it must not vanish beside the parameters.
         sampler: `sampler(shape, generator=, dtype=, device=)` draws z, of mean 0 and covariance 1.
-        generator: where random numbers come from; None is torch's own.
-        vectorize: whether f is evaluated at all points at once, by `torch.vmap`, with the same numbers. Otherwise at
-            one after the other, as a function needs that branches on values in python; memory is then that of one z.
+        generator: source of random numbers; None is torch's default generator.
+        vectorize: whether f is evaluated at all points at once, by `torch.vmap`, with the same random numbers.
+            Otherwise it is evaluated at one point after the other, in the memory of one z. Functions that branch on
+            values in Python need this.
 
     Returns:
         A function of the arguments of `function` that returns a tree like the argument, or a tuple of trees for a tuple
-        of `argnums`. It computes in float32 where the argument has half precision. What it returns has no derivative.
+        of `argnums`. It computes in float32 where the argument has half precision. Its result has no derivative.
 
     Raises:
         ValueError: `estimator` is none of the three; `samples` or `sigma` is out of range; the values are not numbers.
-        TypeError: there is something else than floating-point or complex tensors in the argument.
+        TypeError: a leaf of the argument is no floating-point or complex tensor.
 
     Source: Nesterov & Spokoiny, Random Gradient-Free Minimization of Convex Functions, Foundations of Computational
     Mathematics 17, 2017; Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement Learning,
@@ -116,7 +117,7 @@ def zero_order_grad(
 
 
 def _number(value: Any) -> Tensor:
-    """Make a number a tensor, as precise as it is: differences of them are taken."""
+    """Turn a number into a tensor of full precision, because differences of these tensors are taken."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach().float() if value.dtype in HALF else value.detach()
     if isinstance(value, Real):
