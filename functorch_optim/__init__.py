@@ -19,6 +19,7 @@ from functorch_optim._learning_rate import learning_rate
 from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._modules import buffers_of, params_of
 from functorch_optim._names import get, names
+from functorch_optim._modules import buffers_of, params_of, update_bn
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
@@ -58,9 +59,17 @@ from functorch_optim.transforms.scaling import maximize, scale, scale_by_learnin
 from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
 from functorch_optim.wrappers.accumulation import AccumulateState, accumulate
+from functorch_optim.wrappers.averaging import AverageState, ema_weights, polynomial_average, swa
 from functorch_optim.wrappers.injection import HyperparamsState, ScheduledHyperparamsState, inject_hyperparams
+from functorch_optim.wrappers.lookahead import LookaheadState, lookahead
 from functorch_optim.wrappers.monitoring import GradientMetrics, UpdateMetrics, metrics, monitor
-from functorch_optim.wrappers.schedule_free import ScheduleFreeState, schedule_free
+from functorch_optim.wrappers.schedule_free import (
+    ScheduleFreeState,
+    gpa,
+    schedule_free,
+    schedule_free_adamw,
+    schedule_free_sgd,
+)
 
 from functorch_optim import _former  # isort: skip  # noqa: F401 - after all that it names
 
@@ -70,6 +79,7 @@ __all__ = [
     "AccumulateState",
     "AddNoiseState",
     "AutoClipState",
+    "AverageState",
     "EmptyState",
     "GradientMetrics",
     "GradientTransformation",
@@ -77,6 +87,7 @@ __all__ = [
     "HyperparamsState",
     "LBFGSState",
     "Loaded",
+    "LookaheadState",
     "MaskedNode",
     "Minimized",
     "Optimizer",
@@ -108,12 +119,14 @@ __all__ = [
     "clip_by_norm",
     "debias",
     "ema",
+    "ema_weights",
     "eval_params",
     "factory",
     "freeze",
     "from_torch",
     "frozen",
     "get",
+    "gpa",
     "identity",
     "inject_hyperparams",
     "keep_params_nonnegative",
@@ -125,6 +138,7 @@ __all__ = [
     "leafwise",
     "learning_rate",
     "load_state_dict",
+    "lookahead",
     "masked",
     "maximize",
     "meta",
@@ -143,6 +157,7 @@ __all__ = [
     "param_groups",
     "params_of",
     "partition",
+    "polynomial_average",
     "projections",
     "radam",
     "reduce_on_plateau",
@@ -165,6 +180,8 @@ __all__ = [
     "scale_by_sign",
     "scale_by_trust_ratio",
     "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
     "schedules",
     "set_to_zero",
     "sgd",
@@ -174,9 +191,11 @@ __all__ = [
     "step",
     "step_",
     "stop_gradient",
+    "swa",
     "to_torch",
     "trace",
     "tree",
+    "update_bn",
     "weight_decay_mask",
     "zclip",
     "zero_nans",

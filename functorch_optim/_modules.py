@@ -1,9 +1,12 @@
 """The tensors of a module, as trees to train functionally."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def params_of(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -79,9 +82,78 @@ def buffers_of(module: torch.nn.Module) -> dict[str, Tensor]:
     return _copies(module.named_buffers())
 
 
-def _check(module: object, name: str) -> None:
+@torch.no_grad()
+def update_bn(
+    loader: Iterable[Any],
+    model: torch.nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Compute the running statistics of all BatchNorm layers anew, by one pass over the data.
+
+    An average of parameters has activations of its own, so the statistics that training has left do not fit it.
+
+    Args:
+        loader: of batches; of a tuple or list the first entry is the input.
+        model: module, whose BatchNorm buffers are written to. All else, modes too, is as before, errors or not.
+        device: where inputs are moved to.
+        params: parameters by name to run the model with in the place of its own, as `fo.eval_params` returns them.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: there is no batch. The statistics are the old ones then, and after any other error.
+
+    As `torch.optim.swa_utils.update_bn`: statistics are means over all batches. Submodules that were in eval mode are
+    there again afterwards, which torch puts into the mode of the model.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> model = torch.nn.BatchNorm1d(1)
+        >>> fo.update_bn([torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])], model)
+        >>> model.running_mean
+        tensor([4.])
+    """
+    _check(model, "update_bn", "loader, ")
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not layers:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    run = model if params is None else functools.partial(_called, model, params)
+    try:
+        model.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+        batches = 0
+        for batch in loader:
+            given = batch[0] if isinstance(batch, list | tuple) else batch
+            run(given if device is None else given.to(device))
+            batches += 1
+        if not batches:
+            raise ValueError(
+                "update_bn got no batch; give a loader that has some, and a fresh one if it is a generator"
+            )
+    except BaseException:
+        for buffer, old in before:
+            buffer.copy_(old)
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+
+
+def _called(model: torch.nn.Module, params: Mapping[str, Tensor], given: Any) -> Any:
+    return torch.func.functional_call(model, dict(params), (given,))
+
+
+def _check(module: object, name: str, before: str = "") -> None:
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"{name} needs a torch.nn.Module, got a {type(module).__name__}; write {name}(model)")
+        raise TypeError(f"{name} needs a torch.nn.Module, got a {type(module).__name__}; write {name}({before}model)")
 
 
 def _copies(named: "Iterator[tuple[str, Tensor]]") -> dict[str, Tensor]:

@@ -134,6 +134,12 @@ def maximum(x: Any, y: Any) -> Any:
     return -minimum(-x, -y)
 
 
+def quotient(x: Any, y: Any) -> Any:
+    """Divide a number by another; 0 where that is 0."""
+    zero = y == 0
+    return where(zero, 0.0, x / where(zero, 1.0, y))
+
+
 def at_least(x: Any, least: Any) -> Any:
     """Clamp from below; at the bound it has the derivative of `x`, of which torch.clamp(x, tensor) has two opinions."""
     if isinstance(x, int | float) and isinstance(least, int | float):

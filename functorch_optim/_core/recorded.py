@@ -16,7 +16,7 @@ class Recorded:
     def __repr__(self) -> str:
         function, args, kwargs = self._call
         named = [f"{name}={_written(value)}" for name, value in kwargs.items()]
-        return f"{function.__name__}({', '.join([_written(value) for value in args] + named)})"
+        return f"{function.__name__.removeprefix('_')}({', '.join([_written(value) for value in args] + named)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recorded":
         return self  # it never changes

@@ -88,7 +88,6 @@ class Rule:
     hold: Callable[[Any, Any, Any, Any], Any] | None = None  # of a gate: the next state at a step that it leaves out
     hands: str | None = None  # of a wrapper: the field of its state that the links inside take for the parameters
     evaluate: Callable[[Any, Any], Any] | None = None  # (p, state) -> the parameters to evaluate with
-    resume: Callable[[Any, Any], Any] | None = None  # (those, state) -> p, to train on
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
     keeps: Any = None  # of a keeper: the key under which links read its numbers

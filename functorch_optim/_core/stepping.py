@@ -172,7 +172,8 @@ def eval_params(tx: GradientTransformation, state: Any, params: Tree) -> Tree:
     """Return the parameters to evaluate with, where a wrapper trains at others.
 
     Args:
-        tx: transformation, with one wrapper such as `schedule_free`, masked or not.
+        tx: transformation, with a wrapper that keeps two sets of weights: `ema_weights`, `swa`, `polynomial_average`,
+            `lookahead`, `schedule_free` or `gpa`, masked or not; or `asgd`. Of several, the outermost counts.
         state: the result of the last step.
         params: the parameters that are trained.
 
@@ -180,7 +181,7 @@ def eval_params(tx: GradientTransformation, state: Any, params: Tree) -> Tree:
         Tree like `params`. Parameters that no wrapper is for are returned as they are.
 
     Raises:
-        ValueError: nothing in `tx` has parameters to evaluate with, or several have.
+        ValueError: nothing in `tx` has parameters to evaluate with.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -194,20 +195,19 @@ def eval_params(tx: GradientTransformation, state: Any, params: Tree) -> Tree:
     check_transformation(tx, "eval_params(schedule_free(sgd(1.0)), state, params)")
     found = [(link.rule, part) for link, part in zip(tx._links, unnest(tx._layout, state), strict=True)]
     found = [(rule, part) for rule, part in found if rule.evaluate is not None]
-    if len(found) != 1:
-        what = "Several wrappers in" if found else "Nothing in"
+    if not found:
         raise ValueError(
-            f"{what} {tx!r} has parameters to evaluate with; write tx = schedule_free(sgd(1.0)), or give a part of it"
+            f"Nothing in {tx!r} has parameters to evaluate with; write tx = ema_weights(adamw(1e-3), decay=0.999), or "
+            "another wrapper that keeps two sets of weights"
         )
-    [(rule, part)] = found
-    fields = part[len(rule.counters) :]
     leaves, structure = tree.flatten(params)
-    columns = [tree.flatten_up_to(structure, field, "the state", params, "params") for field in fields]
-    evaluate: Any = rule.evaluate
-    return tree.unflatten(
-        structure,
-        [
-            evaluate(p, type(part)._leaf_type(*row)) if isinstance(row[0], Tensor) else p
-            for p, *row in zip(leaves, *columns, strict=True)
-        ],
-    )
+    chosen = list(leaves)
+    for rule, part in found:
+        fields = part[len(rule.counters) :]
+        columns = [tree.flatten_up_to(structure, field, "the state", params, "params") for field in fields]
+        evaluate: Any = rule.evaluate
+        for i, (p, *row) in enumerate(zip(leaves, *columns, strict=True)):
+            if isinstance(row[0], Tensor):
+                new = evaluate(p, type(part)._leaf_type(*row)).to(p.dtype)
+                chosen[i] = new.clone() if any(new is kept for kept in row) else new  # `step_` overwrites the state
+    return tree.unflatten(structure, chosen)

@@ -89,6 +89,8 @@ class OptimizerBase(torch.optim.Optimizer):
         return self._step(closure, **extra)
 
     def _step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
+        if self._evaluating:
+            raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before opt.step()")
         loss = None
         if closure is not None:
             check_closure(closure)
@@ -126,8 +128,6 @@ class OptimizerBase(torch.optim.Optimizer):
         return with_loss([link.rule for link in plan.links], extra, loss, value_fn, grad_fn)
 
     def _update(self, closure: Callable[[], Any] | None, loss: Any, extra: dict[str, Any]) -> None:
-        if self._evaluating:
-            raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before opt.step()")
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(

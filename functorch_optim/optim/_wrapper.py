@@ -2,7 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from functorch_optim.optim._base import OptimizerBase
 from functorch_optim.optim._plan import Plan, scalar
 from functorch_optim.wrappers.injection import InjectingFactory
 from functorch_optim.wrappers.monitoring import metrics
+
+_MODE = "train_mode"
+"""The entry of saved groups that says whether the parameters are those that are trained; schedulefree's name."""
+_TRAINED = "trained"
+"""The entry of `state[p]` that holds the parameter which is trained, while p is another to evaluate with."""
 
 
 class Optimizer(OptimizerBase):
@@ -312,34 +318,110 @@ class Optimizer(OptimizerBase):
         p, key = keys[0]
         return plan.completed(users[0], self.state.get(p, {}))[1][key], keys
 
-    def eval(self) -> None:
-        """Move the parameters to where they are to be evaluated, as `schedule_free` needs it; change nothing else.
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate within: `with opt.averaged(): ...` is `eval` before and `train` after, errors or not.
 
-        `step` is an error until `train` has moved them back. Without such a transformation nothing moves.
+        Raises:
+            ValueError: nothing in the transformation has parameters to evaluate with.
+
+        Example:
+            >>> import functorch_optim as fo, torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> opt = fo.Optimizer(model.parameters(), fo.swa(fo.sgd, start=0), lr=1.0)
+            >>> for _ in range(3):
+            ...     opt.zero_grad()
+            ...     model(torch.ones(1, 1)).sum().backward()
+            ...     opt.step()
+            >>> trained = model.weight.item()
+            >>> with opt.averaged():
+            ...     print(round(model.weight.item() - trained, 3))
+            1.0
+            >>> model.weight.item() == trained
+            True
         """
-        if not self._evaluating:
-            self._move("evaluate")
-        self._evaluating = True
-
-    def train(self) -> None:
-        """Move the parameters back to where they are trained."""
-        if self._evaluating:
-            self._move("resume")
-        self._evaluating = False
+        if not self._averages:
+            raise ValueError(
+                f"Nothing in {factories.name_of(self._transformation)} has parameters to evaluate with; write "
+                "Optimizer(params, ema_weights(adamw(1e-3), decay=0.999)), or another wrapper that keeps two sets"
+            )
+        was_evaluating = self._evaluating
+        self.eval()
+        try:
+            yield
+        finally:
+            if not was_evaluating:
+                self.train()
 
     @torch.no_grad()
-    def _move(self, where: str) -> None:
+    def eval(self) -> None:
+        """Write to the parameters what they are to be evaluated with: an average that a wrapper keeps.
+
+        `step` is an error until `train` has put back those that are trained, bit for bit. They are in `state[p]` until
+        then, so that a checkpoint has both; it says the mode, as `train_mode` in its groups, and loading it restores
+        the mode. Without such a wrapper nothing moves.
+        """
+        if self._evaluating:
+            return
         moved = []
         for index in range(self._number_of_trees):
             plan = self._plan(index)
             for p, part in zip(plan.params, plan.parts, strict=True):
-                state = self.state.get(p, {})
+                state, new = self.state.get(p, {}), None
                 for k, keys in zip(part.links, part.keys, strict=True):
-                    move = getattr(plan.links[k].rule, where)
-                    if move is not None and all(key in state for key in keys):
-                        moved.append((p, move(p, plan.state_type(k, p)(*[state[key] for key in keys]))))
-        for p, new in moved:
+                    evaluate = plan.links[k].rule.evaluate
+                    if evaluate is not None and all(key in state for key in keys):  # the outermost is the last
+                        new = evaluate(p, plan.state_type(k, p)(*[state[key] for key in keys]))
+                if new is not None:
+                    moved.append((p, p.detach().clone(), new))
+        for p, trained, new in moved:
+            self.state[p][_TRAINED] = trained
             p.copy_(new)
+        self._evaluating = True
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put back the parameters that are trained."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                trained = self.state.get(p, {}).pop(_TRAINED, None)
+                if trained is not None:
+                    p.copy_(trained)
+        self._evaluating = False
+
+    @property
+    def _averages(self) -> bool:
+        """Whether some wrapper keeps two sets of weights."""
+        plans = [self._plan(index) for index in range(self._number_of_trees)]
+        return any(link.rule.evaluate is not None for plan in plans for link in plan.links)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
+
+        Hyperparameters that are functions, schedules say, belong to the program and are left out. Where a wrapper keeps
+        two sets of weights, each group has `train_mode`: False while the parameters are those to evaluate with.
+        """
+        saved = super().state_dict()
+        if self._averages or self._evaluating:
+            for group in saved["param_groups"]:
+                group[_MODE] = not self._evaluating
+        return saved
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], *, strict: bool = True, cast: bool = False
+    ) -> saving.Loaded | None:
+        """Load what `state_dict` returned; see `fo.optim.Adam.load_state_dict`. The mode is that of the checkpoint."""
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        modes = [group.get(_MODE) for group in groups or () if isinstance(group, dict)]
+        if isinstance(groups, list) and any(mode is not None for mode in modes):
+            plain = [{name: value for name, value in group.items() if name != _MODE} for group in groups]
+            state_dict = {**state_dict, "param_groups": plain}
+        report = super().load_state_dict(state_dict, strict=strict, cast=cast)
+        self._evaluating = False in modes
+        return report
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_evaluating": self._evaluating}
 
     def __repr__(self) -> str:
         name = type(self).__name__

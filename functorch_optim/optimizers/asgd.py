@@ -72,6 +72,7 @@ def asgd(
     Raises:
         ValueError: a number is out of range; `update` is called without parameters.
 
+    Evaluate with the average: `fo.eval_params(tx, state, params)`, or within `opt.averaged()` of an `fo.Optimizer`.
     Derivatives flow through t0 from the step t0 + 1 on, where the average begins.
 
     The averaged parameters are in the state: `fo.tree.get(state, "ax")`. As in torch.optim.ASGD, eta lags behind by a
@@ -106,5 +107,22 @@ def asgd(
         u = -(s.eta * g + s.decay * p)
         return u, ASGDState(torch.lerp(state.ax, p + u, s.mu))
 
-    rule = of_rule(ASGDState, update, scalars, carry=carry, elementwise=True, needs_params=True, narrow=True, lr=lr)
+    def evaluate(p: Tensor, state: ASGDState) -> Tensor:
+        return state.ax
+
+    rule = of_rule(
+        _initial,
+        update,
+        scalars,
+        carry=carry,
+        elementwise=True,
+        needs_params=True,
+        evaluate=evaluate,
+        narrow=True,
+        lr=lr,
+    )
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)
+
+
+def _initial(p: Tensor) -> ASGDState:
+    return ASGDState(p.clone())  # the average of no steps

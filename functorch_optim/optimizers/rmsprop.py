@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import safe_sqrt
+from functorch_optim._numerics import debias, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.transforms.momentum import trace
 
@@ -40,30 +40,33 @@ class ScaleByStddevState(NamedTuple):
 
 
 class RmsScalars(NamedTuple):
-    """What RMSprop needs at a step: alpha, 1 - alpha, eps."""
+    """What RMSprop needs at a step: alpha, 1 - alpha, the root of the bias correction, and eps times that."""
 
     alpha: Any
     weight: Any
+    root: Any
     eps: Any
 
 
 @factory
 def scale_by_rms(
-    alpha: Hyperparameter = 0.99, eps: Hyperparameter = 1e-8, centered: bool = False
+    alpha: Hyperparameter = 0.99, eps: Hyperparameter = 1e-8, centered: bool = False, *, bias_correction: bool = False
 ) -> GradientTransformation:
     """Divide gradients by the root of the running mean of their squares; centered, by their standard deviation.
 
         v <- alpha v + (1 - alpha) g^2
         m <- alpha m + (1 - alpha) g
         g <- g / (sqrt(v - m^2) + eps)  if centered,  else  g / (sqrt(v) + eps)
+        g <- g / (sqrt(v / (1 - alpha^t)) + eps)  with bias_correction
 
     Args:
         alpha: decay rate of v and m, >= 0: number, 0-dim tensor, or schedule.
         eps: added to the root, >= 0.
         centered: whether to subtract the squared mean.
+        bias_correction: whether to correct v for its beginning at zero, as Adam does; not when centered.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a centered mean is to be corrected.
 
     Where rounding makes v - m^2 negative, for a gradient that hardly changes say, torch.optim takes the root and gets
     NaN; here the difference is zero then.
@@ -81,12 +84,20 @@ def scale_by_rms(
     check("alpha value", alpha)
     check("epsilon value", eps)
 
+    if centered and bias_correction:
+        raise ValueError("scale_by_rms corrects no centered means: give centered or bias_correction, not both")
+
     def scalars(step: Tensor) -> RmsScalars:
-        return RmsScalars(at(alpha, step), 1 - at(alpha, step), at(eps, step))
+        root = sqrt(debias(at(alpha, step), step)) if bias_correction else 1.0
+        return RmsScalars(at(alpha, step), 1 - at(alpha, step), root, root * at(eps, step))
 
     def plain(g: Tensor, state: ScaleByRmsState, p: Tensor | None, s: RmsScalars) -> Any:
         v = s.alpha * state.square_avg + s.weight * g * g
         return g / (safe_sqrt(v) + s.eps), ScaleByRmsState(v)
+
+    def corrected(g: Tensor, state: ScaleByRmsState, p: Tensor | None, s: RmsScalars) -> Any:
+        v = s.alpha * state.square_avg + s.weight * g * g
+        return s.root * g / (safe_sqrt(v) + s.eps), ScaleByRmsState(v)
 
     def deviation(g: Tensor, state: ScaleByStddevState, p: Tensor | None, s: RmsScalars) -> Any:
         v = s.alpha * state.square_avg + s.weight * g * g
@@ -95,7 +106,7 @@ def scale_by_rms(
 
     if centered:
         return leafwise(ScaleByStddevState, deviation, scalars, elementwise=True)
-    return leafwise(ScaleByRmsState, plain, scalars, elementwise=True)
+    return leafwise(ScaleByRmsState, corrected if bias_correction else plain, scalars, elementwise=True)
 
 
 @factory

@@ -5,6 +5,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from functorch_optim._core.checks import HALF
 from functorch_optim._core.links import Link, shift
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 
@@ -34,19 +38,43 @@ def wrapped(tx: Any, wrap: Callable[[GradientTransformation], GradientTransforma
 def around(
     tx: GradientTransformation, before: GradientTransformation | None, after: GradientTransformation | None
 ) -> GradientTransformation:
-    """Put the rule of a wrapper before a transformation, as a gate, or after it, as the holder of its parameters.
+    """Put the rule of a wrapper before a transformation, as a gate, or after it, where it sees the update.
 
     Returns:
         Transformation whose state is a tuple of those of its parts, in their order.
     """
     links: list[Link] = list(before._links if before is not None else ())
     count = len(tx._links)
+    hands = after is not None and after._links[0].rule.hands is not None
+    gates = _gates(tx, hands) if after is not None else frozenset()
     for k, link in enumerate(tx._links):
         when = link.when if before is None else (*link.when, k + 1)
-        inside = link.inside if after is None or link.inside else count - k
-        links.append(link._replace(when=when, inside=inside))
+        handed = hands and not link.inside and _passes(link, k, gates)
+        links.append(link._replace(when=when, inside=count - k if handed else link.inside))
     # The learning rate of what is wrapped may be a number that it keeps.
     keepers = tuple([count - k for k, link in enumerate(tx._links) if link.rule.keeps is not None])
-    links += [link._replace(reads=keepers) for link in after._links] if after is not None else []
+    when = tuple([count - gate for gate in sorted(gates)])
+    links += [link._replace(when=when, reads=keepers) for link in after._links] if after is not None else []
     layout = (tx._layout, count) if before is None else (0, shift(tx._layout, 1))
     return GradientTransformation._of(links, layout)
+
+
+def _gates(tx: GradientTransformation, hands: bool) -> frozenset[int]:
+    """Find the gates that leave out all that moves the parameters: what comes after then stands still too.
+
+    A wrapper that hands parameters inside must run where they are needed.
+    """
+    last = len(tx._links) - 1
+    whole = [back for link in tx._links[-1:] for back in link.when if not tx._links[last - back].where]
+    gates = frozenset([last - back for back in whole])
+    outside = [link for k, link in enumerate(tx._links) if not _passes(link, k, gates)]
+    return frozenset() if hands and any(link.rule.needs_params for link in outside) else gates
+
+
+def _passes(link: Link, k: int, gates: frozenset[int]) -> bool:
+    return gates.issubset([k - back for back in link.when])
+
+
+def copied(p: Tensor) -> Tensor:
+    """Copy a parameter for a state: in float32 where it is in half precision, for that forgets small changes."""
+    return p.to(torch.float32) if p.dtype in HALF else p.clone()

@@ -35,6 +35,8 @@ INACTIVE = {
         "accumulate_clipped": {"mini_step"},  # is only compared, where the sum is taken
         "schedule_free": {"lr_max"},  # to the power of 0
         "schedule_free_adamw": {"lr_max"},
+        "schedule_free_sgd": {"lr_max"},  # is less than the rate, which rises
+        "schedule_free_corrected": {"lr_max"},
         # What the last update was is written anew.
         "monitor": {"gradients", "grad_norm", "updates", "update_norm", "update_ratio"},
         "monitor_per_layer": {

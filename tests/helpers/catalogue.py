@@ -176,6 +176,11 @@ def growing(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     return fo.chain(fo.scale(lambda count: 3.0**count), tx)
 
 
+def averaged(lr: Any, decay: Any) -> fo.GradientTransformation:
+    """Make an average that is corrected, and begins with the decay of its warm-up."""
+    return fo.ema_weights(fo.sgd(lr, 0.5), decay, warmup="torch_ema", debias=True)
+
+
 # Values with which all of them matter within a few steps.
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
 SHORT = {**ADAM, "beta2": 0.5}  # that a maximum is not always the latest
@@ -272,6 +277,7 @@ CATALOGUE = [
         initial=INITIAL_SUM,
     ),
     Row("scale_by_rms", fo.scale_by_rms, {"alpha": 0.9, "eps": 1e-3}),
+    Row("scale_by_rms_corrected", partial(fo.scale_by_rms, bias_correction=True), {"alpha": 0.9, "eps": 1e-3}),
     Row("scale_by_rms_centered", partial(fo.scale_by_rms, centered=True), {"alpha": 0.9, "eps": 1e-3}),
     Row("rmsprop", partial(fo.rmsprop, maximize=True), {**DECAYED, "alpha": 0.9, "eps": 1e-3}),
     Row(
@@ -326,6 +332,31 @@ CATALOGUE = [
     ),
     Row("monitor", lambda lr: fo.monitor(fo.chain(fo.clip_by_global_norm(0.7), fo.sgd(lr, 0.9))), {"lr": 0.1}),
     Row("monitor_per_layer", partial(fo.monitor(fo.sgd, per_layer=True), momentum=0.9), {"lr": 0.1}),
+    Row(
+        "schedule_free_sgd",
+        fo.schedule_free_sgd,
+        {**DECAYED, "momentum": 0.9, "warmup_steps": 20.5, "r": 0.5},
+        held=("lr_max",),
+    ),
+    Row("schedule_free_corrected", with_betas(fo.schedule_free_adamw), {**DECAYED, **ADAM, "warmup_steps": 20.5}),
+    Row("gpa", lambda lr, mu_x, mu_y: fo.gpa(fo.sgd(lr, 0.5), mu_x, mu_y), {"lr": 0.1, "mu_x": 0.9, "mu_y": 0.7}),
+    Row(
+        "ema_weights",
+        lambda lr, eps, decay: fo.ema_weights(fo.adam(lr, eps=eps), decay),
+        {"lr": 0.1, "eps": 1e-3, "decay": 0.9},
+    ),
+    Row("ema_weights_corrected", averaged, {"lr": 0.1, "decay": 0.22}),
+    Row("swa", lambda lr: fo.swa(fo.sgd(lr, 0.5), start=1), {"lr": 0.1}),
+    Row(
+        "polynomial_average",
+        lambda lr, gamma: fo.polynomial_average(fo.sgd(lr, 0.5), gamma),
+        {"lr": 0.1, "gamma": 2.0},
+    ),
+    Row(
+        "lookahead",
+        lambda lr, eps, slow_step_size: fo.lookahead(fo.adam(lr, eps=eps), 2, slow_step_size),
+        {"lr": 0.1, "eps": 1e-3, "slow_step_size": 0.7},
+    ),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]
 
