@@ -145,7 +145,7 @@ def ema_weights(
     check("decay", decay, "0 <= value <= 1", trees=False)
     check_choice("warmup", warmup, None, "timm", "torch_ema")
     _check_times(start, every)
-    options = {"warmup": warmup, "debias": debias, "every": every, "start": start}
+    options: Any = {"warmup": warmup, "debias": debias, "every": every, "start": start}
     return wrapped(tx, lambda tx: _ema_weights(tx, decay, **options), "ema_weights(adamw(1e-3), 0.999)")
 
 

@@ -29,17 +29,11 @@ REFUSED = {
     ("schedule_free_adamw", "lr"): "keeps (weight_sum|lr_max) once for all",
     **{("schedule_free_sgd", name): "keeps (weight_sum|lr_max) once for all" for name in ("lr", "warmup_steps", "r")},
     **{("schedule_free_corrected", name): "keeps (weight_sum|lr_max) once for all" for name in ("lr", "warmup_steps")},
-    **{
-        place: "is a tree, and here one number is needed"
-        for place in (
-            ("schedule_free_sgd", "momentum"),
-            ("schedule_free_corrected", "beta1"),
-            ("gpa", "mu_y"),
-            ("ema_weights", "decay"),
-            ("ema_weights_corrected", "decay"),
-            ("polynomial_average", "gamma"),
-        )
-    },
+    ("schedule_free_sgd", "momentum"): "is a tree, and here one number is needed",
+    ("schedule_free_corrected", "beta1"): "is a tree, and here one number is needed",
+    ("gpa", "mu_y"): "is a tree, and here one number is needed",
+    ("polynomial_average", "gamma"): "is a tree, and here one number is needed",
+    **{(f"ema_weights{kind}", "decay"): "is a tree, and here one number is needed" for kind in ("", "_corrected")},
 }
 ACCEPTED = [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) not in REFUSED]
 accepted = pytest.mark.parametrize(("row", "name"), ACCEPTED, ids=[f"{row.name}-{name}" for row, name in ACCEPTED])
