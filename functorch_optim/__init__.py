@@ -17,9 +17,8 @@ from functorch_optim._core.transformation import (
 from functorch_optim._labels import frozen, label, label_table, layer_decay, param_groups, weight_decay_mask
 from functorch_optim._learning_rate import learning_rate
 from functorch_optim._minimize import Minimized, minimize
-from functorch_optim._modules import buffers_of, params_of
-from functorch_optim._names import get, names
 from functorch_optim._modules import buffers_of, params_of, update_bn
+from functorch_optim._names import get, names
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
