@@ -16,6 +16,7 @@ from functorch_optim._core.transformation import (
 )
 from functorch_optim._labels import frozen, label, label_table, layer_decay, param_groups, weight_decay_mask
 from functorch_optim._learning_rate import learning_rate
+from functorch_optim._lr_sweep import LRSweep, lr_sweep
 from functorch_optim._minimize import Minimized, minimize
 from functorch_optim._modules import buffers_of, params_of, update_bn
 from functorch_optim._names import get, names
@@ -85,6 +86,7 @@ __all__ = [
     "Hyperparameter",
     "HyperparamsState",
     "LBFGSState",
+    "LRSweep",
     "Loaded",
     "LookaheadState",
     "MaskedNode",
@@ -138,6 +140,7 @@ __all__ = [
     "learning_rate",
     "load_state_dict",
     "lookahead",
+    "lr_sweep",
     "masked",
     "maximize",
     "meta",
