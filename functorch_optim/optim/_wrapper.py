@@ -420,6 +420,18 @@ class Optimizer(OptimizerBase):
         self._evaluating = False in modes
         return report
 
+    def _check_loaded(self, former: OptimizerBase, manner: matching.Manner) -> None:
+        super()._check_loaded(former, manner)
+        for index in range(self._number_of_trees):
+            plan = self._plan(index)
+            for i, p in enumerate(plan.params):
+                trained = self.state.get(p, {}).get(_TRAINED)
+                if trained is not None and getattr(trained, "shape", None) != p.shape:
+                    raise ValueError(
+                        f"The saved {_TRAINED} of parameter {plan.path(i)!r} is no tensor of shape {tuple(p.shape)}; "
+                        "it was saved for another model"
+                    )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_evaluating": self._evaluating}
 

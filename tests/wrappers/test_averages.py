@@ -438,6 +438,31 @@ def test_loading_a_checkpoint_of_training_ends_evaluation():
     opt.step()
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(2), 1.0])
+def test_trained_parameters_of_another_model_are_refused(wrong):
+    params, history = make(2)
+    own, opt = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
+    with opt.averaged():
+        saved = opt.state_dict()
+    saved["state"][0]["trained"] = wrong
+    before = own[0].detach().clone()
+    with pytest.raises(ValueError, match=r"The saved trained of parameter '0' is no tensor of shape \(4, 3\)"):
+        opt.load_state_dict(saved)
+    opt.step()
+    assert not torch.equal(own[0], before)
+
+
+def test_steps_of_averages_compile_to_one_kernel():
+    params, history = make(4)
+    for tx in (fo.lookahead(fo.sgd(RATE), 2), fo.swa(fo.sgd(RATE), 1, every=2), fo.gpa(fo.sgd(RATE))):
+        own, state = fo.tree.map(torch.clone, params), tx.init(params)
+        for grads in history:
+            own, state = fo.step_(tx, grads, state, own, fused=True)
+        expected, expected_state = train(pure, tx, params, history)
+        assert_close(own, expected)
+        assert_close(fo.eval_params(tx, state, own), fo.eval_params(tx, expected_state, expected))
+
+
 def test_without_averages_checkpoints_are_those_of_torch():
     _, opt = optimize(fo.sgd, *make(1), lr=0.1)
     assert "train_mode" not in opt.state_dict()["param_groups"][0]
