@@ -1,10 +1,10 @@
 """Branches and loops that are decided where values are known, and masked where they are not.
 
-Eagerly, and under `torch.func.grad` and `jvp`, a condition is a value that can be looked at: one branch runs, and a
-loop ends early. Inside of `torch.vmap` a condition has one value for each member of the batch. While torch.compile or
-make_fx traces, and on fake tensors, it has none yet. There both branches run, a loop runs as often as it ever could,
-and `torch.where` picks, with the same numbers. Then the branch that is not taken must be finite, and so must its
-derivative: 0 * inf is NaN.
+Eagerly, and under `torch.func.grad` and `jvp`, the value of a condition is known: one branch runs, and a loop ends
+early. Inside of `torch.vmap` a condition has one value for each member of the batch. While torch.compile or make_fx
+traces, and on fake tensors, it has no value. In these cases both branches run, a loop runs to its limit, and
+`torch.where` picks the results, with the same numbers. Then the branch that is not taken must be finite, and so must
+its derivative: 0 * inf is NaN.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Carry = TypeVar("Carry")
 
 
 def is_traced() -> bool:
-    """Tell whether values are not there yet: torch.compile traces, or make_fx, or tensors are fake."""
+    """Tell whether tensors have no values: torch.compile or make_fx traces, or tensors are fake."""
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack() == 0:
@@ -31,7 +31,7 @@ def is_traced() -> bool:
 
 
 def is_known(condition: Tensor | bool) -> bool:
-    """Tell whether a condition has a value that python may branch on."""
+    """Tell whether a condition has a value that Python may branch on."""
     if isinstance(condition, bool):
         return True
     if is_traced() or isinstance(condition, FakeTensor):
@@ -53,7 +53,7 @@ def is_masked() -> bool:
 
 
 def known_values(tensor: Tensor) -> Tensor | None:
-    """Return the values for all members of all batches; None where something traces, and there are none yet."""
+    """Return the values for all members of all batches; None while a function is traced."""
     if is_traced() or isinstance(tensor, FakeTensor):
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -67,7 +67,7 @@ def select(condition: Tensor | bool, chosen: Carry, otherwise: Carry) -> Carry:
     Args:
         condition: 0-dim tensor of bool, or a bool.
         chosen: tensor, or tuples of them.
-        otherwise: built like it.
+        otherwise: built like `chosen`.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ def cond(
     Args:
         condition: 0-dim tensor of bool, or a bool.
         on_true: function of the carry.
-        on_false: another, whose result is built like that of `on_true`.
+        on_false: function of the carry, whose result is built like that of `on_true`.
         carry: tensor, or tuples of them.
 
     Example:
@@ -115,11 +115,11 @@ def while_loop(
     """Apply `body` to the carry as long as the condition holds, `limit` times at most.
 
     Args:
-        condition: carry -> 0-dim tensor of bool, or a bool. Once false, it stays so.
-        body: carry -> carry, built alike. It also runs where the condition is false and unknown: what it then returns
-            is dropped, but its derivatives must be finite.
+        condition: carry -> 0-dim tensor of bool, or a bool. Once false, it stays false.
+        body: carry -> carry, built alike. Where the condition is unknown, it also runs after the condition has become
+            false. Its results are then dropped, but their derivatives must be finite.
         carry: tensor, or tuples of them.
-        limit: how often `body` may run.
+        limit: largest number of runs of `body`.
 
     Example:
         >>> import torch
@@ -139,5 +139,5 @@ def while_loop(
 
 
 def same(carry: Carry) -> Carry:
-    """Return what is given: the branch that does nothing."""
+    """Return the carry: the branch that does nothing."""
     return carry

@@ -16,17 +16,17 @@ from functorch_optim.tree import Tree
 
 
 class Minimized(NamedTuple):
-    """What `minimize` returns.
+    """The result of `minimize`.
 
     Attributes:
-        params: tree like `x0`: where it ended.
+        params: last parameters: tree like `x0`.
         value: fn(params): 0-dim.
-        grad_norm: largest element of |gradient| there: 0-dim.
+        grad_norm: largest element of |gradient| at `params`: 0-dim.
         steps: number of updates: 0-dim int64 tensor.
         converged: whether `grad_norm` is at most `tol`, and `value` is not NaN: 0-dim tensor of bool.
         history: fn at the beginning and after each update: (steps + 1,); inside of `torch.vmap` and `torch.compile`
             (max_steps + 1,), with NaN after the last.
-        state: the transformation's, after the last update.
+        state: state of the transformation after the last update.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -45,7 +45,7 @@ class Minimized(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A minimization under way; trees are tuples of their tensors."""
+    """A minimization between two updates; trees are tuples of their tensors."""
 
     params: tuple[Tensor, ...]
     state: tuple[Tensor, ...]
@@ -70,27 +70,27 @@ def minimize(
             u, state = update(g, state, x, value=fn(x), value_fn=fn);    x <- x + u;    g = grad fn(x)
 
     Args:
-        fn: function of the parameters alone, which returns a 0-dim tensor; data comes in by closure.
-        x0: where to begin: tree of tensors.
-        tx: makes updates of gradients. None: `lbfgs(tolerance_grad=tol, tolerance_change=0.0,
-            line_search_fn="strong_wolfe")`, an update of which is up to 20 iterations. The extras `value`, `value_fn`
-            and `grad_fn` are given where it declares them: the loss, the function, and its gradient.
+        fn: function of the parameters alone, which returns a 0-dim tensor. It may close over data.
+        x0: first parameters: tree of tensors.
+        tx: transformation. None: `lbfgs(tolerance_grad=tol, tolerance_change=0.0, line_search_fn="strong_wolfe")`,
+            whose updates are up to 20 iterations each. If it declares the extras `value`, `value_fn` and `grad_fn`, it
+            is given the loss, the function, and its gradient.
         tol: see above, >= 0, in units of the gradient.
-        max_steps: largest number of updates, >= 1. Each takes an evaluation of `fn` and its gradient, and those that
-            `tx` makes.
+        max_steps: largest number of updates, >= 1. Each takes one evaluation of `fn` and its gradient, besides those
+            of `tx`.
 
     Returns:
-        `Minimized`. Nothing is raised where it has not converged: look at `converged`. It ends too where the value or
-        the gradient is NaN.
+        `Minimized`. A run that does not converge raises no error: look at `converged`. A run also ends when the value
+        or the gradient is NaN.
 
     Raises:
         TypeError: `fn` is no function or does not return a tensor, or `tx` is no transformation.
         ValueError: `fn` returns more than a number, or a number is out of range.
 
-    It may be batched by `torch.vmap`, over data, beginnings, or hyperparameters of `tx`; all members are computed for
-    `max_steps` updates then, and so they are inside of `torch.compile`: choose it small there. Derivatives are those of
-    the updates that were made, and cost memory for each; `meta.custom_root` has those of the minimum, at the cost of
-    one linear system. Where parameters or data require grad and no derivative is wanted, call it in `torch.no_grad()`.
+    `torch.vmap` can batch it over data, first parameters, or hyperparameters of `tx`. Under `torch.vmap` and
+    `torch.compile` all `max_steps` updates are computed: choose a small number there. Derivatives are those of the
+    updates, and need memory for each update; `meta.custom_root` has those of the minimum, at the cost of one linear
+    system. If parameters or data require grad and no derivative is wanted, call it in `torch.no_grad()`.
 
     Example:
         >>> import functorch_optim as fo, torch

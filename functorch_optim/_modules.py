@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def params_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """Copy the parameters of a module that are to be trained: a tree of tensors, by name.
 
-    They are new tensors, which do not require grad. So a training loop records no graph, and nothing that is done to
-    them in place, by `fo.step_` say, reaches the module. `torch.func.functional_call(module, params, args)` runs the
-    module with them; `module.load_state_dict(params, strict=False)` writes them back.
+    They are new tensors, which do not require grad. So a training loop records no graph, and in-place changes of the
+    copies, such as those of `fo.step_`, do not reach the module. `torch.func.functional_call(module, params, args)`
+    runs the module with them; `module.load_state_dict(params, strict=False)` writes them back.
 
     Args:
         module: any module.
@@ -52,7 +52,7 @@ def params_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def buffers_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy the buffers of a module, the running statistics of BatchNorm say: a tree of tensors, by name.
+    """Copy the buffers of a module, such as the running statistics of BatchNorm: a tree of tensors, by name.
 
     Modules write to their buffers in place. So a loss is given copies, and returns them:
 
@@ -67,8 +67,8 @@ def buffers_of(module: torch.nn.Module) -> dict[str, Tensor]:
         module: any module.
 
     Returns:
-        Dict from the names of `module.named_buffers()` to copies, those that are not saved among them. A module without
-        buffers has an empty one.
+        Dict from the names of `module.named_buffers()` to copies, including buffers that are not saved. It is empty for
+        a module without buffers.
 
     Raises:
         TypeError: `module` is none.

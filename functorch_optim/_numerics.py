@@ -1,7 +1,7 @@
-"""Functions whose derivatives are exact where they exist and zero where they do not; and functions of numbers.
+"""Functions whose derivatives are exact where they exist and zero elsewhere; and functions of numbers.
 
-The scalars of a rule are computed with floats where the step is known, and with 0-dim tensors elsewhere. The functions
-of numbers take both: `sqrt`, `where`, and so on.
+The scalars of a rule are computed with floats if the step is known, and else with 0-dim tensors. The functions of
+numbers take both: `sqrt`, `where`, and so on.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 def safe_sqrt(x: Tensor) -> Tensor:
     """Take the square root, with derivative zero at zero.
 
-    Adam, RMSprop and Adagrad divide by the root of a running mean of squares. A unit that never fired has mean zero,
-    where the root's derivative is infinite and the chain rule makes it inf * 0 = NaN. The forward value is `x.sqrt()`
+    Adam, RMSprop and Adagrad divide by the root of a running mean of squares. That mean is zero for a unit that never
+    fired. There the root's derivative is infinite, and the chain rule makes it inf * 0 = NaN. The value is `x.sqrt()`
     everywhere (NaN for NaN and for negative numbers; 0 for -0).
 
     Args:
@@ -33,7 +33,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """
     if isinstance(x, float):
         return math.sqrt(x)
-    if has_torch_function_unary(x):  # recorded as one call: machines have a kernel of their own for it
+    if has_torch_function_unary(x):  # recorded as one call, for which machines have their own kernel
         return handle_torch_function(safe_sqrt, (x,), x)
     zero = x == 0
     return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -76,7 +76,7 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
 
 
 def rms(x: Tensor) -> Tensor:
-    """Take the root mean square of all elements, 0 of nothing, with derivative zero where it is zero."""
+    """Take the root mean square of all elements, 0 without elements; its derivative is zero where it is zero."""
     if x.is_complex():
         x = x.abs()
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
@@ -118,7 +118,7 @@ def where(condition: Any, one: Any, other: Any) -> Any:
     if isinstance(condition, bool):
         return one if condition else other
     if not isinstance(one, Tensor) and not isinstance(other, Tensor):
-        one = torch.full_like(condition, one, dtype=torch.float64)  # torch makes float32 of two numbers
+        one = torch.full_like(condition, one, dtype=torch.float64)  # with two numbers torch returns float32
     return torch.where(condition, one, other)
 
 
@@ -141,7 +141,7 @@ def quotient(x: Any, y: Any) -> Any:
 
 
 def at_least(x: Any, least: Any) -> Any:
-    """Clamp from below; at the bound it has the derivative of `x`, of which torch.clamp(x, tensor) has two opinions."""
+    """Clamp from below; at the bound the derivative is that of `x`, where torch.clamp(x, tensor) is inconsistent."""
     if isinstance(x, int | float) and isinstance(least, int | float):
         return max(x, least)
     return torch.where(x < least, least, x)

@@ -1,9 +1,9 @@
 """Projections: the nearest point of a set, as functions of trees of tensors.
 
-Each takes a tree, of parameters say, as one vector of all of its elements, and returns a tree like it. None stays None.
-Numbers may be 0-dim tensors. Derivatives are exact where they exist, by the tree and by the numbers: those of the
-identity inside of the set and on its boundary, and those of the projection outside. `torch.vmap` and `torch.compile`
-may stand around.
+Each function treats a tree, such as the parameters, as one vector of all elements, and returns a tree like it. None
+stays None. Numbers may be 0-dim tensors. Derivatives with respect to the tree and the numbers are exact where they
+exist: those of the identity inside of the set and on its boundary, and those of the projection outside. The functions
+work under `torch.vmap` and `torch.compile`.
 
 Example:
     Projected gradient descent:
@@ -57,7 +57,7 @@ def box(tree: Tree, lower: Tree, upper: Tree) -> Tree:
     Args:
         tree: tree of real tensors.
         lower: number, tensor, or tree of these like `tree`, or a prefix of such a tree.
-        upper: the same; where it is less than `lower`, the result is `upper`.
+        upper: like `lower`; where it is less than `lower`, the result is `upper`.
 
     Raises:
         TypeError: a tensor is complex.
@@ -120,8 +120,8 @@ def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
 def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
     """Project to the sphere of the 2-norm: `x s / |x|`.
 
-    To zero all points of the sphere are equally near. The one whose elements are all equal is taken, with derivative
-    zero by x.
+    All points of the sphere are equally near to zero. Zero goes to the one whose elements are all equal, with
+    derivative zero with respect to x.
 
     Args:
         tree: tree of real or complex tensors.
@@ -167,7 +167,7 @@ def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
 
 
 def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
-    """Project to the ball of the 1-norm: `sign(x) max(|x| - tau, 0)`, with the tau that makes the norm s outside of it.
+    """Project to the ball of the 1-norm: `sign(x) max(|x| - tau, 0)`. Outside of it, tau makes the norm s.
 
     Args:
         tree: tree of real tensors.
@@ -187,7 +187,7 @@ def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
     check("scale", scale, trees=False)
     sizes = _each(tree, torch.abs)
     fits = _sum([x.sum() for x in _tensors(sizes)]) <= scale
-    # Inside, tau is a constant: derivatives of what is not taken must not come in.
+    # Inside of the ball tau is not used, and must have no derivative.
     threshold = torch.where(fits, 0.0, _threshold(sizes, where(fits, 1.0, scale)))
     return _each(
         tree, lambda x: torch.where(fits, x, torch.sign(x) * torch.clamp(x.abs() - _like(threshold, x), min=0))
@@ -199,13 +199,13 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
 
     Args:
         tree: tree of real or complex tensors.
-        normal: a, tree of tensors like `tree`. Of complex ones the product is Re(conj(a) x).
+        normal: a, tree of tensors like `tree`. The product of complex tensors is Re(conj(a) x).
         offset: b, any number.
 
     Raises:
         ValueError: the trees are built differently, or the number is NaN.
 
-    Where a is zero, x stays.
+    If a is zero, the result is x.
 
     Example:
         >>> import functorch_optim as fo, torch

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f'The demonstration needs {", ".join(missing)} too: pip install "functorch_optim[demo]"')
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / PICTURE).open("ab").close()  # what cannot be written fails now, not after the training
+        (options.out / PICTURE).open("ab").close()  # a path that cannot be written fails now, not after the training
     except FileExistsError:
         parser.error(f"argument --out: {str(options.out)!r} is not a directory")
     except OSError as error:
@@ -65,7 +65,7 @@ def whole_number(smallest: int, largest: int = 2**32 - 1) -> Callable[[str], int
         try:
             number = int(text)
         except ValueError:
-            number = smallest - 1  # out of range, so that the message below is for it too
+            number = smallest - 1  # out of range, for the message below
         if not smallest <= number <= largest:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
         return number

@@ -15,7 +15,7 @@ PIXEL_RANGE = 16.0
 
 
 class Digits(NamedTuple):
-    """Images of handwritten digits, 8 by 8 pixels, and what they show.
+    """Images of handwritten digits, 8 by 8 pixels, and their labels.
 
     Attributes:
         images: one row of 64 pixels in [0, 1] for each image: (images, 64) float32 tensor.
@@ -27,7 +27,7 @@ class Digits(NamedTuple):
 
 
 def load(device: str = "cpu") -> tuple[Digits, Digits]:
-    """Load the digits, split into those to train with and those to test with; every digit has the same share in both.
+    """Load the digits, split into training and test digits; every digit has the same share in both.
 
     Args:
         device: where the tensors are put.
@@ -43,13 +43,13 @@ def load(device: str = "cpu") -> tuple[Digits, Digits]:
 
 
 class Batches:
-    """Batches of digits in an order that is random, and the same each time it is gone through.
+    """Batches of digits in a random order, which is the same in every iteration over them.
 
     Args:
-        digits: what the batches are made of.
-        epochs: how often each digit comes.
+        digits: the digits of the batches.
+        epochs: number of times that each digit comes.
         seed: seed of the order.
-        batch_size: number of digits in a batch; the last one of an epoch has what is left.
+        batch_size: number of digits in a batch; the last batch of an epoch has the remaining ones.
     """
 
     def __init__(self, digits: Digits, epochs: int, seed: int, batch_size: int = 64) -> None:

@@ -17,7 +17,7 @@ from functorch_optim.demo.tune import Landscape
 
 
 class Result(NamedTuple):
-    """What came out of one way to train.
+    """The result of one way to train.
 
     Attributes:
         what: name of the way.
@@ -25,8 +25,8 @@ class Result(NamedTuple):
         steps: steps at which the losses are shown: (points,) tensor.
         losses: mean loss since the point before: (points,) tensor; (points, members) for an ensemble.
         accuracies: share of test digits that were recognized: 0-dim tensor; (members,) for an ensemble.
-        vote: that share when every member of an ensemble has one vote: 0-dim tensor; None without an ensemble.
-        seconds: how long the training took.
+        vote: the share when every member of an ensemble has one vote: 0-dim tensor; None without an ensemble.
+        seconds: duration of the training.
     """
 
     what: str
@@ -57,7 +57,7 @@ def make_table(*results: Result) -> Table:
 
 
 def draw(landscape: Landscape, functional: Result, stateful: Result, ensemble: Result, path: Path) -> None:
-    """Draw what the loss after training depends on, and the losses while training, into a PNG file."""
+    """Draw the loss as a function of the hyperparameters, and the losses while training, into a PNG file."""
     figure = Figure(figsize=(12.5, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_landscape(left, landscape)

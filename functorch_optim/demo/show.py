@@ -27,7 +27,7 @@ def show(picture: Path, device: str, seed: int, epochs: int) -> None:
         picture: path of the PNG file to write.
         device: where to train.
         seed: seed of the initial weights and of the order of the digits.
-        epochs: how often each digit is trained with.
+        epochs: number of times that each digit is trained with.
     """
     console = Console()
     with Progress(console=console) as progress, one_thread():
@@ -50,8 +50,8 @@ def compare(device: str, seed: int, epochs: int, progress: Progress) -> tuple[Re
     Args:
         device: where to train.
         seed: seed of the initial weights and of the order of the digits.
-        epochs: how often each digit is trained with.
-        progress: shows how far each training is.
+        epochs: number of times that each digit is trained with.
+        progress: shows the progress of each training.
     """
     digits, test = load(device)
     batches = Batches(digits, epochs, seed)
@@ -98,7 +98,7 @@ def compare(device: str, seed: int, epochs: int, progress: Progress) -> tuple[Re
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: tensors this small gain little from more, and lose much on busy machines."""
+    """Let torch compute in one thread: small tensors gain little from more, and lose much on busy machines."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,7 +21,7 @@ Parameters: TypeAlias = dict[str, Tensor]
 
 
 class Trained(NamedTuple):
-    """What training leaves.
+    """The result of a training.
 
     Attributes:
         params: the parameters, by name; those of an ensemble have one dimension more, the first: its members.
@@ -80,7 +80,7 @@ def loss_of(guesses: Tensor, labels: Tensor) -> Tensor:
 def take_step(
     network: torch.nn.Module, transformation: fo.GradientTransformation, params: Parameters, state: Any, batch: Digits
 ) -> tuple[Parameters, Any, Tensor]:
-    """Return the parameters and the state after one step, and the loss before it; nothing is modified."""
+    """Return the parameters and the state after one step, and the loss before the step; nothing is modified."""
 
     def loss_at(params: Parameters) -> Tensor:
         return loss_of(torch.func.functional_call(network, params, (batch.images,)), batch.labels)
@@ -91,11 +91,11 @@ def take_step(
 
 
 def train_functionally(network: torch.nn.Module, batches: Iterable[Digits], steps: int) -> Trained:
-    """Train with pure functions; the network itself stays as it is.
+    """Train with pure functions; the network itself is not changed.
 
     Args:
         network: gives the architecture and the initial weights.
-        batches: what to train with.
+        batches: batches to train with.
         steps: number of batches.
     """
     transformation = make_transformation(PEAK, steps)
@@ -115,7 +115,7 @@ def train_statefully(network: torch.nn.Module, batches: Iterable[Digits], steps:
 
     Args:
         network: the network.
-        batches: what to train with.
+        batches: batches to train with.
         steps: number of batches.
     """
     optimizer = fo.Optimizer(network.parameters(), fo.adamw, lr=PEAK, weight_decay=WEIGHT_DECAY)
@@ -136,12 +136,12 @@ def train_statefully(network: torch.nn.Module, batches: Iterable[Digits], steps:
 def train_ensemble(
     networks: list[torch.nn.Module], learning_rates: Tensor, batches: Iterable[Digits], steps: int
 ) -> Trained:
-    """Train many networks at once, each with a learning rate of its own; the networks themselves stay as they are.
+    """Train many networks at once, each with a learning rate of its own; the networks themselves are not changed.
 
     Args:
         networks: give the architecture, the same for all, and the initial weights.
         learning_rates: the largest on each network's schedule: (networks,) tensor.
-        batches: what to train all of them with.
+        batches: batches to train all networks with.
         steps: number of batches.
     """
 

@@ -1,4 +1,4 @@
-"""How good training becomes, as a function of its learning rate and momentum; its gradient, and the way downhill."""
+"""The loss after training as a function of learning rate and momentum, its gradient, and descents along it."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import functorch_optim as fo
 from functorch_optim.demo.data import Batches, Digits
 from functorch_optim.demo.train import Parameters, parameters_of
 
-HELD_OUT = 300  # digits to judge by; the others are trained with, once
+HELD_OUT = 300  # digits for validation; the others are trained with, once
 BATCH_SIZE = 32
 HIDDEN = 16
 LEARNING_RATES, MOMENTA = (3e-3, 3.0), (0.05, 0.99)  # the grid: from, to
@@ -30,10 +30,10 @@ class Landscape(NamedTuple):
         z: the grid: (rows, columns, 2) tensor.
         losses: loss on the digits that were held out: (rows, columns).
         gradients: its gradient by z: (rows, columns, 2).
-        paths: where gradient descent went from each start: (points, starts, 2).
+        paths: points of gradient descent from each start: (points, starts, 2).
         steps: number of steps of training that a gradient goes through.
         error: largest relative error of the gradients at the starts, against finite differences.
-        seconds: how long all of it took.
+        seconds: duration of the exploration.
     """
 
     z: Tensor
@@ -46,12 +46,12 @@ class Landscape(NamedTuple):
 
 
 def explore(digits: Digits, seed: int) -> Landscape:
-    """Look at the loss after training on a grid, and go downhill from three starts.
+    """Compute the loss after training on a grid, and go downhill from three starts.
 
-    Forward mode computes the gradients: for two numbers it costs about two further trainings, and keeps no step.
+    Forward mode computes the gradients. For two numbers it costs about two further trainings, and it keeps no step.
 
     Args:
-        digits: those to train with and to hold out.
+        digits: the digits to train with and to hold out.
         seed: seed of the initial weights and of the batches.
     """
     begin = time.perf_counter()
@@ -109,7 +109,7 @@ def make_grid() -> Tensor:
 
 
 def descend(gradient: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Take steps of Adam from each row of z, each by itself; return all places: (steps + 1, rows, 2) tensor."""
+    """Take steps of Adam from each row of z separately; return all points: (steps + 1, rows, 2) tensor."""
     transformation = fo.adam(fo.schedules.cosine(0.3, DESCENT_STEPS), betas=(0.9, 0.9))
     state = transformation.init(z)
     places = [z]

@@ -1,4 +1,4 @@
-"""What all optimizers have around their rule."""
+"""The links around the rule of every optimizer."""
 
 from __future__ import annotations
 

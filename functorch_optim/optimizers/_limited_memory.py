@@ -1,4 +1,4 @@
-"""L-BFGS for one vector: what it remembers, its iterations, and torch.optim.LBFGS's name for everything."""
+"""L-BFGS for one vector: its memory, its iterations, and the conversion of its memory from and to torch.optim.LBFGS."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 STRONG_WOLFE = "strong_wolfe"
 NARROW = 1e-9
-"""A line search ends when no parameter changes by more than this; torch.optim's, whatever `tolerance_change` is."""
+"""A line search ends when no parameter changes by more than this, as in torch.optim; see `tolerance_change`."""
 
 
 PATIENCE = 25
-"""So many evaluations the first line search of an update may take to find a lower loss, where `max_eval` is less."""
+"""Evaluations that the first line search of an update may take to find a lower loss, if `max_eval` is less."""
 
 
 class Settings(NamedTuple):
     """The hyperparameters of `lbfgs` in an update; its docstring explains the fields.
 
-    `patience` is `PATIENCE`; or 0, where `max_eval` holds whatever comes, as in torch.optim, whose updates may stand
-    still.
+    `patience` is `PATIENCE`; or 0, if `max_eval` is a strict limit, as in torch.optim. Updates may then stand still.
     """
 
     lr: Tensor | float
@@ -42,11 +41,11 @@ class Settings(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What L-BFGS remembers.
+    """The memory of L-BFGS.
 
-    The fields are those of `LBFGSState`; but `old_dirs`, `old_stps` and `ro` are tuples with an entry for each pair,
-    the oldest first. Under vmap and compile, where their number must not depend on data, they are stacked tensors of
-    rows; those with ro = 0 come first, and do nothing.
+    The fields are those of `LBFGSState`, except that `old_dirs`, `old_stps` and `ro` are tuples with an entry for each
+    pair, the oldest first. Under vmap and compile the number of pairs must not depend on data. There they are stacked
+    tensors with a row for each pair; rows with ro = 0 come first, and have no effect.
     """
 
     func_evals: Tensor
@@ -62,7 +61,7 @@ class Memory(NamedTuple):
 
 
 def new_memory(x: Tensor) -> Memory:
-    """Remember nothing yet, about vectors like `x`."""
+    """Make an empty memory for vectors like `x`."""
     none = torch.zeros((), dtype=torch.int64, device=x.device)
     zero = x.new_zeros(())
     d, prev_flat_grad = torch.zeros_like(x), torch.zeros_like(x)
@@ -70,14 +69,14 @@ def new_memory(x: Tensor) -> Memory:
 
 
 class _Run(NamedTuple):
-    """An update under way.
+    """An update between two evaluations.
 
     Attributes:
-        going: whether an iteration has begun that has not ended: 0-dim tensor of bool.
-        x: where it began.
+        going: whether an iteration has begun and not ended: 0-dim tensor of bool.
+        x: start of the iteration.
         loss: loss at x.
         grad: gradient at x.
-        memory: with the direction d in which the next evaluation is made.
+        memory: the memory, with the direction d of the next evaluation.
         search: the line search; `()` without one.
     """
 
@@ -94,19 +93,19 @@ def minimize(
 ) -> tuple[Tensor, Memory]:
     """Run the iterations of one update; no argument is modified.
 
-    A turn of the loop is one evaluation, whether a line search goes on with it or an iteration ends: under vmap and
-    compile, where loops cannot end early, nested ones would evaluate many times more often.
+    A turn of the loop is one evaluation, in a line search or at the end of an iteration. Under vmap and compile loops
+    cannot end early, and nested loops would evaluate many times more often.
 
     Args:
         evaluate: loss and gradient at a vector.
-        x: where to begin: (n,).
+        x: first vector: (n,).
         loss: loss at x: 0-dim.
         grad: gradient at x: (n,).
-        memory: what was returned last, or `new_memory(x)`.
+        memory: the memory that the last call returned, or `new_memory(x)`.
         settings: hyperparameters.
 
     Returns:
-        Where the last iteration ended, and what is remembered.
+        The vector at which the last iteration ended, and the memory.
     """
     searches = settings.line_search_fn == STRONG_WOLFE
     lr = settings.lr.to(x) if isinstance(settings.lr, Tensor) else x.new_full((), settings.lr)
@@ -114,7 +113,7 @@ def minimize(
     memory = memory._replace(func_evals=memory.func_evals + 1)
 
     def begin(run: _Run) -> _Run:
-        """Begin an iteration: choose direction and step length, or stop where it is not downhill."""
+        """Begin an iteration: choose direction and step length, or stop if the direction is not downhill."""
         memory = _directed(run, lr, settings.history_size)
         gtd = run.grad.dot(memory.d)
         search = line_search.begin(run.loss, run.grad, gtd, memory.t) if searches else run.search
@@ -123,7 +122,7 @@ def minimize(
     def turn(run: _Run) -> _Run:
         d = run.memory.d
         t = run.search.t if searches else run.memory.t
-        # Once an update has ended, further along d may be outside of the function's domain.
+        # After the end of an update, points further along d may be outside of the function's domain.
         ahead = select(run.going, x_at(run, t), run.x)
         loss, grad = evaluate(ahead)
         run = run._replace(memory=run.memory._replace(func_evals=run.memory.func_evals + 1))
@@ -163,7 +162,7 @@ def minimize(
     if searches:
         run = while_loop(lambda run: run.going, turn, run, max(settings.max_eval, settings.patience))
         return run.x, run.memory
-    # The last iteration does not evaluate where it ends.
+    # The last iteration does not evaluate its last point.
     turns = min(settings.max_iter - 1, max(settings.max_eval - 1, 1))
     run = while_loop(lambda run: run.going, turn, run, turns)
     return select(run.going, x_at(run, run.memory.t), run.x), run.memory
@@ -178,7 +177,7 @@ def _directed(run: _Run, lr: Tensor, history_size: int) -> Memory:
     is_curved = ys > 1e-10
 
     def remember(memory: Memory) -> Memory:
-        # Where the pair is not kept, the divisors are 1.
+        # If the pair is not kept, the divisors are 1.
         curvature, yy = torch.where(is_curved, ys, 1.0), torch.where(is_curved, y.dot(y), 1.0)
         return memory._replace(
             old_dirs=_pushed(memory.old_dirs, y, history_size),
@@ -197,7 +196,7 @@ def _directed(run: _Run, lr: Tensor, history_size: int) -> Memory:
 
 def _direction(g: Tensor, memory: Memory) -> Tensor:
     """Multiply -g with the inverse Hessian, by the two-loop recursion."""
-    # addcmul is one pass over memory, and for small vectors the fastest way as well.
+    # addcmul is one pass over memory, and is also fastest for small vectors.
     pairs = list(zip(memory.old_dirs, memory.old_stps, memory.ro, strict=True))
     al = []
     q = -g
@@ -226,11 +225,11 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def to_torch(memory: Memory, history_size: int) -> dict[str, Any]:
-    """Write a memory as torch.optim.LBFGS keeps it, in the state of its first parameter.
+    """Write a memory in the form of torch.optim.LBFGS, the state of its first parameter.
 
     Args:
-        memory: what `minimize` returned, with tuples of pairs.
-        history_size: of the optimizer.
+        memory: the memory that `minimize` returned, with tuples of pairs.
+        history_size: number of pairs that the optimizer keeps.
 
     Returns:
         Dict of numbers, tensors and lists of them, from which torch.optim.LBFGS goes on with the same numbers.
@@ -253,11 +252,11 @@ def to_torch(memory: Memory, history_size: int) -> dict[str, Any]:
 
 
 def from_torch(state: Mapping[str, Any], x: Tensor) -> Memory:
-    """Read a memory from what torch.optim.LBFGS keeps in the state of its first parameter; see `to_torch`.
+    """Read a memory from the state of torch.optim.LBFGS for its first parameter; see `to_torch`.
 
     Args:
         state: `optimizer.state[first_param]`.
-        x: vector of all parameters, of which only dtype, device and size matter.
+        x: vector of all parameters; only its dtype, device and size matter.
     """
     memory = new_memory(x)
     memory = memory._replace(

@@ -3,11 +3,11 @@
     f(x + t d) <= f(x) + c1 t g'd      the loss falls enough
     |g(x + t d)'d| <= -c2 g'd          the slope has become flat enough
 
-It is written as what follows from one evaluation, so that it takes one for each turn of a loop, whatever it is doing:
-`begin` sets the first trial, `advance` is told of loss and slope there, and sets the next or is done.
+It is written as a state machine of single evaluations, so that each turn of a loop takes one evaluation. `begin` sets
+the first trial. `advance` takes loss and slope at the trial, and sets the next trial or ends the search.
 
-A trial where loss or slope are not finite is outside of the function's domain: it counts as one with an infinite loss,
-so that the search turns back, halving the way. torch.optim goes on further out.
+A trial with a loss or slope that is not finite is outside of the function's domain. It counts as a trial with an
+infinite loss, so that the search turns back and halves the step. torch.optim goes on further out.
 
 Source: Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 (bracketing) and 3.6 (zoom), in the
 version of minFunc and torch.optim.LBFGS.
@@ -43,10 +43,10 @@ class Point(NamedTuple):
 
 
 class Search(NamedTuple):
-    """A line search under way. Everything is a 0-dim tensor but the gradients of the points.
+    """A line search between two trials. All fields are 0-dim tensors, except the gradients of the points.
 
     Attributes:
-        t: step length to try next.
+        t: step length of the next trial.
         gtd: slope at the start.
         low: while bracketing, the trial before; while zooming, the better end of the bracket; when done, the result.
         high: the other end of the bracket.
@@ -93,17 +93,17 @@ def advance(
     tolerance_change: float,
     until_lower: Tensor | None = None,
 ) -> Search:
-    """Take in an evaluation at `search.t`.
+    """Continue a search with an evaluation at `search.t`.
 
     Args:
-        search: so far.
+        search: the search before this evaluation.
         new: the evaluation.
         f: loss at the start.
         g: gradient at the start.
         d_norm: largest element of |d|.
         is_last: whether no further evaluation may follow.
         tolerance_change: the search ends when no parameter changes by more than this over the bracket.
-        until_lower: whether further ones may follow after all, as long as no lower loss has been found.
+        until_lower: whether further evaluations may follow in spite of `is_last` until a lower loss is found.
 
     Returns:
         The search; when it is done, `low` is the point to go to.
@@ -153,19 +153,19 @@ def advance(
 
 
 def _bounded(new: Point, begins_well: Tensor) -> Point:
-    """Give a trial outside of the domain an infinite loss; where the search begins there, nothing is a way out."""
+    """Give a trial outside of the domain an infinite loss, unless the search begins outside, too."""
     fails = begins_well & ~(new.f.isfinite() & new.gtd.isfinite())
     nowhere = Point(new.t, torch.full_like(new.f, torch.inf), torch.zeros_like(new.g), torch.zeros_like(new.gtd))
     return select(fails, nowhere, new)
 
 
 def _extrapolated(previous: Point, new: Point) -> Tensor:
-    """Step further, to where a cubic has its minimum, but 10 times as far at most."""
+    """Step further, to the minimum of a cubic, but at most 10 times as far."""
     return _cubic_minimum(previous, new, new.t + 0.01 * (new.t - previous.t), new.t * 10)
 
 
 def _with_trial(search: Search) -> Search:
-    """Try the minimum of a cubic next; or, where that gets too close to an end of the bracket, a tenth away from it."""
+    """Try the minimum of a cubic next; if it is too close to an end of the bracket, move it a tenth away from it."""
     left, right = torch.minimum(search.low.t, search.high.t), torch.maximum(search.low.t, search.high.t)
     t = _cubic_minimum(search.low, search.high, left, right)
     eps = 0.1 * (right - left)
@@ -176,7 +176,7 @@ def _with_trial(search: Search) -> Search:
 
 
 def _cubic_minimum(p: Point, q: Point, smallest: Tensor, largest: Tensor) -> Tensor:
-    """Find where a cubic with the losses and slopes of two points is least; the middle where it has no minimum.
+    """Find the minimum of the cubic with the losses and slopes of two points; the middle if it has no minimum.
 
         d1 = g1 + g2 - 3 (f1 - f2) / (t1 - t2)
         d2 = sqrt(d1^2 - g1 g2)
@@ -194,7 +194,7 @@ def _cubic_minimum(p: Point, q: Point, smallest: Tensor, largest: Tensor) -> Ten
     exists = is_bounded & (square >= 0)
     d2 = safe_sqrt(square.masked_fill(~exists, 0))
     top, bottom = g2 + d2 - d1, g2 - g1 + 2 * d2
-    # On a straight line the minimum is at infinity, and what follows at a bound: the derivative must not be inf * 0.
+    # On a straight line the minimum is at infinity, and is clamped: the derivative must not be inf * 0.
     infinite = (t2 - (t2 - t1) * (top / bottom)).detach()
     minimum = t2 - (t2 - t1) * (top / bottom.masked_fill(bottom == 0, 1))
     t = torch.where(bottom == 0, infinite, minimum).clamp(smallest, largest)

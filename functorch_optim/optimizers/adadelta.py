@@ -27,7 +27,7 @@ class ScaleByAdadeltaState(NamedTuple):
 
 
 class AdadeltaScalars(NamedTuple):
-    """What Adadelta needs at a step: rho, 1 - rho, eps."""
+    """The numbers of Adadelta at a step: rho, 1 - rho, eps."""
 
     rho: Any
     weight: Any
@@ -83,7 +83,7 @@ def adadelta(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Adadelta: no learning rate to choose, in principle.
+    """Adadelta: steps in the units of the parameters, which need no learning rate in principle.
 
         g <- g + weight_decay p
         u = -lr scale_by_adadelta(g)

@@ -1,4 +1,4 @@
-"""Adafactor: Adagrad's memory, factored."""
+"""Adafactor: second moments in factored form."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UnfactoredState(NamedTuple):
 
 
 class AdafactorScalars(NamedTuple):
-    """What Adafactor needs at a step.
+    """The numbers of Adafactor at a step.
 
     Attributes:
         weight: 1 - beta2_t = t^beta2_decay.
@@ -71,7 +71,7 @@ def adafactor(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Adafactor: as adaptive as Adam, in the memory of a row and a column for each matrix.
+    """Adafactor: adaptive as Adam, with the memory of a row and a column for each matrix.
 
         R <- beta2_t R + (1 - beta2_t) mean over columns of g^2,  beta2_t = 1 - t^beta2_decay
         C <- beta2_t C + (1 - beta2_t) mean over rows of g^2
@@ -80,7 +80,7 @@ def adafactor(
         w <- w / max(1, RMS(w) / d)
         u = -min(lr, 1 / sqrt(t)) max(eps2, RMS(p)) w - lr weight_decay p
 
-    Tensors of more than two dimensions are stacks of matrices: their last two.
+    Tensors of more than two dimensions are stacks of matrices, whose dimensions are the last two.
 
     Args:
         lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule.
@@ -94,14 +94,15 @@ def adafactor(
         ValueError: a number is out of range; `update` is called without parameters.
         TypeError: a parameter is complex.
 
-    The derivative of a maximum is that of its larger argument; at ties that of V, of RMS(w) / d and of RMS(p), and half
-    of lr and of 1 / sqrt(t). So with the default, d = 1, a vector's first step, where RMS(w) is 1, counts as clipped.
+    The derivative of a maximum is that of its larger argument. At ties it is that of V, of RMS(w) / d and of RMS(p),
+    and half of those of lr and of 1 / sqrt(t). A vector's first step has RMS(w) = 1, so with the default, d = 1, it
+    counts as clipped.
 
-    A NaN in the gradient of a vector stays in its element: where RMS(w) or RMS(p) is NaN, the maxima above are 1 and
-    eps2. Over a matrix it spreads, by the mean of R.
+    A NaN in the gradient of a vector stays in its element: if RMS(w) or RMS(p) is NaN, the maxima above are 1 and
+    eps2. In a matrix it spreads, through the mean of R.
 
-    Same numbers as torch.optim.Adafactor, but where torch takes the eps1 None of the first parameter's dtype for all
-    others too. Differs from the paper as torch does: see its note on eps1 and lr.
+    Same numbers as torch.optim.Adafactor, with one exception: with eps1 None, torch uses the machine epsilon of the
+    first parameter's dtype for all parameters. Differs from the paper as torch does: see its note on eps1 and lr.
 
     Source: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5.
 
@@ -182,5 +183,5 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _at_least(least: Any, size: Tensor) -> Tensor:
-    """Return the larger one. NaN is not larger, as to python's max, so that it stays in the elements that have it."""
+    """Return the larger one. NaN is not larger, as in Python's max, so that it stays in the elements that have it."""
     return torch.clamp_min(size.masked_fill(size.isnan(), 0), least)

@@ -35,14 +35,14 @@ def scale_by_rss(
         g <- g / (sqrt(s) + eps)
 
     Args:
-        initial_accumulator_value: s before the first update, >= 0: number, 0-dim tensor, or schedule, of which the
-            first value is used.
+        initial_accumulator_value: s before the first update, >= 0: number, 0-dim tensor, or schedule, whose first
+            value is used.
         eps: added to the root, >= 0.
 
     Raises:
         ValueError: a number is out of range.
 
-    Sparse gradients touch only the entries that they have.
+    Sparse gradients change only the entries that they have.
 
     Source: Duchi et al., Adaptive subgradient methods for online learning and stochastic optimization, JMLR 2011, in
     the diagonal form, figure 1.
@@ -77,7 +77,7 @@ def adagrad(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Adagrad: elements that have moved much move ever less.
+    """Adagrad: the more an element has moved, the smaller its steps become.
 
         g <- g + weight_decay p
         u = -lr / (1 + (t - 1) lr_decay) scale_by_rss(g)

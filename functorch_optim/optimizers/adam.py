@@ -45,7 +45,7 @@ class ScaleByAMSGradState(NamedTuple):
 
 
 class AdamScalars(NamedTuple):
-    """What Adam needs at a step.
+    """The numbers of Adam at a step.
 
     Attributes:
         weight1: 1 - beta1.
@@ -53,8 +53,8 @@ class AdamScalars(NamedTuple):
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
         eps: eps sqrt(1 - beta2^t), or eps alone for the lazy rule.
-        t: the step, and
-        plain_eps: eps, for torch's own kernels, which correct for bias by themselves. The rule does not need them.
+        t: the step.
+        plain_eps: eps. It and t are for torch's own kernels, which correct for bias by themselves.
     """
 
     weight1: Any
@@ -86,15 +86,16 @@ def scale_by_adam(
         betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
         eps: added to the root, >= 0.
         amsgrad: divide by the largest v so far; torch takes the maximum before the correction, and so do we.
-        lazy: take sparse gradients, and run on the entries that they have: all others keep their means. eps is then not
-            corrected, as at the end of the paper's section 2: m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps).
+        lazy: accept sparse gradients, and run on the entries that they have; all others keep their means. eps is then
+            not corrected, as at the end of the paper's section 2:
+            m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps).
 
     Raises:
         ValueError: a number is out of range.
         RuntimeError: a gradient is sparse and the rule is not lazy.
 
-    Where v is zero, for a unit that never fired say, the derivative is finite and exact; torch.optim's is NaN there. At
-    a tie of two v, amsgrad's derivative is half of each.
+    If v is zero, as for a unit that never fired, the derivative is finite and exact; torch.optim's is NaN there. At a
+    tie of two v, amsgrad's derivative is half of each.
 
     Source: Kingma & Ba, arXiv:1412.6980, algorithm 1; AMSGrad: Reddi et al., arXiv:1904.09237, algorithm 2.
 
@@ -227,7 +228,7 @@ def sparse_adam(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Adam for sparse gradients, as those of `torch.nn.Embedding(sparse=True)`.
+    """Adam for sparse gradients, such as those of `torch.nn.Embedding(sparse=True)`.
 
         u = -lr scale_by_adam(g, lazy=True)
 
@@ -240,7 +241,8 @@ def sparse_adam(
     Raises:
         ValueError: a number is out of range.
 
-    Same numbers as torch.optim.SparseAdam, which refuses gradients that are not sparse; here they have all entries.
+    Same numbers as torch.optim.SparseAdam. It refuses gradients that are not sparse; here they count as having all
+    entries.
     Source: Kingma & Ba, arXiv:1412.6980, algorithm 1.
 
     Example:

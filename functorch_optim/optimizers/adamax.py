@@ -28,7 +28,7 @@ class ScaleByAdamaxState(NamedTuple):
 
 
 class AdamaxScalars(NamedTuple):
-    """What Adamax needs at a step: 1 - beta1, beta2, 1 / (1 - beta1^t), eps."""
+    """The numbers of Adamax at a step: 1 - beta1, beta2, 1 / (1 - beta1^t), eps."""
 
     weight1: Any
     beta2: Any
@@ -53,7 +53,8 @@ def scale_by_adamax(
     Raises:
         ValueError: a number is out of range.
 
-    At a tie of the two the derivative is shared evenly, as torch.maximum has it; at g = 0 that of |g| is zero.
+    At a tie in the maximum each argument has half of the derivative, as in torch.maximum; the derivative of |g| at
+    g = 0 is zero.
 
     Source: Kingma & Ba, arXiv:1412.6980, algorithm 2.
 

@@ -16,7 +16,7 @@ from functorch_optim.transforms.decay import add_decayed_weights
 
 
 class ASGDCarried(NamedTuple):
-    """What ASGD's scalars carry on: the next step's learning rate, and the weight of its parameters in the average."""
+    """The numbers that ASGD's scalars carry on: the next step's learning rate, and its weight in the average."""
 
     eta: Any
     mu: Any
@@ -36,7 +36,7 @@ leaf_state(ASGDState, ASGDCarried)
 
 
 class ASGDScalars(NamedTuple):
-    """What ASGD needs at a step: eta_t, lambda eta_t, mu_t."""
+    """The numbers of ASGD at a step: eta_t, lambda eta_t, mu_t."""
 
     eta: Any
     decay: Any
@@ -53,7 +53,7 @@ def asgd(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Averaged stochastic gradient descent, with a learning rate that decays, and parameters too.
+    """Averaged stochastic gradient descent, with decay of the learning rate and of the parameters.
 
         g <- g + weight_decay p
         eta_1 = lr,  eta_{t+1} = lr / (1 + lambd lr t)^alpha
@@ -65,7 +65,7 @@ def asgd(
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
         lambd: decay of parameters and of the learning rate, >= 0.
         alpha: power of the learning rate's decay.
-        t0: number of steps before the average begins; until then it is the last parameters.
+        t0: number of steps before the average begins; until then it equals the last parameters.
         weight_decay: L2 penalty >= 0.
         maximize: ascend instead.
 
@@ -73,7 +73,7 @@ def asgd(
         ValueError: a number is out of range; `update` is called without parameters.
 
     Evaluate with the average: `fo.eval_params(tx, state, params)`, or within `opt.averaged()` of an `fo.Optimizer`.
-    Derivatives flow through t0 from the step t0 + 1 on, where the average begins.
+    Derivatives with respect to t0 flow from the step t0 + 1 on, where the average begins.
 
     The averaged parameters are in the state: `fo.tree.get(state, "ax")`. As in torch.optim.ASGD, eta lags behind by a
     step: a learning rate that changes acts on the step after the next. The numbers eta and mu are states of the whole

@@ -1,4 +1,4 @@
-"""L-BFGS: Newton's method, with an inverse Hessian made of the last few steps."""
+"""L-BFGS: Newton's method, with an inverse Hessian that is estimated from the last steps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class LBFGSState(NamedTuple):
         n_iter: number of iterations done: 0-dim int64 tensor.
         d: last direction: (n,).
         t: last step length: 0-dim.
-        old_dirs: y, differences of gradients, the newest last; zero where there is none yet: (history_size, n).
-        old_stps: s, differences of parameters, likewise: (history_size, n).
-        ro: 1 / y's, likewise: (history_size,).
-        H_diag: scale of the inverse Hessian that the history begins with: 0-dim.
-        prev_flat_grad: gradient where the last iteration began: (n,).
-        prev_loss: loss there: 0-dim.
+        old_dirs: y, differences of gradients, the newest last; rows without a pair are zero: (history_size, n).
+        old_stps: s, differences of parameters, in the same order: (history_size, n).
+        ro: 1 / y's, in the same order: (history_size,).
+        H_diag: scale of the first inverse Hessian of the recursion: 0-dim.
+        prev_flat_grad: gradient at the start of the last iteration: (n,).
+        prev_loss: loss at the start of the last iteration: 0-dim.
     """
 
     step: Tensor
@@ -58,7 +58,7 @@ def lbfgs(
     history_size: int = 100,
     line_search_fn: str | None = None,
 ) -> GradientTransformation:
-    """Minimize with L-BFGS: one update does what one step of torch.optim.LBFGS does, many iterations.
+    """Minimize with L-BFGS: an update has many iterations, as a step of torch.optim.LBFGS has.
 
     An iteration at x with gradient g goes along d = -H g. H is the inverse Hessian that the pairs s, y of the last
     iterations imply; the two-loop recursion multiplies with it, where ro_i = 1 / y_i's_i and H_diag = y's / y'y of the
@@ -71,53 +71,54 @@ def lbfgs(
         x <- x + t d                    t = lr, or min(1, 1 / |g|_1) lr in the first iteration of all
         s = t d;   y = g_new - g        kept when y's > 1e-10
 
-    An update ends after `max_iter` iterations or `max_eval` evaluations; where the largest element of |g| is at most
-    `tolerance_grad`; where the largest element of |t d|, or the change of the loss, is within `tolerance_change`; and
-    where the slope g'd is above -tolerance_change.
+    An update ends after `max_iter` iterations or `max_eval` evaluations; when the largest element of |g| is at most
+    `tolerance_grad`; when the largest element of |t d|, or the change of the loss, is within `tolerance_change`; and
+    when the slope g'd is above -tolerance_change.
 
     `update(grads, state, params, *, value_fn, value=None)` needs the parameters and the loss as a function of them.
-    `grads` and `value` are those at `params`: without `value`, the loss is evaluated there once more. A parameter
-    whose gradient is None is held fixed; to the algorithm its gradient is zero. In `fo.Optimizer`, `value_fn` is given
-    a dict by name where the parameters have names, and else a list; `opt.step(closure)` makes it of the closure, as
-    torch.optim.LBFGS does, and `opt.step(closure, value_fn=loss)` is for a loss that is differentiated. Inside of
-    `masked` and `partition` it is given `MaskedNode()` in place of the other parameters, and must know these itself.
+    `grads` and `value` are those at `params`; without `value`, the loss is evaluated there once more. A parameter
+    whose gradient is None is held fixed, and the algorithm treats its gradient as zero.
+
+    In `fo.Optimizer`, `value_fn` is called with a dict by name if the parameters have names, and else with a list.
+    `opt.step(closure)` makes `value_fn` from the closure, as torch.optim.LBFGS does. For a loss that is differentiated,
+    call `opt.step(closure, value_fn=loss)`. Inside of `masked` and `partition`, `value_fn` gets `MaskedNode()` in place
+    of the other parameters, and must have their values from elsewhere.
 
     Args:
-        lr: step length >= 0, or with a line search the first that is tried: number, 0-dim tensor, or schedule of the
-            number of updates done.
+        lr: step length >= 0, or with a line search its first trial: number, 0-dim tensor, or schedule of the number of
+            updates done.
         max_iter: largest number of iterations in an update, >= 1.
-        max_eval: number of evaluations in an update that it ends after, >= 1; it is looked at after an iteration, so
-            that there are at least two, unless the gradient is small at once. A line search ends with it too, and the
-            update stands still where that has found no lower loss. None is 1.25 max_iter, but the first line search
-            may take 25 evaluations to find one.
+        max_eval: number of evaluations after which an update ends, >= 1. It is checked after an iteration, so there are
+            at least two, unless the gradient is small at once. It also ends a line search, and the update stands still
+            if the search has found no lower loss. None is 1.25 max_iter, except that the first line search may take 25
+            evaluations to find a lower loss.
         tolerance_grad: see above, >= 0.
-        tolerance_change: see above, >= 0. A line search ends by 1e-9 whatever it is, as torch's does.
+        tolerance_change: see above, >= 0. The tolerance of a line search is always 1e-9, as in torch.
         history_size: number of pairs that are kept, >= 1. The state has room for all from the start.
         line_search_fn: "strong_wolfe", or None for none.
 
     Raises:
-        ValueError: a number is out of range, or another line search is asked for.
+        ValueError: a number is out of range, or `line_search_fn` is unknown.
         TypeError: a count is no integer.
 
-    Same numbers as torch.optim.LBFGS, but that an additive update rounds the parameters once more, which badly curved
-    problems amplify. Different from it:
+    Same numbers as torch.optim.LBFGS, except that an additive update rounds the parameters once more. Badly curved
+    problems amplify that. Further differences:
 
-    - A line search shortens its step where loss or slope are not finite, outside of a logarithm's domain say; torch's
+    - A line search shortens its step where loss or slope are not finite, as outside of a logarithm's domain. torch's
       goes on further out.
-    - With `max_iter` below 20 and no `max_eval`, an update goes on where torch's would stand still, and so would all
-      updates after it.
-    - Numbers are computed in the widest dtype of the parameters (float32 at least), the loss too.
-    - A parameter without a gradient stays where it is even when the history would move it; parameters may be empty.
-    - An update may be differentiated: the derivative is that of the iterations and trials that were made, as if their
-      number were given. Wrap `update` in `torch.no_grad()` where the parameters require grad and no derivative is
-      wanted.
+    - With `max_iter` below 20 and no `max_eval`, torch's update may stand still, and all updates after it. Here it goes
+      on.
+    - All numbers, and the loss, are computed in the widest dtype of the parameters (float32 at least).
+    - A parameter without a gradient keeps its value even when the history would move it. Parameters may be empty.
+    - An update may be differentiated. The derivative is that of its iterations and trials, with their number held
+      fixed. If parameters require grad and no derivative is wanted, wrap `update` in `torch.no_grad()`.
 
-    Put it first in a chain: it evaluates gradients itself, and knows them only untransformed.
+    Put it first in a chain: it evaluates gradients itself, and these are not transformed.
 
-    Inside of `torch.vmap` and `torch.compile` nothing can end early: every update takes the time of `max_iter`
-    iterations (with a line search, of `max_eval` evaluations; of 25 at least where that is None), each with
-    `history_size` pairs. Choose them small there. Trials that are not taken are differentiated there too: where the
-    loss has an infinite derivative, on the border of its domain, that of the update is NaN.
+    Inside of `torch.vmap` and `torch.compile` no loop can end early. Every update takes the time of `max_iter`
+    iterations (with a line search, of `max_eval` evaluations; of at least 25 if it is None), each with `history_size`
+    pairs: choose small numbers there. Rejected trials are differentiated there, too: if one has an infinite derivative,
+    on the border of the loss's domain, the derivative of the update is NaN.
 
     Source: Liu & Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming 45,
     1989; Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 7.4 and 7.5, and 3.5 and 3.6 for the line
@@ -191,11 +192,11 @@ def lbfgs(
     return GradientTransformation(init, update)
 
 
-# The state: pairs in tensors that have room for all of them. ----------------------------------------------------------
+# The state: pairs in tensors with room for all of them. ---------------------------------------------------------------
 
 
 def unpack(state: LBFGSState, max_iter: int) -> Memory:
-    """Take the memory out of a state, with those pairs only that there are, or may be after `max_iter` iterations."""
+    """Take the memory out of a state, with its pairs, or with those that there may be after `max_iter` iterations."""
     size, masked = state.ro.shape[0], is_masked()
     count = size
     if is_known(state.ro):
@@ -207,12 +208,12 @@ def unpack(state: LBFGSState, max_iter: int) -> Memory:
 
 
 def pack(step: Tensor, memory: Memory, like: LBFGSState) -> LBFGSState:
-    """Make a state with a memory, as `like` has it.
+    """Make a state from a memory.
 
     Args:
         step: number of updates done.
-        memory: what `minimize` returned.
-        like: a state whose shapes are right.
+        memory: the memory that `minimize` returned.
+        like: a state with the right shapes.
     """
 
     def padded(rows: Any, like: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def pack(step: Tensor, memory: Memory, like: LBFGSState) -> LBFGSState:
 
 def _loss(value: Any, must: str, x: Tensor) -> Tensor:
     check_loss(must, value)
-    # The state keeps the loss, and must not keep the graph of a closure with it.
+    # The state keeps the loss, and must not keep a closure's graph together with it.
     loss: Tensor = value if torch.is_grad_enabled() else value.detach()
     return loss.to(x)
 

@@ -14,7 +14,7 @@ from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import descent
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration: chosen by Jordan for a large slope at zero."""
+"""Coefficients of the quintic iteration: Jordan's, which have a large slope at zero."""
 
 
 @leaf_state
@@ -29,7 +29,7 @@ class ScaleByMuonState(NamedTuple):
 
 
 class MuonScalars(NamedTuple):
-    """What Muon needs at a step.
+    """The numbers of Muon at a step.
 
     Attributes:
         momentum: mu.
@@ -55,7 +55,7 @@ def scale_by_muon(
     *,
     ns_dtype: torch.dtype | None = torch.bfloat16,
 ) -> GradientTransformation:
-    """Replace the momentum of a matrix by the nearest matrix with orthonormal rows or columns, about.
+    """Replace the momentum of a matrix by approximately the nearest matrix with orthonormal rows or columns.
 
         b <- mu b + (1 - mu) g
         X = mu b + (1 - mu) g  if nesterov,  else  b
@@ -69,18 +69,18 @@ def scale_by_muon(
         ns_coefficients: (a, b, c) of the Newton-Schulz iteration.
         eps: smallest norm to divide by, > 0.
         ns_steps: number of iterations, < 100.
-        adjust_lr_fn: the last factor. "original" or None: the first form, Jordan's. "match_rms_adamw": the second,
-            Moonshot's, with which learning rate and weight decay of AdamW can be used.
+        adjust_lr_fn: choice of the last factor. "original" or None: the first form, Jordan's. "match_rms_adamw": the
+            second, Moonshot's, which allows the learning rate and weight decay of AdamW.
         ns_dtype: dtype in which to iterate. None: that of the parameter.
 
     Raises:
         ValueError: a number is out of range; a parameter is no matrix.
         TypeError: a parameter is complex.
 
-    Derivatives flow through the norm, and through eps where the norm is less.
+    Derivatives flow through the norm, and through eps if the norm is less.
 
-    Differs from Jordan's as torch.optim.Muon does: b is a mean of gradients where he has a sum, and a norm less than
-    eps is replaced by it where he adds eps.
+    Differs from Jordan's as torch.optim.Muon does: b is a mean of gradients, and his is a sum; eps is a lower limit of
+    the norm, and he adds it to the norm.
 
     Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024,
     https://kellerjordan.github.io/posts/muon; Liu et al., Muon is scalable for LLM training, arXiv:2502.16982.
@@ -126,7 +126,7 @@ def scale_by_muon(
 
 
 def _orthogonalized(x: Tensor, coefficients: tuple[Any, Any, Any], ns_steps: int, eps: Any) -> Tensor:
-    """Iterate Newton and Schulz's way towards U V^T, where x = U S V^T."""
+    """Approximate U V^T of x = U S V^T by the iteration of Newton and Schulz."""
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
@@ -166,7 +166,7 @@ def muon(
     ns_dtype: torch.dtype | None = torch.bfloat16,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """Muon, for the matrices of hidden layers; all other parameters want another optimizer, see `partition`.
+    """Muon, for the matrices of hidden layers; all other parameters need another optimizer, see `partition`.
 
         u = -lr (scale_by_muon(g) + weight_decay p)
 

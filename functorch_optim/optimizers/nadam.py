@@ -15,7 +15,7 @@ from functorch_optim.optimizers._descent import descent
 
 
 class NAdamCarried(NamedTuple):
-    """What NAdam's scalars carry on: mu_1 ... mu_t."""
+    """The number that NAdam's scalars carry on: mu_1 ... mu_t."""
 
     mu_product: Any
 
@@ -36,7 +36,7 @@ leaf_state(ScaleByNAdamState, NAdamCarried)
 
 
 class NAdamScalars(NamedTuple):
-    """What NAdam needs at a step.
+    """The numbers of NAdam at a step.
 
     Attributes:
         weight1: 1 - beta1.
@@ -72,7 +72,7 @@ def scale_by_nadam(
     Args:
         betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
         eps: added to the root, >= 0.
-        momentum_decay: how fast mu grows from beta1 / 2 to beta1, >= 0; with 0 it stays at beta1 / 2.
+        momentum_decay: rate >= 0 at which mu grows from beta1 / 2 to beta1; with 0 it stays at beta1 / 2.
 
     Raises:
         ValueError: a number is out of range.

@@ -1,4 +1,4 @@
-"""RAdam: Adam that waits until its variance can be trusted."""
+"""RAdam: Adam that begins with momentum alone, until its variance is reliable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ScaleByRAdamState(NamedTuple):
 
 
 class RAdamScalars(NamedTuple):
-    """What RAdam needs at a step.
+    """The numbers of RAdam at a step.
 
     Attributes:
         weight1: 1 - beta1.
@@ -51,7 +51,7 @@ class RAdamScalars(NamedTuple):
 def scale_by_radam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8
 ) -> GradientTransformation:
-    """Scale as Adam does, rectified, once the running mean of squares is long enough; until then by momentum alone.
+    """Scale as Adam does, rectified, once the mean of squares has enough gradients; until then use momentum alone.
 
         m <- beta1 m + (1 - beta1) g
         v <- beta2 v + (1 - beta2) g^2
@@ -62,13 +62,13 @@ def scale_by_radam(
 
     Args:
         betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
-        eps: added to the root, >= 0. As in torch.optim, and other than in Adam, it is not corrected.
+        eps: added to the root, >= 0. As in torch.optim, and unlike Adam's, it is not corrected.
 
     Raises:
         ValueError: a number is out of range.
 
-    Differs from the paper as torch.optim.RAdam does: the threshold is 5, not 4. At it the derivative with respect to
-    beta2 does not exist; we give that of the side on which the step is.
+    Differs from the paper as torch.optim.RAdam does: the threshold is 5, not 4. At the threshold the derivative with
+    respect to beta2 does not exist, and the derivative of the branch that is taken is returned.
 
     Source: Liu et al., On the variance of the adaptive learning rate and beyond, arXiv:1908.03265, algorithm 2.
 
@@ -87,7 +87,7 @@ def scale_by_radam(
         rho_inf = 2 / (1 - beta2) - 1
         rho_t = rho_inf - 2 * step * beta2**step / debias(beta2, step)
         rectified = rho_t > 5
-        # Numbers for which r_t is finite, where it is not used.
+        # If r_t is not used, it is computed from numbers that keep it finite.
         rho, inf = where(rectified, rho_t, 6.0), where(rectified, rho_inf, 6.0)
         r = sqrt((rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho))
         rate = where(rectified, r * sqrt(debias(beta2, step)), 1.0) / debias(beta1, step)

@@ -40,7 +40,7 @@ class ScaleByStddevState(NamedTuple):
 
 
 class RmsScalars(NamedTuple):
-    """What RMSprop needs at a step: alpha, 1 - alpha, the root of the bias correction, and eps times that."""
+    """The numbers of RMSprop at a step: alpha, 1 - alpha, the root of the bias correction, and eps times that root."""
 
     alpha: Any
     weight: Any
@@ -68,8 +68,8 @@ def scale_by_rms(
     Raises:
         ValueError: a number is out of range, or a centered mean is to be corrected.
 
-    Where rounding makes v - m^2 negative, for a gradient that hardly changes say, torch.optim takes the root and gets
-    NaN; here the difference is zero then.
+    For a gradient that hardly changes, rounding may make v - m^2 negative. torch.optim takes its root and gets NaN;
+    here the difference is set to zero.
 
     Source: Tieleman & Hinton, Neural networks for machine learning, lecture 6.5, 2012; centered: Graves,
     arXiv:1308.0850, equations 38 to 41, with eps outside of the root.
@@ -120,7 +120,7 @@ def rmsprop(
     *,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """RMSprop: gradients divided by their size of late, with momentum.
+    """RMSprop: gradients divided by their recent size, with momentum.
 
         g <- g + weight_decay p
         b <- momentum b + scale_by_rms(g)
@@ -138,7 +138,7 @@ def rmsprop(
     Raises:
         ValueError: a number is out of range.
 
-    Same numbers as torch.optim.RMSprop, but for the NaN that `scale_by_rms` mentions. Source: Tieleman & Hinton,
+    Same numbers as torch.optim.RMSprop, except for the NaN that `scale_by_rms` mentions. Source: Tieleman & Hinton,
     lecture 6.5, 2012.
 
     Example:

@@ -19,7 +19,7 @@ class ScaleByRpropState(NamedTuple):
     """The state of `scale_by_rprop` for one parameter.
 
     Attributes:
-        prev: h, the last gradient, zero where it had turned: like p.
+        prev: h, the last gradient, zero where its sign had changed: like p.
         step_size: d, the size of the step, lr at first: like p.
     """
 
@@ -28,7 +28,7 @@ class ScaleByRpropState(NamedTuple):
 
 
 class RpropScalars(NamedTuple):
-    """What Rprop needs at a step: the factors by which step sizes shrink and grow, and their bounds."""
+    """The numbers of Rprop at a step: the factors by which step sizes shrink and grow, and their bounds."""
 
     etaminus: Any
     etaplus: Any
@@ -42,7 +42,7 @@ def scale_by_rprop(
     etas: tuple[Hyperparameter, Hyperparameter] = (0.5, 1.2),
     step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50.0),
 ) -> GradientTransformation:
-    """Step by the sign of the gradient; steps grow while it stays and shrink when it turns.
+    """Step by the sign of the gradient; steps grow while the sign stays the same and shrink when it changes.
 
         d <- clamp(d etaplus)   where g h > 0
         d <- clamp(d etaminus)  where g h < 0,  and there g <- 0
@@ -51,16 +51,16 @@ def scale_by_rprop(
         g <- d sign(g)
 
     Args:
-        lr: size of the first step, >= 0: number, 0-dim tensor, or schedule, of which the first value is used.
+        lr: size of the first step, >= 0: number, 0-dim tensor, or schedule, whose first value is used.
         etas: (etaminus, etaplus), 0 < etaminus < 1 < etaplus.
         step_sizes: smallest and largest size of a step.
 
     Raises:
         ValueError: a number is out of range.
 
-    The derivative of sign is zero everywhere, and that of the branches is that of the branch taken: derivatives flow
-    through the step sizes only, and at a bound not through the bound. torch clamps also where the gradient is zero, and
-    so do we.
+    The derivative of sign is zero everywhere, and the derivative at a branch is that of the branch taken. So
+    derivatives flow through the step sizes only, and at a bound not through the bound. As in torch, step sizes are
+    clamped where the gradient is zero, too.
 
     Source: Riedmiller & Braun, A direct adaptive method for faster backpropagation learning: the RPROP algorithm, 1993,
     without its step back, as in Igel & Hüsken, 2000, algorithm iRprop-, and torch.optim.Rprop.

@@ -27,7 +27,7 @@ def sgd(
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
         momentum: factor >= 0; the number 0 switches it off, and no buffer is kept.
-        dampening: what a new gradient is dampened by; not the first one.
+        dampening: part of each new gradient that is left out, except of the first.
         weight_decay: L2 penalty >= 0. Unless it is the number 0, `update` needs the parameters.
         nesterov: Nesterov's momentum; needs momentum > 0 and dampening = 0.
         maximize: ascend instead.
@@ -36,7 +36,7 @@ def sgd(
         ValueError: a number is negative or NaN, or nesterov comes with dampening or without momentum.
 
     Same numbers as torch.optim.SGD. Source: Sutskever et al., On the importance of initialization and momentum in deep
-    learning, ICML 2013, as torch.optim.SGD has it.
+    learning, ICML 2013, in the form of torch.optim.SGD.
 
     Example:
         >>> import functorch_optim as fo, torch

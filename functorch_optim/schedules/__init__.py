@@ -1,21 +1,22 @@
 """Schedules: hyperparameters as functions of the step.
 
-A schedule takes the number of updates already done, 0 at the first update, and returns the value for the next one. A
-number or a tensor of any shape in, a float64 tensor of that shape out. Schedules are pure; they are differentiable in
-their arguments and may be vmapped over them. They can be added, subtracted, multiplied, divided and negated, with each
-other, with numbers and tensors, and with any other function of the step. (Inside a function that torch.compile traces,
-write `Schedule(lambda step: ...)` instead where a tensor takes part.)
+A schedule takes the number of updates already done, 0 at the first update, and returns the value for the next one. The
+step is a number or a tensor of any shape, and the value is a float64 tensor of that shape. Schedules are pure. They are
+differentiable with respect to their arguments, and may be vmapped over them. They can be added, subtracted, multiplied,
+divided and negated, with each other, with numbers and tensors, and with any other function of the step. (Arithmetic
+with a tensor inside a function that torch.compile traces is an exception: write `Schedule(lambda step: ...)` there.)
 
-Every argument that is not said to be a list, a word or an int may be a number or a 0-dim tensor; so may the entries of
-lists. Derivatives are finite everywhere; where a schedule jumps or bends they are those of one side.
+An argument may be a number or a 0-dim tensor, unless its description says that it is a list, a word or an int. The
+entries of lists may be numbers or tensors, too. Derivatives are finite everywhere; where a schedule jumps or bends they
+are those of one side.
 
-Arguments are named as torch's and ordered as its schedulers', with the value in front. Where positional ones are in
-another order, optax's say, and their numbers tell, that is an error which names the call that would be right.
+Arguments have torch's names and the order of its schedulers, with the value in front. Positional arguments in another
+order, such as optax's, are an error if their numbers show it. The error names the right call.
 
-Every scheduler of torch has a counterpart, but for three. LambdaLR needs none: any function of the step is a schedule.
-MultiplicativeLR multiplies by f(1) f(2) ... f(t): as many factors as steps, of a function that is not known; write the
-product down, as `exponential` does for a constant factor. ReduceLROnPlateau looks at the loss, so it is not a function
-of the step but a transformation with a state, `reduce_on_plateau`.
+Every scheduler of torch has a counterpart, except three. LambdaLR needs none: any function of the step is a schedule.
+MultiplicativeLR multiplies by f(1) f(2) ... f(t), which has as many factors as steps; write the product as a function
+of the step, as `exponential` does for a constant factor. ReduceLROnPlateau depends on the loss, so its counterpart is
+a transformation with a state, `reduce_on_plateau`.
 
 Example:
     >>> from functorch_optim import schedules

@@ -38,15 +38,15 @@ def product(*schedules: Callable[[Tensor], Number]) -> Callable[[Tensor], Number
     """Multiply schedules, as torch's ChainedScheduler does with schedulers that multiply the learning rate.
 
     Give the learning rate to one of them and 1 to the others. A chain in torch is no product when one of its schedulers
-    adds: CosineAnnealingLR with an `eta_min` that is not 0 moves what the others have left towards `eta_min`, by a
-    share that depends on the step; what comes out has no closed form.
+    adds. An example is CosineAnnealingLR with an `eta_min` that is not 0: it moves the rate of the other schedulers
+    towards `eta_min`, by a share that depends on the step. The result has no closed form.
 
     Args:
         *schedules: at least one schedule.
 
     Raises:
         ValueError: there is no schedule.
-        TypeError: one is no function of the step.
+        TypeError: a schedule is no function of the step.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Schedules that come back to where they began."""
+"""Schedules that return to their first value."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def cosine_warm_restarts(
     """
     check_numbers(value=value, T_0=T_0, eta_min=eta_min)
     check_integer("T_mult", T_mult, 1)
-    # The restarts that there can be, in units of T_0: compared with these numbers, which are exact, a step cannot end
-    # up in the wrong period as it could by the rounding of a logarithm.
+    # All possible restarts, in units of T_0. These numbers are exact. A rounded logarithm could put a step into the
+    # wrong period.
     restarts = [1]
     while T_mult > 1 and restarts[-1] < _COUNTABLE:
         restarts.append(1 + T_mult * restarts[-1])
@@ -112,8 +112,8 @@ def cyclic(
         base_lr + (max_lr - base_lr) x k
 
     where x goes from 0 to 1 in `step_size_up` steps and back in `step_size_down`, and k is 1 ("triangular"), a half to
-    the power of the cycles completed ("triangular2"), or gamma^step ("exp_range"). `cyclic_momentum` is the momentum
-    that goes with it.
+    the power of the number of completed cycles ("triangular2"), or gamma^step ("exp_range"). `cyclic_momentum` is the
+    matching momentum.
 
     Args:
         base_lr: value at the ends of all cycles, step 0 among them.
@@ -122,9 +122,9 @@ def cyclic(
         step_size_down: number of steps >= 0 of the fall; None means as many as of the rise.
         mode: "triangular", "triangular2" or "exp_range".
         gamma: factor for "exp_range".
-        scale_fn: function that returns k, to use in place of a mode. It is given a float64 tensor, where torch gives
-            an int.
-        scale_mode: what `scale_fn` is given: "cycle", the number of the cycle, 1 for the first; or "iterations", the
+        scale_fn: function that returns k, to use in place of a mode. Its argument is a float64 tensor; torch's is an
+            int.
+        scale_mode: argument of `scale_fn`: "cycle", the number of the cycle, 1 for the first; or "iterations", the
             step.
 
     Raises:
@@ -154,7 +154,7 @@ def cyclic(
         return 0.5**completed if mode == "triangular2" else gamma**step
 
     def function(step: Tensor) -> Tensor:
-        # These two agree, to the last bit, on which cycle a step is in.
+        # Both functions put a step into the same cycle: they agree to the last bit.
         completed, position = torch.div(step, total_size, rounding_mode="floor"), torch.remainder(step, total_size)
         return mix(base_lr, max_lr, triangle(position) * scale(step, completed))
 
@@ -181,10 +181,10 @@ def cyclic_momentum(
         max_momentum: value at the ends of all cycles, step 0 among them.
         step_size_up: number of steps > 0 of the learning rate's rise.
         step_size_down: number of steps >= 0 of its fall; None means as many as of its rise.
-        mode: "triangular", "triangular2" or "exp_range"; see `cyclic`, as for x and k.
+        mode: "triangular", "triangular2" or "exp_range"; `cyclic` explains them, and x and k.
         gamma: factor for "exp_range".
         scale_fn: function that returns k, to use in place of a mode.
-        scale_mode: what `scale_fn` is given: "cycle" or "iterations".
+        scale_mode: argument of `scale_fn`: "cycle" or "iterations".
 
     Raises:
         ValueError: a number is NaN or out of range, or a word is none of those above.

@@ -45,8 +45,8 @@ def linear_factor(
 
     Args:
         value: the value.
-        start_factor: what it is multiplied by at step 0; torch allows only factors in (0, 1].
-        end_factor: what it is multiplied by from step `total_iters` on; torch allows only factors in [0, 1].
+        start_factor: factor at step 0; torch allows only factors in (0, 1].
+        end_factor: factor from step `total_iters` on; torch allows only factors in [0, 1].
         total_iters: number of steps >= 0.
 
     Raises:
@@ -68,8 +68,8 @@ def cosine(value: Number, total_iters: Number, end_value: Number = 0.0) -> Calla
 
         end_value + (value - end_value) (1 + cos(pi step / total_iters)) / 2
 
-    As torch's CosineAnnealingLR until `total_iters`, where torch's and `cosine_annealing` rise again. Source:
-    Loshchilov & Hutter, arXiv:1608.03983, equation 5.
+    It equals torch's CosineAnnealingLR until `total_iters`. After that torch's rises again, and `cosine_annealing` does
+    too. Source: Loshchilov & Hutter, arXiv:1608.03983, equation 5.
 
     Args:
         value: value at step 0.
@@ -114,7 +114,7 @@ def exponential(value: Number, gamma: Number) -> Callable[[Tensor], Number]:
 def polynomial(
     value: Number, total_iters: Number, power: Number = 1.0, end_value: Number = 0.0
 ) -> Callable[[Tensor], Number]:
-    """Go down as a power of the way that is left, and stay; torch's PolynomialLR.
+    """Go down as a power of the remaining steps, and stay; torch's PolynomialLR.
 
         end_value + (value - end_value) (1 - step / total_iters)^power
 
@@ -137,7 +137,7 @@ def polynomial(
 
     def function(step: Tensor) -> Tensor:
         left = 1 - progress(step, total_iters)
-        over = left == 0  # where the derivative of a root is infinite
+        over = left == 0  # there the derivative of a root is infinite
         last = where(power == 0, 1.0, 0.0)  # 0^0 = 1
         return mix(end_value, value, where(over, last, where(over, 1.0, left) ** power))
 
@@ -208,7 +208,7 @@ def swa(
 ) -> Callable[[Tensor], Number]:
     """Go to the learning rate of stochastic weight averaging, and stay; torch.optim.swa_utils.SWALR.
 
-    As torch's from its construction on, which is step 0 here; to begin it later, `join` it to what comes before.
+    Step 0 is the construction of torch's scheduler. To begin later, `join` it to the schedule before it.
 
     Args:
         value: value at step 0.

@@ -78,9 +78,9 @@ def warmup_stable_decay(
 
         peak_value + (end_value - peak_value) w
 
-    with w = x ("linear"), (1 - cos(pi x)) / 2 ("cosine"), sqrt(x) ("sqrt", or "1-sqrt" by what the value is then) or
-    1 - (1 - x)^power ("power"), x going from 0 to 1. The derivative of the root is zero at x = 0, where it would be
-    infinite, and that of a power below 1 at x = 1.
+    with w = x ("linear"), (1 - cos(pi x)) / 2 ("cosine"), sqrt(x) ("sqrt", also called "1-sqrt" for the factor 1 - w)
+    or 1 - (1 - x)^power ("power"), x going from 0 to 1. The root has derivative zero at x = 0 in place of an infinite
+    one, and so has a power below 1 at x = 1.
 
     Args:
         peak_value: value from step `warmup_iters` until the decay begins.
@@ -90,7 +90,7 @@ def warmup_stable_decay(
         start_value: value at step 0. With 0 the first update does nothing.
         end_value: value from step `warmup_iters + stable_iters + decay_iters` on.
         decay: "linear", "cosine", "sqrt", "1-sqrt", which is the same, or "power".
-        power: exponent >= 0 of the way that is left, with "power"; see `polynomial`.
+        power: exponent >= 0 of the remaining part 1 - x, with "power"; see `polynomial`.
 
     Raises:
         ValueError: a number is NaN, a number of steps or `power` is negative, or `decay` is none of those.
@@ -122,9 +122,9 @@ def rewarm(
 ) -> Callable[[Tensor], Number]:
     """Follow a schedule, and warm up again where training has been interrupted: on new data, or with a new state.
 
-        schedule(step) min(1, (step - m) / warmup_iters),  m the last milestone that has come
+        schedule(step) min(1, (step - m) / warmup_iters),  m the last milestone <= step
 
-    Before the first milestone it is the schedule as it is.
+    Before the first milestone it equals the schedule.
 
     Args:
         schedule: function of the step.
@@ -225,10 +225,10 @@ def one_cycle(
 ) -> Callable[[Tensor], Number]:
     """Rise to a peak and go down to almost nothing; the learning rate of torch's OneCycleLR.
 
-    From max_lr / div_factor at step 0 to max_lr at pct_start total_steps - 1, and on to
-    max_lr / (div_factor final_div_factor) at total_steps - 1; with three phases back to max_lr / div_factor at
-    2 pct_start total_steps - 2 in between. From there on it stays, where torch goes one step further and then raises an
-    error. `one_cycle_momentum` is the momentum that goes with it.
+    It goes from max_lr / div_factor at step 0 to max_lr at pct_start total_steps - 1, and then to
+    max_lr / (div_factor final_div_factor) at total_steps - 1. With three phases it is max_lr / div_factor again at
+    2 pct_start total_steps - 2 in between. After the last step it stays; torch goes one step further and then raises
+    an error. `one_cycle_momentum` is the matching momentum.
 
     Args:
         max_lr: value at the peak.
@@ -303,7 +303,7 @@ def _one_cycle(
         milestones = [peak, 2 * pct_start * total_steps - 2, end]
     else:
         values, milestones = [values[0], values[1], values[3]], [peak, end]
-    # As in torch, a boundary belongs to the phase that ends there: the next one may have no length.
+    # As in torch, a boundary belongs to the phase that ends there: the next phase may have no length.
     course = follow(legs(values, milestones, anneal_strategy), milestones[:-1], operator.gt)
-    # The last phase stays at its end by itself; but in three phases, a rise of more than half leaves no time for it.
+    # The last phase stays at its end by itself. In three phases, a rise of more than half leaves no time for it.
     return lambda step: course(where(step < end, step, end))

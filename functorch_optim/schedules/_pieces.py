@@ -1,4 +1,4 @@
-"""What schedules are made of: functions of the step whose derivatives are finite everywhere."""
+"""The parts of schedules: functions of the step whose derivatives are finite everywhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": half_wave,
     "cos": half_wave,  # torch's name for it
     "sqrt": safe_sqrt,
-    "1-sqrt": safe_sqrt,  # the field's name for what a value does that goes down to zero so
+    "1-sqrt": safe_sqrt,  # the field's name for a decay to zero of this shape
 }
 
 
@@ -49,7 +49,7 @@ def between(start: Number, end: Number, total_iters: Number, shape: str = "linea
 
 
 def legs(values: Sequence[Number], milestones: Sequence[Number], shape: str) -> list[Callable[[Tensor], Tensor]]:
-    """Go from each value to the next, the first held at step 0 and each other one at its milestone."""
+    """Go from each value to the next. The first is reached at step 0, and each other one at its milestone."""
     begins = [0, *milestones][:-1]
     return [
         between(start, end, milestone - begin, shape)
@@ -66,7 +66,7 @@ def follow(
 
     Args:
         pieces: the functions.
-        milestones: where all but the first begin.
+        milestones: first steps of all pieces but the first.
         past: says whether a step is past a milestone: operator.ge or operator.gt.
     """
 
@@ -76,7 +76,7 @@ def follow(
             holds = past(step, begin) if i > 0 else step >= 0
             if i < len(milestones):
                 holds = holds & (past(step, milestones[i]) ^ True)
-            # A piece is not asked for steps at which it does not hold: it need not be finite there.
+            # A piece is evaluated only at its own steps. It need not be finite at others.
             own = where(holds, step - begin, 0.0)
             value = where(holds, piece.at_number(own) if isinstance(piece, Schedule) else piece(own), value)
         return value  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a schedule is, and the checks of what schedules are given."""
+"""Schedules as objects with arithmetic, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Number: TypeAlias = float | Tensor
 
 
 class Schedule(Recorded):
-    """A function of the step that knows arithmetic.
+    """A function of the step that supports arithmetic.
 
     Args:
         function: takes the step as a float64 tensor, returns a number or tensor.
 
     Example:
-        Any function of the step is a schedule already; this one can be computed with. To drive a torch scheduler with
-        one, make numbers of its tensors: `LambdaLR(optimizer, lambda step: schedule(step).item())`.
+        Any function of the step is a schedule already; a `Schedule` can also be added and multiplied. To drive a torch
+        scheduler with it, turn its tensors into numbers: `LambdaLR(optimizer, lambda step: schedule(step).item())`.
 
         >>> from functorch_optim import schedules
         >>> inverse_sqrt = schedules.Schedule(lambda step: (step + 1) ** -0.5)
@@ -45,7 +45,7 @@ class Schedule(Recorded):
 
     @classmethod
     def of(cls, function: Callable[[Tensor], Number]) -> Schedule:
-        """Make a schedule of a function, unless it is one."""
+        """Turn a function into a `Schedule`, unless it is one already."""
         return function if isinstance(function, Schedule) else cls(function)
 
     def __call__(self, step: Number) -> Tensor:
@@ -60,12 +60,12 @@ class Schedule(Recorded):
         return value + torch.zeros_like(given)
 
     def at_number(self, step: Number) -> Number:
-        """Return the value at this step as a float where the step is one, if it can be computed so.
+        """Return the value at this step, as a float if the step is a float and the schedule can compute with floats.
 
         Args:
             step: number of updates already done: float, or float64 tensor.
         """
-        if isinstance(step, float) and self._call[0] is Schedule:  # a function of the user's, which takes tensors
+        if isinstance(step, float) and self._call[0] is Schedule:  # a function of the user takes tensors
             step = torch.tensor(step, dtype=torch.float64)
         return self._function(step)  # type: ignore[arg-type]  # ours take floats too
 
@@ -126,8 +126,8 @@ def _combined(operation: Callable[..., Any], *operands: Any) -> Any:
 def factory(make: Callable[_P, Callable[[Tensor], Number]]) -> Callable[_P, Schedule]:
     """Let a function that returns a function of the step return a Schedule.
 
-    Tensors among its arguments are given to it as float64, and anew at every step: what it computes of them may be
-    differentiated at every step, and is up to date when they were changed in place.
+    Tensors among its arguments are converted to float64 anew at every step. So every step has a graph of its own, and
+    sees in-place changes of these tensors.
     """
     remake: Any = make
     names = remake.__code__.co_varnames[: remake.__code__.co_argcount]
@@ -160,7 +160,7 @@ def _wide(argument: Any) -> Any:
     return argument.to(torch.float64) if isinstance(argument, Tensor) else argument
 
 
-_COUNT, _LENGTH = "value >= 0", "value > 0"  # how many steps, and how many of something that cannot be empty
+_COUNT, _LENGTH = "value >= 0", "value > 0"  # a number of steps, and one that cannot be 0
 _STEPS = {
     "T_0": _LENGTH,
     "T_max": _LENGTH,
@@ -185,7 +185,7 @@ _ALLOWED = {
 
 
 def check_numbers(**numbers: Number) -> None:
-    """Raise unless every number is a tensor, or a python number that is allowed for an argument of this name."""
+    """Raise unless every number is a tensor, or a Python number that is allowed for an argument of this name."""
     for name, number in numbers.items():
         if callable(number):
             raise TypeError(
@@ -198,7 +198,7 @@ def check_numbers(**numbers: Number) -> None:
 _VALUES = ("value", "start_value", "end_value", "peak_value", "eta_min", "base_lr", "max_lr")
 _FACTORS = ("gamma", "factor", "start_factor", "end_factor", "swa_lr")
 _OTHER_ORDERS = {
-    # Those of optax, of `linear` and `cosine` when taken for each other, and of a factor before its step size.
+    # The orders of optax, of `linear` and `cosine` in place of each other, and of a factor before its step size.
     "warmup_cosine": (1, 2, 3, 0, 4),
     "polynomial": (0, 3, 2, 1),
     "one_cycle": (1, 0),
@@ -209,7 +209,7 @@ _OTHER_ORDERS = {
 
 
 def _check_order(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
-    """Raise when positional arguments are, as numbers tell, in the order of another function.
+    """Raise when the numbers of positional arguments show that they are in the order of another function.
 
     Raises:
         ValueError: a number of steps is between 0 and 1, or 0.0 or 1.0 while a value is an integer above 1; a factor is
@@ -238,7 +238,7 @@ def _check_order(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
 
 
 def check_each(name: str, numbers: Sequence[Number], example: str) -> None:
-    """Raise unless this is a list, and each of its entries a tensor, or a python number that is not NaN."""
+    """Raise unless this is a list, and each of its entries a tensor, or a Python number that is not NaN."""
     if isinstance(numbers, Real | Mapping):
         raise TypeError(f"Invalid {name}s: {numbers!r}; give a list, as in {example}")
     for index, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Schedules that stay, and that go in steps."""
+"""Schedules that are constant, or constant between jumps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def constant_factor(value: Number, factor: Number = 1 / 3, total_iters: Number =
 
     Args:
         value: value from step `total_iters` on.
-        factor: what it is multiplied by before; torch allows only factors between 0 and 1.
+        factor: factor before step `total_iters`; torch allows only factors between 0 and 1.
         total_iters: number of steps >= 0.
 
     Raises:
@@ -81,7 +81,7 @@ def multi_step(value: Number, milestones: Sequence[Number], gamma: Number = 0.1)
 
     Args:
         value: value before the first milestone.
-        milestones: list of steps, in any order; one that is in it twice counts twice.
+        milestones: list of steps, in any order; a step that is in the list twice counts twice.
         gamma: factor.
 
     Raises:
@@ -131,11 +131,11 @@ def piecewise_constant(values: Sequence[Number], milestones: Sequence[Number]) -
 
 @factory
 def table(values: Tensor) -> Callable[[Tensor], Tensor]:
-    """Take the value for each step from a tensor: values[step]; the last one after the end. Made to be learned.
+    """Take the value for each step from a tensor: values[step]; the last one after the end. The tensor can be learned.
 
     Args:
-        values: floating-point tensor whose first dimension is the step. In a tree of learning rates, a value for each
-            parameter, the others may be those of the parameter.
+        values: floating-point tensor whose first dimension is the step. In a tree of learning rates, with a value for
+            each parameter, further dimensions may be those of the parameter.
 
     Raises:
         TypeError: `values` is no floating-point tensor.
@@ -154,7 +154,7 @@ def table(values: Tensor) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"table needs a value for each step, got a tensor of shape {tuple(values.shape)}")
 
     def function(step: Tensor) -> Tensor:
-        # Indexing by a 0-dim tensor would look at its value.
+        # Indexing by a 0-dim tensor would read its value.
         index = step.long().clamp(0, len(values) - 1).to(values.device)
         return values.index_select(0, index.reshape(-1)).reshape((*index.shape, *values.shape[1:]))
 

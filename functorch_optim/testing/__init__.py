@@ -1,4 +1,4 @@
-"""A test kit for transformations and optimizers of your own: everything that this library promises of its own ones.
+"""A test kit for your own transformations and optimizers: it checks all promises that this library makes of its own.
 
     from functorch_optim import testing
 

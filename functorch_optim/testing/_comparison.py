@@ -15,7 +15,7 @@ ROUNDING = {
     torch.float16: 5e-3,
     torch.bfloat16: 2e-2,
 }
-"""How far numbers may differ that were rounded differently, relative to the largest number of their tensor."""
+"""Largest rounding difference that is allowed, relative to the largest number of a tensor."""
 
 
 def assert_same(actual: Tree, expected: Tree, what: str, tolerance: float = 1e-12, scale: float = 1.0) -> None:
@@ -23,11 +23,11 @@ def assert_same(actual: Tree, expected: Tree, what: str, tolerance: float = 1e-1
 
     Args:
         actual: any tree.
-        expected: what it should be.
-        what: what to call `actual` in messages.
-        tolerance: by how much numbers in float64 may differ, relative to the largest of their tensor; those of lower
+        expected: the tree that it should equal.
+        what: name of `actual` in messages.
+        tolerance: largest difference of numbers in float64, relative to the largest of their tensor; numbers of lower
             precision may differ by their rounding, see `ROUNDING`.
-        scale: of the numbers that went in, below which differences are rounding errors too.
+        scale: size of the inputs; differences that are small relative to it are rounding errors too.
 
     Raises:
         AssertionError: with the path and the two values.
@@ -63,7 +63,7 @@ def assert_same(actual: Tree, expected: Tree, what: str, tolerance: float = 1e-1
 
 
 def _first_that_differs(a: Tensor, e: Tensor, tolerance: float, scale: float) -> tuple[int, ...] | None:
-    """Find the element that differs most; None where all are the same."""
+    """Find the element that differs most; None if all are the same."""
     if not a.numel():
         return None
     same = (a == e) | (a.isnan() & e.isnan())
@@ -81,7 +81,7 @@ def _first_that_differs(a: Tensor, e: Tensor, tolerance: float, scale: float) ->
 
 
 def kind(tensor: Tensor) -> str:
-    """Say what a tensor is like, but for its numbers."""
+    """Describe a tensor without its numbers."""
     return f"shape {tuple(tensor.shape)}, dtype {tensor.dtype}, on {tensor.device}"
 
 
@@ -93,10 +93,10 @@ def tensors_of(some: Tree) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def unmodified(**trees: Tree) -> Iterator[None]:
-    """Raise if something within writes to a tensor of these trees.
+    """Raise if code within the `with` writes to a tensor of these trees.
 
     Raises:
-        AssertionError: the values of a tensor have changed, or its version has, which in-place operations count up.
+        AssertionError: the values of a tensor have changed, or its version, which counts in-place operations.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Copies of things by way of bytes: torch.save and pickle."""
+"""Copies of objects through bytes: torch.save and pickle."""
 
 import io
 import pickle
@@ -8,7 +8,7 @@ import torch
 
 
 def through_a_file(thing: Any, weights_only: bool = True) -> Any:
-    """Save with torch, and load again: what a checkpoint holds."""
+    """Save with torch, and load again, as a checkpoint does."""
     file = io.BytesIO()
     torch.save(thing, file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Derivatives of functions of trees, and what they should be by finite differences."""
+"""Derivatives of functions of trees, and their finite differences."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from functorch_optim.tree import Tree
 class OfVector:
     """A function of a tree of tensors as a function of one vector.
 
-    So there is a derivative by each element of each argument, and none can hide behind another.
+    So each element of each argument has its own derivative, and a wrong one cannot hide behind a large one.
 
     Args:
         function: tree -> tensor.
@@ -22,7 +22,7 @@ class OfVector:
 
     Attributes:
         z: the arguments.
-        places: path of an argument -> where it is in z.
+        places: path of an argument -> its slice of z.
 
     Example:
         >>> import torch
@@ -47,7 +47,7 @@ class OfVector:
         return torch.cat([torch.arange(place.start, place.stop) for place in places])
 
     def arguments(self, z: Tensor) -> Tree:
-        """Return the tree that a vector stands for."""
+        """Turn a vector back into a tree of arguments."""
         return tree.unflatten(self.structure, unflattened(z, self.leaves))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class OfVector:
 
 
 def steps_of(z: Tensor, h: float = 1e-4) -> Tensor:
-    """Return how far `differences` goes from each element."""
+    """Return the width of the `differences` for each element."""
     return h * torch.where(z == 0, 1, z.abs())
 
 
@@ -66,8 +66,8 @@ def differences(function: Callable[[Tensor], Tensor], z: Tensor, h: float = 1e-4
     Args:
         function: vector -> tensor.
         z: the vector.
-        h: how far to go, relative to the element.
-        batched: whether vmap can evaluate it at all points at once.
+        h: width, relative to the element.
+        batched: whether vmap can evaluate the function at all points at once.
 
     Example:
         >>> import torch
@@ -83,31 +83,31 @@ def differences(function: Callable[[Tensor], Tensor], z: Tensor, h: float = 1e-4
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest error, relative to the largest number expected; inf where that is zero, or something NaN."""
-    if torch.equal(actual, expected):  # zeros, and nothing
+    """Return the largest error, relative to the largest expected number; inf if that is zero, or a number is NaN."""
+    if torch.equal(actual, expected):  # also zeros, and empty tensors
         return 0.0
     relative = (actual - expected).abs().max() / expected.abs().max()
     return torch.nan_to_num(relative, torch.inf, torch.inf).item()
 
 
 def errors(actual: Tensor, expected: Tensor, places: dict[str, slice]) -> dict[str, float]:
-    """Return the errors of the derivatives by each argument, by its path."""
+    """Return the error of the derivative with respect to each argument, by path."""
     return {path: error(actual[place], expected[place]) for path, place in places.items()}
 
 
 def assert_equal_differences(actual: Tensor, expected: Tensor, function: OfVector, tolerance: float = 1e-6) -> None:
-    """Raise unless a derivative is that by finite differences.
+    """Raise unless a derivative agrees with finite differences.
 
     Args:
         actual: gradient of the function.
-        expected: what `differences` returned.
-        function: with one number for its value.
-        tolerance: relative to the largest derivative by an argument.
+        expected: result of `differences`.
+        function: returns one number.
+        tolerance: relative to the largest derivative with respect to an argument.
 
     Raises:
         AssertionError: with the path of the argument and the values.
     """
-    # Numbers are rounded before they are divided by the distance.
+    # The division by the width amplifies rounding errors.
     noise = 2e-15 * max(1.0, function(function.z).abs().item()) / steps_of(function.z)
     for path, i, by in _wrong(actual, expected, function.places, tolerance, noise):
         hint = "; is something detached?" if by.isfinite() else ""
@@ -121,8 +121,8 @@ def check_first_derivatives(function: OfVector, tolerance: float = 1e-6, batched
     """Raise unless reverse mode, forward mode and finite differences agree on the derivative by each argument.
 
     Args:
-        function: with one number for its value.
-        tolerance: of finite differences, relative to the largest derivative by an argument.
+        function: returns one number.
+        tolerance: of finite differences, relative to the largest derivative with respect to an argument.
         batched: whether vmap can evaluate the function at many points at once, which is faster.
 
     Returns:
@@ -159,7 +159,7 @@ def assert_finite(function: OfVector) -> tuple[Tensor, Tensor]:
     """Raise unless all derivatives are finite, in reverse and in forward mode.
 
     Args:
-        function: with one number for its value.
+        function: returns one number.
 
     Returns:
         The derivatives in reverse and in forward mode.
@@ -189,7 +189,7 @@ def assert_finite(function: OfVector) -> tuple[Tensor, Tensor]:
 def _wrong(
     actual: Tensor, expected: Tensor, places: dict[str, slice], tolerance: float, noise: Tensor
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield the path, the place and the value of what is further off than allowed."""
+    """Yield the path, the place and the value of each error above the tolerance."""
     for path, place in places.items():
         largest = expected[place].abs().max() if expected[place].numel() else 0.0
         for i in (~((actual - expected)[place].abs() <= noise[place] + tolerance * largest)).nonzero().flatten():

@@ -34,7 +34,7 @@ def give(problem: Problem, own: list[Tensor], given: list[Any]) -> None:
 
 
 def train(problem: Problem, pair: Pair, which: slice = slice(None)) -> list[Tensor]:
-    """Take some of the steps of a problem; return what the parameters are then."""
+    """Take some of the steps of a problem; return the parameters after them."""
     own, optimizer = pair
     for given in problem.history[which]:
         give(problem, own, given)
@@ -155,7 +155,7 @@ def closure(subject: Subject, problem: Problem) -> None:
             return loss
 
         with torch.no_grad():
-            take: Any = optimizer.step  # whose closure returns a float, to mypy
+            take: Any = optimizer.step  # mypy expects a closure that returns a float
             result = take(evaluate)
         if not losses or result is not losses[0]:
             raise AssertionError(f"step(closure) returns {result!r}, where the closure returned {losses}")
@@ -180,7 +180,7 @@ def deepcopy(subject: Subject, problem: Problem) -> None:
 def pickles(subject: Subject, problem: Problem) -> None:
     """It goes through pickle, and trains on.
 
-    Skip it for a lambda, which python cannot pickle.
+    Skip it for a lambda, which Python cannot pickle.
     """
     _check_copy(subject, problem, through_pickle)
 
@@ -209,7 +209,7 @@ def add_param_group(subject: Subject, problem: Problem) -> None:
 def differentiable(subject: Subject, problem: Problem) -> None:
     """With `differentiable=True`, where it is offered, derivatives through its steps equal finite differences.
 
-    Those by hyperparameters too, for `fo.Optimizer`.
+    For `fo.Optimizer` this includes derivatives with respect to hyperparameters.
     """
     try:
         optimizer = subject.make([torch.zeros(2, requires_grad=True)], **subject.given(), differentiable=True)
@@ -267,11 +267,11 @@ def check_optimizer_class(
     skip: Collection[str] = (),
     tolerance: float = 1e-12,
 ) -> None:
-    """Check that an optimizer is what torch's training loops, schedulers and checkpoints take it for.
+    """Check that an optimizer works with torch's training loops, schedulers and checkpoints.
 
     The properties are listed in `functorch_optim.testing.OPTIMIZER_PROPERTIES`, name -> function:
 
-    | name | what is checked |
+    | name | property |
     |---|---|
     | `interface` | a `torch.optim.Optimizer` of the parameters given |
     | `functional_form` | steps equal those of `transformation` |
@@ -280,19 +280,20 @@ def check_optimizer_class(
     | `missing_gradients`, `zero_grad`, `closure` | as in torch.optim |
     | `saving`, `deepcopy`, `pickles` | a copy goes on with the same numbers |
     | `add_param_group` | in mid-training |
-    | `differentiable` | derivatives through steps, where that is offered |
+    | `differentiable` | derivatives through steps, if the class has that option |
 
     Args:
         make: class, or function: `make(params, **hyperparameters)`.
         hyperparameters: arguments by name, any tree. The floats among them are checked as hyperparameters: they must be
             in `param_groups` under their names.
-        transformation: what makes the functional form, of the same hyperparameters; None: it is not compared.
-        skip: names of properties that it need not have; `schedulers` where there is no `lr`.
-        tolerance: of rounding in float64, relative.
+        transformation: factory of the functional form, with the same hyperparameters; None: it is not compared.
+        skip: names of properties that are not checked; `schedulers` where there is no `lr`.
+        tolerance: relative tolerance for rounding in float64.
 
     Raises:
-        PropertyError: a property does not hold. The message says which, and what differs where.
-        ValueError: a name in `skip` is none of a property.
+        PropertyError: a property does not hold. The message names the property, and the place and size of the
+            difference.
+        ValueError: `skip` has a name that is no property.
 
     Example:
         >>> from functools import partial

@@ -1,4 +1,4 @@
-"""Comparison with a reference: the algorithm, written down a second time, as its paper has it."""
+"""Comparison with a reference: the algorithm of a paper, written a second time."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
@@ -28,26 +28,26 @@ def check_against(
     steps: int = 10,
     examples: int = 20,
 ) -> None:
-    """Check that each step gives the parameters that a reference gives, in float64.
+    """Check that each step gives the same parameters as a reference, in float64.
 
-    The gradients are random: of several magnitudes, and zero now and then.
+    The gradients are random. They have several magnitudes, and some are zero.
 
     Args:
         transformation: a transformation, or a function that makes one.
-        reference: `reference(p, grads, **hyperparameters)` returns, or yields, what a parameter is after each step,
-            given what it is before the first and the list of its gradients.
+        reference: `reference(p, grads, **hyperparameters)` returns, or yields, the parameter after each step. `p` is
+            the parameter before the first step, and `grads` is the list of its gradients.
         hyperparameters: arguments of both, by name.
-        whole: whether the reference is for all parameters at once: `p` is then a list, with one gradient list for each
-            step, and so is what it yields.
-        as_array: makes what the reference computes with of a tensor; `numpy.asarray` for numpy.
+        whole: whether the reference is for all parameters at once. Then `p` and the parameters after a step are lists,
+            and so are the gradients of a step.
+        as_array: converts a tensor to the arrays of the reference; `numpy.asarray` for numpy.
         params: strategy for the parameters, tensors in float64; None: `trees(dtypes=[torch.float64])`.
-        tolerance: relative to the largest number of a tensor, or of what went in.
-        steps: how many to take, at most.
-        examples: how many trees to try.
+        tolerance: relative to the largest number of a tensor, or of the inputs.
+        steps: largest number of steps.
+        examples: number of trees.
 
     Raises:
-        PropertyError: they differ. The message says at which step and where, for the smallest tree that hypothesis
-            finds.
+        PropertyError: the parameters differ. The message gives the step and the place, for the smallest tree that
+            hypothesis finds.
         TypeError: no transformation is given or made, or `params` is no strategy for tensors in float64.
 
     Example:
@@ -76,7 +76,7 @@ def check_against(
     make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
 
     def against_reference(subject: Subject, problem: Problem) -> None:
-        """Each step gives what the reference gives."""
+        """Each step gives the parameters of the reference."""
         arrays = [[as_array(leaf) for leaf in tree.flatten(some)[0]] for some in (problem.params, *problem.history)]
         columns = [arrays] if whole else [[[leaf] for leaf in column] for column in zip(*arrays, strict=True)]
         runs = []
@@ -96,7 +96,7 @@ def check_against(
                 assert_same(p, torch.as_tensor(e), what, subject.tolerance, problem.scale)
 
     subject, drawn = Subject(make, hyperparameters or {}, tolerance), parameters(params)
-    subject()  # what is wrong with the call is no property
+    subject()  # a mistake in the call raises its own error, and no PropertyError
     falsify(against_reference, subject, problems(drawn, most=steps), examples)
 
 

@@ -1,4 +1,4 @@
-"""What is checked, and what it is run on."""
+"""The subjects of checks, and the problems that they are run on."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from functorch_optim.tree import Tree
 
 @dataclass(frozen=True)
 class Subject:
-    """A transformation, and how to make it.
+    """A transformation, as a factory and its arguments.
 
     Attributes:
         make: takes the hyperparameters by name, returns a transformation. For an optimizer class, `make(params, ...)`.
         hyperparameters: its arguments, any tree. The floats among them are hyperparameters: they may be replaced by
-            tensors and schedules. All else is passed on as it is.
-        tolerance: of rounding in float64, relative.
-        functional: what makes the functional form of an optimizer class.
+            tensors and schedules. All other values are passed on as they are.
+        tolerance: relative tolerance for rounding in float64.
+        functional: factory of the functional form of an optimizer class.
 
     Example:
         >>> import functorch_optim as fo
@@ -49,7 +49,7 @@ class Subject:
         """Return the hyperparameters.
 
         Args:
-            changed: path of a hyperparameter -> what to give in its place.
+            changed: path of a hyperparameter -> its replacement.
         """
         own = dict(self.hyperparameters)
         pairs = zip(tree.paths(own), self._leaves, strict=True)
@@ -62,7 +62,7 @@ class Subject:
         """Make the transformation; see `given`.
 
         Raises:
-            TypeError: what is made is something else.
+            TypeError: the result of `make` is no transformation.
         """
         made = self.make(**self.given(changed))
         if not isinstance(made, GradientTransformation):
@@ -79,13 +79,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Problem:
-    """Parameters, and what is minimized in some steps.
+    """Parameters, and a loss for each of some steps.
 
     Attributes:
         params: tree of tensors.
         history: for each step, a tree like the parameters that its loss depends on, None where there is no gradient.
-        extra: what `update` is given by keyword, besides `value`, the loss, and `value_fn`, the function of the
-            parameters that computes it; a transformation gets what it declares.
+        extra: further keyword arguments of `update`. `value`, the loss, and `value_fn`, the loss as a function of the
+            parameters, need not be given. A transformation gets those that it declares.
 
     Example:
         >>> import functorch_optim as fo
@@ -121,7 +121,7 @@ class Problem:
         return tree.unflatten(structure, [found.get(i) for i in range(len(leaves))])
 
     def extras(self, tx: GradientTransformation, params: Tree, given: Tree) -> dict[str, Any]:
-        """Make what the update of a transformation declares by keyword."""
+        """Make the keyword arguments that the update of a transformation declares."""
         offered: dict[str, Callable[[], Any]] = {
             "value": lambda: self.loss(params, given),
             "value_fn": lambda: lambda params: self.loss(params, given),
@@ -143,7 +143,7 @@ class Problem:
 
         Args:
             tx: transformation.
-            state: to begin with; None: what `init` makes.
+            state: first state; None: the result of `init`.
         """
         params, state = self.params, tx.init(self.params) if state is None else state
         for given in self.history:
@@ -157,7 +157,7 @@ class Problem:
         return max([1.0, *[leaf.abs().max().item() for leaf in found]])
 
     def restructured(self, build: Callable[[list[Any]], Tree]) -> "Problem":
-        """Put the same leaves into other trees, which `build` makes of a list of them."""
+        """Put the same leaves into other trees, which `build` makes from a list of them."""
         leaves, structure = tree.flatten(self.params)
         history = [tree.flatten_up_to(structure, given, "gradients", self.params, "params") for given in self.history]
         return replace(self, params=build(leaves), history=[build(given) for given in history])
@@ -197,10 +197,10 @@ def parameters(given: st.SearchStrategy[Tree] | None) -> st.SearchStrategy[Tree]
     """Return a strategy for parameters in float64 with at least one number.
 
     Args:
-        given: what the user gives; None: `trees`.
+        given: the user's strategy; None: `trees`.
 
     Raises:
-        TypeError: it is no strategy, or, when it is drawn from, a tensor is of another dtype.
+        TypeError: it is no strategy, or a tensor that it draws has another dtype.
     """
     drawn = trees(dtypes=[torch.float64]) if given is None else given
     if not isinstance(drawn, st.SearchStrategy):
@@ -233,10 +233,10 @@ def problems(
 
     Args:
         draw: given by hypothesis.
-        params: what to draw parameters from, see `parameters`.
+        params: strategy for the parameters, see `parameters`.
         missing: whether gradients may be None.
         extra: see `Problem`.
-        most: how many steps, at most.
+        most: largest number of steps.
     """
     drawn = draw(params)
     history = draw(histories(drawn, draw(st.integers(1, most)), missing=missing))
@@ -245,7 +245,7 @@ def problems(
 
 @st.composite
 def moderate(draw: st.DrawFn, params: st.SearchStrategy[Tree], extra: Mapping[str, Any] | None = None) -> Problem:
-    """Draw parameters and gradients of three steps, all of one magnitude: so that finite differences can tell."""
+    """Draw parameters and gradients of three steps, all of one magnitude, so that finite differences are accurate."""
     drawn = draw(params)
     return Problem(drawn, [draw(gradients(drawn)) for _ in range(3)], extra or {})
 
@@ -262,9 +262,9 @@ def standard(steps: int = 3, extra: Mapping[str, Any] | None = None) -> Problem:
 
 
 def awkward(missing: bool, extra: Mapping[str, Any] | None = None) -> Problem:
-    """Make a problem with what is easily forgotten.
+    """Make a problem of the cases that are easily forgotten.
 
-    It has a tensor without elements, one with gaps in memory, gradients that are zero, and missing ones.
+    It has a tensor without elements, a tensor with gaps in memory, gradients that are zero, and missing gradients.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Running properties, and saying what breaks them."""
+"""Running properties, and reporting the problems that break them."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,8 +15,8 @@ class PropertyError(AssertionError):
     """A property does not hold.
 
     Attributes:
-        name: of the property.
-        on: what it was run on: the smallest that was found.
+        name: name of the property.
+        on: the smallest problem that was found to break it.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reported(check: Callable[..., None], problem: On) -> Iterator[On]:
-    """Let errors within say which property is checked, and on what.
+    """Let errors within the `with` name the property, and the problem that it was run on.
 
     Raises:
         PropertyError: in place of the error.
@@ -58,17 +58,17 @@ def reported(check: Callable[..., None], problem: On) -> Iterator[On]:
 def falsify(
     check: Callable[..., None], subject: Any, drawn: st.SearchStrategy[Any], examples: int, first: Any = None
 ) -> None:
-    """Look for what breaks a property, and for the smallest that does.
+    """Look for a problem that breaks a property, and for the smallest one.
 
     Args:
         check: property.
         subject: its first argument.
-        drawn: strategy for its second argument.
-        examples: how many to try; where `first` breaks it, more, to find a smaller one.
-        first: what to try before.
+        drawn: strategy for its second argument, a problem.
+        examples: number of problems to try; if `first` breaks the property, more are tried, to find a smaller one.
+        first: the problem to try first.
 
     Raises:
-        PropertyError: it is broken.
+        PropertyError: the property does not hold.
     """
     found: list[PropertyError] = []
     if first is not None:
@@ -110,7 +110,7 @@ def to_check(properties: Iterable[str], skip: Collection[str]) -> list[str]:
     """Name the properties that are not skipped.
 
     Raises:
-        ValueError: a name is none of a property.
+        ValueError: a name is no property.
     """
     known = list(properties)
     if isinstance(skip, str):

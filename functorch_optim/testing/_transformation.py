@@ -22,11 +22,11 @@ def check_transformation(
     tolerance: float = 1e-12,
     examples: int = 10,
 ) -> None:
-    """Check everything that this library promises of its own transformations, of yours.
+    """Check that your transformation keeps all promises that this library makes of its own.
 
     The properties are listed in `functorch_optim.testing.PROPERTIES`, name -> function; `help` explains each of them:
 
-    | name | what is checked |
+    | name | property |
     |---|---|
     | `pure` | nothing is modified, nothing kept outside of the state |
     | `kept` | structure, shapes and dtypes stay, in three dtypes |
@@ -35,33 +35,33 @@ def check_transformation(
     | `stateful` | `fo.Optimizer` trains the same, with a checkpoint |
     | `missing_gradients` | None leaves a parameter and its state alone |
     | `leaves` | their names and order do not matter |
-    | `tensors`, `schedules` | may stand for numbers, with the same result |
+    | `tensors`, `schedules` | may replace numbers, with the same result |
     | `double_precision` | nothing is computed in less than float64 |
     | `saving` | through `state_dict`, `torch.load(weights_only=True)`, pickle |
     | `ways` | tensor by tensor, in blocks, by foreach kernels, recorded by autograd |
     | `steps` | `fo.step` and `fo.step_` |
-    | `used_hyperparameters` | none is forgotten |
+    | `used_hyperparameters` | every hyperparameter changes the result |
     | `derivatives` | reverse and forward mode, against finite differences |
     | `finite_derivatives` | also where gradients are zero |
-    | `compiled` | whole, and once |
+    | `compiled` | as one graph, and once |
 
     Args:
         transformation: a transformation; or, to have its hyperparameters checked too, a function that makes one.
         hyperparameters: arguments of that function by name, any tree. The floats among them are checked as
             hyperparameters; choose values at which all of them matter, such as `eps=1e-3`.
-        skip: names of properties that it need not have.
-        params: strategy for the parameters, tensors in float64, for a transformation that is for certain trees;
-            `hypothesis.strategies.just({...})` for a single one. None: `trees(dtypes=[torch.float64])`. Trees without
+        skip: names of properties that are not checked.
+        params: strategy for the parameters, tensors in float64, if the transformation supports only some trees;
+            `hypothesis.strategies.just({...})` for a single tree. None: `trees(dtypes=[torch.float64])`. Trees without
             any number are left out.
-        extra: what `update` declares by keyword, besides `value`, the loss, and `value_fn`, a function of the
-            parameters, which are there.
-        tolerance: of rounding in float64, relative.
-        examples: how many trees each property is tried on; the last four are on one.
+        extra: further keyword arguments that `update` declares. `value`, the loss, and `value_fn`, the loss as a
+            function of the parameters, are passed without it.
+        tolerance: relative tolerance for rounding in float64.
+        examples: number of trees that each property is tried on; the last four properties are tried on one.
 
     Raises:
-        PropertyError: a property does not hold. The message says which, what differs where, and for the smallest tree
-            that hypothesis finds.
-        ValueError: a name in `skip` is none of a property.
+        PropertyError: a property does not hold. The message names the property, the place and size of the difference,
+            and the smallest tree that hypothesis finds.
+        ValueError: `skip` has a name that is no property.
         TypeError: no transformation is given or made, or `params` is no strategy for tensors in float64.
 
     Example:
@@ -79,7 +79,7 @@ def check_transformation(
     """
     make = (lambda: transformation) if isinstance(transformation, GradientTransformation) else transformation
     subject, drawn = Subject(make, hyperparameters or {}, tolerance), parameters(params)
-    subject()  # what is wrong with the call is no property
+    subject()  # a mistake in the call raises its own error, and no PropertyError
     for name in to_check(PROPERTIES, skip):
         check = PROPERTIES[name]
         missing = check in INCOMPLETE and "missing_gradients" not in skip

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 def tensors(
     draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES, shapes: Sequence[tuple[int, ...]] = SHAPES
 ) -> Tensor:
-    """Draw normal numbers: contiguous in memory, transposed, or with gaps.
+    """Draw tensors of normal numbers: contiguous in memory, transposed, or with gaps.
 
     Args:
         draw: given by hypothesis.
@@ -61,11 +61,11 @@ def trees(
     """Draw parameters: a tensor, or any nesting of dicts, lists, tuples and NamedTuples, empty ones included.
 
     Args:
-        leaves: what to draw leaves from; None: `tensors(dtypes, shapes)`.
-        dtypes: of the tensors.
-        shapes: of the tensors; by default scalars, empty ones and others.
+        leaves: strategy for the leaves; None: `tensors(dtypes, shapes)`.
+        dtypes: dtypes of the tensors.
+        shapes: shapes of the tensors; by default those of scalars, empty tensors and others.
         missing: whether leaves may be None.
-        max_leaves: how many leaves there are at most, roughly.
+        max_leaves: largest number of leaves, roughly.
         nodes: further types of nodes, of two children each, such as dataclasses.
 
     Returns:
@@ -116,12 +116,12 @@ def gradients(draw: st.DrawFn, params: Tree) -> Tree:
 
 @st.composite
 def histories(draw: st.DrawFn, params: Tree, steps: int, *, missing: bool = True) -> list[Tree]:
-    """Draw the gradients of some steps: of several magnitudes, now and then exactly zero, or missing.
+    """Draw the gradients of some steps. They have several magnitudes, and some are exactly zero, or missing.
 
     Args:
         draw: given by hypothesis.
         params: tree of tensors.
-        steps: how many.
+        steps: number of steps.
         missing: whether gradients may be None.
 
     Example:
@@ -143,7 +143,7 @@ def histories(draw: st.DrawFn, params: Tree, steps: int, *, missing: bool = True
 
 
 def kinds_of(value: float) -> dict[str, float | Tensor | Callable[[Tensor], Tensor]]:
-    """Return what may stand for a number: itself, a 0-dim float64 tensor, a schedule.
+    """Return the three forms of a number: itself, a 0-dim float64 tensor, a schedule.
 
     Example:
         >>> sorted(kinds_of(0.1))
@@ -157,7 +157,7 @@ def kinds_of(value: float) -> dict[str, float | Tensor | Callable[[Tensor], Tens
 
 
 def hyperparameters(values: Mapping[str, float]) -> st.SearchStrategy[dict[str, Any]]:
-    """Draw for each hyperparameter what stands for its value: a number, a 0-dim tensor, a schedule.
+    """Draw a form for each hyperparameter: a number, a 0-dim tensor, or a schedule.
 
     Args:
         values: name -> number.

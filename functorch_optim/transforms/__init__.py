@@ -1,1 +1,1 @@
-"""Small transformations: the blocks that chains are made of."""
+"""Small transformations: the parts of chains."""

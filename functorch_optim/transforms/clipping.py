@@ -42,11 +42,11 @@ def clip(clip_value: Hyperparameter) -> GradientTransformation:
 
 @factory
 def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTransformation:
-    """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`; a NaN in it makes all of it NaN.
+    """Scale each tensor down to a largest norm: `g <- g min(1, c / |g|)`; a NaN in a tensor makes all of it NaN.
 
-    Derivatives flow through the norm. Where nothing is clipped, at the corner |g| = c and at the norm zero too, they
-    are those of the identity. The infinity norm shares its derivative between elements that tie, and in the norm of
-    order 1 an element that is zero has none.
+    Derivatives flow through the norm. Where nothing is clipped, also at the corner |g| = c and at the norm zero, they
+    are those of the identity. The infinity norm shares its derivative between elements that tie. In the norm of order
+    1, an element that is zero has derivative zero.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
@@ -83,16 +83,16 @@ def clip_by_global_norm(
     """Scale all updates down together to a largest norm: `g <- g min(1, c / (|g| + eps))`, |g| over the whole tree.
 
     Derivatives flow through the norm; where nothing is clipped they are those of the identity. Each tensor's norm is
-    taken in its own precision (float32 for halves), and that of the norms in float64.
+    computed in the tensor's precision (float32 for half precision), and the norm of these norms in float64.
 
     Args:
         max_norm: c >= 0: number, 0-dim tensor, or schedule.
         norm_type: order of the norm: number > 0, or inf.
         eps: number >= 0 added to the norm: number, 0-dim tensor, or schedule. 1e-6 gives the numbers of
             `torch.nn.utils.clip_grad_norm_`; with the default, 0, the clipped norm is exactly c.
-        nonfinite: what to do when the norm is NaN or inf. "propagate": nothing, as torch does: a NaN makes all updates
-            NaN. "skip": all updates are set to zero, without waiting for the device. "raise": a RuntimeError; this
-            waits for the device, and torch refuses it under `torch.vmap` and `torch.compile`.
+        nonfinite: reaction to a norm that is NaN or inf. "propagate": none, as in torch: a NaN makes all updates NaN.
+            "skip": all updates are set to zero, without waiting for the device. "raise": a RuntimeError; this waits
+            for the device, and torch refuses it under `torch.vmap` and `torch.compile`.
 
     Raises:
         ValueError: a number is out of range, or `nonfinite` is none of the three.
@@ -140,7 +140,7 @@ def clip_by_global_norm(
 def clip_by_block_rms(threshold: Hyperparameter) -> GradientTransformation:
     """Scale each tensor down to a largest root mean square: `g <- g / max(1, RMS(g) / c)`.
 
-    Derivatives are those of `clip_by_norm`: where nothing is clipped, at the corner too, those of the identity.
+    Derivatives are those of `clip_by_norm`: where nothing is clipped, also at the corner, those of the identity.
 
     Args:
         threshold: c >= 0: number, 0-dim tensor, or schedule.
@@ -171,12 +171,12 @@ def adaptive_grad_clip(clipping: Hyperparameter, eps: Hyperparameter = 1e-3) -> 
         g_i <- g_i c max(|p_i|, eps) / max(|g_i|, 1e-6)  where  |g_i| > c max(|p_i|, eps)
 
     A unit is an entry of the first dimension: a row of a linear layer's weight, a filter of a convolution. A tensor of
-    one dimension or none is one unit. The masks of these comparisons are constants to derivatives; at the corners they
-    are those of the identity and of |p_i|.
+    one dimension or none is one unit. The results of the comparisons are constants to derivatives; at the corners
+    derivatives are those of the identity and of |p_i|.
 
     Args:
         clipping: c >= 0, the largest ratio of norms: number, 0-dim tensor, or schedule. The paper has 0.01.
-        eps: norm >= 0 that a unit counts for at least, so that weights which begin at zero can move.
+        eps: smallest norm of a unit's weights, >= 0, so that weights which begin at zero can move.
 
     Raises:
         ValueError: a number is out of range; `update` is called without parameters.
@@ -208,7 +208,7 @@ _TINY = 1e-6
 
 
 def _of_units(x: Tensor) -> Tensor:
-    """Take the norm of each entry of the first dimension, so that it broadcasts; of all where there is but one."""
+    """Take the norm of each entry of the first dimension, in a shape that broadcasts; of all elements of a vector."""
     if x.ndim <= 1:
         return safe_norm(x)
     if x.is_complex():
@@ -217,7 +217,7 @@ def _of_units(x: Tensor) -> Tensor:
 
 
 def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
-    """Take the norm of all elements of all tensors: a float where the step is one and nothing is differentiated."""
+    """Take the norm of all elements of all tensors: a float if the step is a float and nothing is differentiated."""
     if not tensors:
         return 0.0 * step
     taken = norms(tensors, norm_type)

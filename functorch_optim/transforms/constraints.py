@@ -1,4 +1,4 @@
-"""Updates that are bound by where the parameters are."""
+"""Updates that are constrained by the parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from functorch_optim._numerics import safe_norm
 def keep_params_nonnegative() -> GradientTransformation:
     """Stop updates at zero: `g <- max(g, -p)`, so that p + g >= 0. The last link of a chain.
 
-    A parameter that is negative moves to zero at once. Derivatives are those of -p where it stops, and those of g at
-    the corner p + g = 0 and elsewhere. A NaN stays. Real and imaginary parts of complex tensors stop separately.
+    A negative parameter moves to zero at once. Where an update is stopped, derivatives are those of -p. Elsewhere, and
+    at the corner p + g = 0, they are those of g. A NaN stays. Real and imaginary parts of complex tensors stop
+    separately.
 
     Raises:
         ValueError: `update` is called without parameters.
@@ -36,13 +37,13 @@ def keep_params_nonnegative() -> GradientTransformation:
 
 @factory
 def orthogonalize_against_params() -> GradientTransformation:
-    """Take from each tensor's gradient its part along the parameter, and keep its norm (OrthoGrad).
+    """Remove from each tensor's gradient its part along the parameter, and keep its norm (OrthoGrad).
 
         g' = g - p <p, g> / |p|^2
         g <- g' |g| / |g'|
 
-    Where g is along p but for rounding, |g'| <= 4 eps |g| with the machine's eps, the update is zero, with derivative
-    zero; so it always is for a tensor of one element. Leave such tensors out with `masked` if they shall be trained.
+    If g is along p up to rounding, |g'| <= 4 eps |g| with the machine's eps, the update is zero, with derivative zero.
+    This is always so for a tensor of one element. To train such tensors, leave them out with `masked`.
 
     Raises:
         ValueError: `update` is called without parameters.
@@ -57,7 +58,7 @@ def orthogonalize_against_params() -> GradientTransformation:
     """
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
-        size = safe_norm(g.detach(), torch.inf)  # of which the square may be out of range
+        size = safe_norm(g.detach(), torch.inf)  # its square may be out of range
         size = torch.where(size == 0, 1.0, size)
         length, u = _dot(p, p), g / size
         across = u - p * (_dot(p, u) / torch.where(length == 0, 1.0, length))

@@ -17,16 +17,16 @@ from functorch_optim.tree import Tree
 
 
 class LargestRate(NamedTuple):
-    """What corrected decay carries on: the largest learning rate so far."""
+    """The number that corrected decay carries on: the largest learning rate so far."""
 
     lr_max: Any
 
 
 class AddDecayedWeightsState(NamedTuple):
-    """The state of `add_decayed_weights` where it has one: with `towards="init"` for each parameter where it began.
+    """The state of `add_decayed_weights(towards="init")` for one parameter.
 
     Attributes:
-        init_param: p_0: like p.
+        init_param: p_0, the first parameter: like p.
     """
 
     init_param: Tensor
@@ -52,16 +52,16 @@ def add_decayed_weights(
 ) -> GradientTransformation:
     """Add the decayed parameters to the updates: `g <- g + weight_decay p`.
 
-    Before an optimizer's rule this is an L2 penalty, as in torch's Adam; between the rule and the learning rate it is
-    decoupled weight decay, as in torch's AdamW. There the other kinds stand too. A step takes from p
+    Before an optimizer's rule this is an L2 penalty, as in torch's Adam. Between the rule and the learning rate it is
+    decoupled weight decay, as in torch's AdamW; the other kinds belong there, too. A step subtracts from p
 
         lr weight_decay p              "decoupled"
         weight_decay p                 "independent" of the learning rate
         lr^2 / lr_max weight_decay p   "corrected"
 
-    The latter two are told the learning rate of their chain: that of the next `scale_by_learning_rate`, or else of the
-    last one before. "independent" divides by it, and so does not decay in a step whose learning rate is zero; behind
-    the learning rate, as the last link, it always does.
+    "independent" and "corrected" are given the learning rate of their chain: that of the next `scale_by_learning_rate`,
+    or else that of the last one before. "independent" divides by it, and so does not decay in a step whose learning
+    rate is zero. After the learning rate, as the last link, it decays in every step.
 
     Args:
         weight_decay: factor >= 0: number, 0-dim tensor, or schedule. The number 0 switches it off, and then `update`
@@ -69,16 +69,16 @@ def add_decayed_weights(
         mask: True where a parameter decays: a tree of bools, a prefix of one, or a function of the parameters; see
             `masked`. None: everywhere.
         kind: how the decay depends on the learning rate, as above.
-        cautious: decay only the elements that the update makes smaller too, where g p >= 0. To derivatives that is a
-            constant.
-        towards: "init": towards the parameters that `init` was given (L2-SP): p - p_0 stands in the place of p. None:
-            towards zero.
-        lr_max: of "corrected", the largest learning rate: number > 0, 0-dim tensor, or schedule. None: the largest so
-            far, which is kept in the state; in a warm-up that is the current one.
+        cautious: decay only elements that the update also makes smaller, where g p >= 0. This condition is a constant
+            to derivatives.
+        towards: "init": decay towards the parameters that `init` was given (L2-SP): p - p_0 replaces p. None: towards
+            zero.
+        lr_max: largest learning rate, for "corrected": number > 0, 0-dim tensor, or schedule. None: the largest so
+            far, which is kept in the state; in a warm-up this is the current rate.
 
     Raises:
         ValueError: a number is out of range; a word is none of those above; `update` is called without parameters; or
-            there is no learning rate in the chain of a kind that depends on it.
+            the kind depends on the learning rate, and the chain has none.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101; corrected: Defazio, Why Gradients Rapidly Increase Near the End of
     Training, arXiv:2506.02285; cautious: Chen et al., Cautious Weight Decay, arXiv:2510.12402; towards="init": Li et
@@ -104,7 +104,7 @@ def add_decayed_weights(
             raise ValueError(f"lr_max is of kind='corrected', and kind={kind!r} was given; leave lr_max out")
         check("lr_max", lr_max, "value > 0")
     if is_zero(weight_decay):
-        # It counts all the same, so that its state does not depend on the number.
+        # It still counts steps, so that its state does not depend on the number.
         return of_rule(
             None,
             lambda g, state, p, s: (g, state),
@@ -119,7 +119,7 @@ def add_decayed_weights(
         return AddDecayedWeightsState(p.clone())
 
     def of_rate(lr: Any, behind: bool) -> GradientTransformation:
-        """Make the decay of a known learning rate, by minus which updates are multiplied already if it is behind."""
+        """Make the decay for a known learning rate; `behind`: updates are already multiplied by minus that rate."""
 
         def amount(step: Any, largest: Any) -> Any:
             factor = at(weight_decay, step)

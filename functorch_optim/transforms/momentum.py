@@ -1,4 +1,4 @@
-"""Momentum: sums and means of what gradients have been."""
+"""Momentum: sums and means of past gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TraceState(NamedTuple):
 
 
 class TraceScalars(NamedTuple):
-    """What `trace` needs at a step: mu, and what a new gradient counts for."""
+    """The numbers of `trace` at a step: mu, and the weight of a new gradient."""
 
     momentum: Any
     gain: Any
@@ -92,7 +92,7 @@ class EmaState(NamedTuple):
 
 
 class EmaScalars(NamedTuple):
-    """What `ema` needs at a step: 1 - beta, and the factor of m that corrects its beginning at zero."""
+    """The numbers of `ema` at a step: 1 - beta, and the factor that corrects m for its start at zero."""
 
     weight: Any
     factor: Any
@@ -149,13 +149,13 @@ class OptimisticGradientState(NamedTuple):
 
 @factory
 def optimistic_gradient(alpha: Hyperparameter = 1.0, beta: Hyperparameter = 1.0) -> GradientTransformation:
-    """Add to the gradient how it has changed: `g_t <- (alpha + beta) g_t - beta g_{t-1}`, with g_0 = g_1.
+    """Add the change of the gradient to the gradient: `g_t <- (alpha + beta) g_t - beta g_{t-1}`, with g_0 = g_1.
 
-    For games and saddle points, where descent circles.
+    It is for games and saddle points, where plain descent circles.
 
     Args:
-        alpha: weight of the gradient, a number: number, 0-dim tensor, or schedule.
-        beta: weight of its change.
+        alpha: weight of the gradient: number, 0-dim tensor, or schedule.
+        beta: weight of its change: number, 0-dim tensor, or schedule.
 
     Raises:
         ValueError: a number is NaN.

@@ -20,7 +20,7 @@ class AddNoiseState(NamedTuple):
 
     Attributes:
         step: number of updates done: 0-dim int64 tensor.
-        key: what the noise of all steps is computed from: 0-dim int64 tensor.
+        key: seed of the noise of all steps: 0-dim int64 tensor.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -37,28 +37,28 @@ def add_noise(
 ) -> GradientTransformation:
     """Add Gaussian noise that becomes weaker: `g_t <- g_t + N(0, eta / t^gamma)`.
 
-    The noise is a function of a key in the state, of the step, and of the place in the tree: the same state gives the
-    same noise, and training that is resumed goes on with the noise it would have had. Under `torch.vmap` members with
-    the same key have the same noise; batch the key for noise of their own: `add_noise(0.1, generator=keys)`, or
-    `state._replace(key=keys)`. Derivatives by eta and gamma flow; the noise is a constant. Real and imaginary parts of
-    complex tensors have noise of their own, each of this variance.
+    The noise is a function of a key in the state, of the step, and of the place in the tree. So the same state gives
+    the same noise, and a resumed training has the noise of an uninterrupted one. Under `torch.vmap` members with the
+    same key have the same noise. For different noise, batch the key: `add_noise(0.1, generator=keys)`, or
+    `state._replace(key=keys)`. Derivatives with respect to eta and gamma flow; the noise itself is a constant. Real and
+    imaginary parts of complex tensors have separate noise, each of this variance.
 
     Args:
         eta: variance >= 0 of the noise of the first step: number, 0-dim tensor, or schedule.
         gamma: exponent >= 0 of its decay; 0 for none. The paper has 0.55.
-        generator: what the key is drawn from, once, when this function is called: a `torch.Generator`, or None for
-            torch's own. Or the key itself: an integer, or a 0-dim tensor of int64.
+        generator: source of the key, which is drawn once, when this function is called: a `torch.Generator`, or None
+            for torch's own. Or the key itself: an integer, or a 0-dim tensor of int64.
 
     Returns:
         Transformation whose state is an `AddNoiseState`.
 
     Raises:
         ValueError: a number is out of range.
-        TypeError: `generator` is something else; a number is a tree.
+        TypeError: `generator` is of another type; a number is a tree.
 
-    The numbers are not those of `torch.randn` from the generator: they are hashed (SplitMix64), so that updates are
-    pure. Source: Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks, arXiv:1511.06807;
-    Steele et al., Fast splittable pseudorandom number generators, OOPSLA 2014.
+    The noise is computed by a hash of the key (SplitMix64), so that updates are pure. It is not that of `torch.randn`
+    from the generator. Source: Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks,
+    arXiv:1511.06807; Steele et al., Fast splittable pseudorandom number generators, OOPSLA 2014.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -97,7 +97,7 @@ def add_noise(
         return tree.unflatten(structure, noisy), AddNoiseState(step, state.key)
 
     made = GradientTransformation(init, update)
-    made._call = (add_noise, (eta, gamma, key), {})  # that of the key: the generator has gone on
+    made._call = (add_noise, (eta, gamma, key), {})  # with the key: the generator has changed
     return made
 
 
@@ -116,13 +116,13 @@ def _normal(key: Tensor, shape: torch.Size) -> Tensor:
     """Make numbers of the standard normal distribution, float64."""
     places = torch.arange(shape.numel(), device=key.device).reshape(shape)
     bits = (_mixed(key + places * _GOLDEN) >> 12) & ((1 << 52) - 1)
-    # In the middle of 2^52 intervals: neither -1 nor 1.
+    # The middles of 2^52 intervals are neither -1 nor 1.
     noise: Tensor = 2**0.5 * torch.special.erfinv((bits.to(torch.float64) + 0.5) * 2.0**-51 - 1)
     return noise
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Hash an integer, each bit of which changes each bit of the result; SplitMix64's."""
+    """Hash an integer by SplitMix64: each bit changes each bit of the result."""
     x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shifted(x, 31)

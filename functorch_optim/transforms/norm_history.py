@@ -1,4 +1,4 @@
-"""Clipping by what the norm of the gradients has been: the bound follows the training."""
+"""Clipping by the past norms of the gradients: the bound follows the training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from functorch_optim.tree import Tree
 
 
 class ZClipCarried(NamedTuple):
-    """What ZClip's scalars carry on.
+    """The numbers that ZClip's scalars carry on.
 
     Attributes:
-        num_norms: how many norms there have been that are finite.
+        num_norms: number of finite norms so far.
         mean: mu.
         var: sigma^2.
     """
@@ -38,7 +38,7 @@ class ZClipCarried(NamedTuple):
 
 
 class ZClipState(NamedTuple):
-    """The state of `zclip`: `step`, and what it knows of the norms. It keeps nothing for single parameters."""
+    """The state of `zclip`: `step`, and statistics of the norms. It keeps nothing for single parameters."""
 
 
 leaf_state(ZClipState, ZClipCarried)
@@ -64,19 +64,20 @@ def zclip(
         sigma^2 <- alpha sigma^2 + (1 - alpha) (n* - mu)^2,  with the new mu
         g <- g min(1, c / (n + eps)),  c = min(n*, max_grad_norm)
 
-    In the first `warmup_steps` updates there are no spikes, and mu and sigma^2 are the mean and variance of all norms
-    so far. A norm that is NaN or infinite changes no statistic and does not count, and its updates pass as they are.
+    In the first `warmup_steps` updates no norm is a spike, and mu and sigma^2 are the mean and variance of all norms
+    so far. A norm that is NaN or infinite changes no statistic and does not count; its updates are not changed.
 
-    Derivatives flow through the norm, the bound and the statistics; whether a norm is a spike is a constant to them.
+    Derivatives flow through the norm, the bound and the statistics. The decision whether a norm is a spike is a
+    constant to them.
 
     Args:
         alpha: decay rate of mu and sigma^2, in [0, 1): number, 0-dim tensor, or schedule.
         z_thresh: number of standard deviations > 0 above which a norm is a spike.
-        max_grad_norm: bound >= 0 of the norm in any case; None for none.
+        max_grad_norm: further bound >= 0 of every norm; None for none.
         eps: added to sigma and to the norm, >= 0.
-        warmup_steps: number of norms >= 1 that the first mean and variance are of.
-        mode: "zscore", as above; "percentile": a norm is a spike above mu + z_thresh sigma, and n* is that.
-        clip_option: n* of a spike in the mode "zscore": as above, or "mean", which is mu.
+        warmup_steps: number of norms >= 1 in the first mean and variance.
+        mode: "zscore", as above; "percentile": a norm is a spike above mu + z_thresh sigma, and n* is this bound.
+        clip_option: n* of a spike in the mode "zscore": "adaptive_scaling", as above, or "mean", which is mu.
         clip_factor: factor >= 0 of n* with "adaptive_scaling".
         skip_update_on_spike: whether a spike changes no statistic.
 
@@ -109,7 +110,7 @@ def zclip(
     check("clip_factor", clip_factor)
 
     def bound(n: Any, mean: Any, var: Any, step: Any) -> tuple[Any, Any]:
-        """Tell whether a norm is a spike, and what it is cut to."""
+        """Tell whether a norm is a spike, and return the norm that a spike is cut to."""
         sigma, thresh = safe_sqrt(var), at(z_thresh, step)
         if mode == "percentile":
             return n > mean + thresh * sigma, mean + thresh * sigma
@@ -126,7 +127,7 @@ def zclip(
         spike, cut = bound(n, mean, where(warm, var, 1.0), step)
         spike = spike & warm
         kept = where(spike, cut, n)
-        # Before, each norm weighs the same: mean and variance of all of them, one by one.
+        # In the warm-up all norms have the same weight, in an incremental mean and variance.
         a = where(warm, at(alpha, step), 1 - 1 / count)
         new_mean = a * mean + (1 - a) * kept
         deviation = where(warm, kept - new_mean, kept - mean)
@@ -136,7 +137,7 @@ def zclip(
         numbers = ZClipCarried(
             where(finite, count, carried.num_norms), where(changes, new_mean, mean), where(changes, new_var, var)
         )
-        # What fits is not divided by its norm plus eps.
+        # An update within the bound is not divided by its norm plus eps.
         fits = n <= largest
         factor = where(fits, 1.0, largest / where(fits, 1.0, n + at(eps, step)))
         return where(finite, factor, 1.0), numbers
@@ -177,13 +178,13 @@ def autoclip(
 
         c = percentile of |g_1|, ..., |g_t|;  g <- g min(1, c / (|g| + eps)), |g| over the whole tree
 
-    Percentiles are interpolated linearly, as numpy's. Derivatives flow through the norms, those of earlier steps too,
-    and through the percentile; their order is a constant to them. A norm that is NaN or infinite is not kept, and its
-    updates pass as they are.
+    Percentiles are interpolated linearly, as numpy's. Derivatives flow through the norms of this and earlier steps, and
+    through the percentile; the order of the norms is a constant to them. A norm that is NaN or infinite is not kept,
+    and its updates are not changed.
 
     Args:
         percentile: number in [0, 100]: number, 0-dim tensor, or schedule.
-        window: number >= 1 of norms that are kept, the latest. The paper keeps all.
+        window: number >= 1 of the latest norms that are kept. The paper keeps all.
         eps: number >= 0 added to the norm; 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`.
 
     Returns:
@@ -240,6 +241,6 @@ def _quantile(ring: Tensor, count: Tensor, part: Any) -> Tensor:
     place = part * torch.clamp(count - 1, min=0).to(torch.float64)
     below = torch.floor(place)
     indices = torch.stack([below, torch.minimum(below + 1, count - 1)]).clamp(min=0).to(torch.int64)
-    # Of no number at all, the first place is still infinite.
+    # Without any number, the first place is still infinite.
     lower, upper = torch.where(count > 0, ordered.gather(0, indices), 0.0)
     return torch.lerp(lower, upper, place - below)

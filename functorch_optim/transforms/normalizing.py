@@ -1,4 +1,4 @@
-"""What is kept of an update: its signs, its direction, its deviation from the mean."""
+"""Normalized updates: their signs, their direction, their deviation from the mean."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def scale_by_sign() -> GradientTransformation:
 def normalize_by_update_norm(scale_factor: Hyperparameter = 1.0, eps: Hyperparameter = 1e-6) -> GradientTransformation:
     """Give all updates together a fixed norm: `g <- s g / (|g| + eps)`, |g| over the whole tree.
 
-    Updates that are all zero stay so with `eps=0` too; the derivative there is s / eps, and zero with `eps=0`. A norm
-    that is NaN makes all of them NaN.
+    Updates that are all zero stay zero, also with `eps=0`. Their derivative is s / eps, and zero with `eps=0`. A norm
+    that is NaN makes all updates NaN.
 
     Args:
         scale_factor: s, number of any sign: number, 0-dim tensor, or schedule.
@@ -111,10 +111,10 @@ def scale_by_trust_ratio(
 
 @factory
 def centralize() -> GradientTransformation:
-    """Take from each unit's gradient its mean: `g_i <- g_i - mean(g_i)`.
+    """Subtract from each unit's gradient its mean: `g_i <- g_i - mean(g_i)`.
 
     A unit is an entry of the first dimension: a row of a linear layer's weight, a filter of a convolution. Tensors of
-    one dimension or none pass as they are.
+    one dimension or none are not changed.
 
     Source: Yong et al., Gradient Centralization, arXiv:2004.01461.
 

@@ -19,10 +19,10 @@ class ReduceOnPlateauState(NamedTuple):
     """The state of `reduce_on_plateau`: 0-dim tensors, under torch's names.
 
     Attributes:
-        scale: what the next updates are multiplied by, 1 at first: float64.
+        scale: factor of the next updates, 1 at first: float64.
         best: the best value so far, inf (-inf with `mode="max"`) at first: float64.
         num_bad_epochs: number of values since then that were not better: int64.
-        cooldown_counter: number of values for which bad ones are still not counted: int64.
+        cooldown_counter: number of further values that are not counted when they are bad: int64.
     """
 
     scale: Tensor
@@ -54,18 +54,18 @@ def reduce_on_plateau(
 
     and the next `cooldown` values are not counted.
 
-    An update is multiplied by the scale as it was before its value was looked at: a value lowers the scale of the
-    updates after its own. So a loop of `tx.update(..., value=v)` goes as torch's loop of `optimizer.step();
-    scheduler.step(v)` with ReduceLROnPlateau. It differs from torch's in two ways. `min_scale` and `eps` are relative
-    to the learning rate, whose place the scale takes here: for torch's `min_lr` and `eps` divide them by it. And where
-    the best value is negative, a negative log-density say, "rel" asks for an improvement too: torch's limit,
-    `best (1 - threshold)`, is then worse than `best`, so that values which slowly get worse count as better.
+    A value changes the scale of later updates only, and not of its own. So a loop of `tx.update(..., value=v)` equals
+    torch's loop of `optimizer.step(); scheduler.step(v)` with ReduceLROnPlateau. There are two differences.
 
-    Every update counts as an epoch of torch's; to look once an epoch, keep giving the last epoch's value, with a
-    `patience` of (patience + 1) n - 1 and a `cooldown` of n cooldown for epochs of n updates.
+    - `min_scale` and `eps` are relative to the learning rate: divide torch's `min_lr` and `eps` by it.
+    - If the best value is negative, such as a negative log-density, "rel" still requires an improvement. torch's limit,
+      `best (1 - threshold)`, is then worse than `best`, so values that slowly get worse count as better.
 
-    The scale is differentiable in `factor` and `min_scale`; no derivative flows through comparisons, nor through the
-    value.
+    Every update counts as an epoch of torch's. To count once an epoch, pass the value of the last epoch at each of its
+    n updates, with a `patience` of (patience + 1) n - 1 and a `cooldown` of n cooldown.
+
+    The scale is differentiable with respect to `factor` and `min_scale`. No derivative flows through comparisons, or
+    through the value.
 
     Args:
         factor: in [0, 1): number or 0-dim tensor.
@@ -107,7 +107,7 @@ def reduce_on_plateau(
 
     def is_better(value: Tensor, best: Tensor) -> Tensor:
         margin = sign * at(threshold, best)
-        if threshold_mode == "rel":  # of a negative number, less is more away from zero; infinity is where it begins
+        if threshold_mode == "rel":  # for a negative best, less is farther from zero; the first best is infinite
             limit = best * (1 - torch.where((best < 0) & best.isfinite(), -margin, margin))
         else:
             limit = best - margin

@@ -96,6 +96,6 @@ def maximize() -> GradientTransformation:
 
 
 def scaled(g: Tensor, scale: Tensor) -> Tensor:
-    """Multiply a tensor by a number, halves in single precision."""
+    """Multiply a tensor by a number; half precision is computed in float32."""
     wide = g.float() if g.dtype in HALF else g
     return (scale.to(g.device) * wide).to(g.dtype)

@@ -15,7 +15,7 @@ from functorch_optim.tree import Tree
 
 @factory
 def set_to_zero() -> GradientTransformation:
-    """Replace updates by zeros, whatever they were: NaN and inf too.
+    """Replace all updates by zeros, also NaN and inf.
 
     Example:
         >>> import functorch_optim as fo, torch

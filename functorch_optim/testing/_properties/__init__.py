@@ -1,7 +1,7 @@
 """Properties that every transformation should have, a function each.
 
-`PROPERTIES` lists them, in the order in which they are checked. A property takes what is checked and a problem that it
-is run on, and raises where it does not hold.
+`PROPERTIES` lists them, in the order of the checks. A property takes a subject and a problem, and raises if it does not
+hold.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from functorch_optim.testing._properties.trees import complex_parameters, kept, 
 Property: TypeAlias = Callable[[Subject, Problem], None]
 
 COMPLETE: tuple[Property, ...] = (pure, kept, complex_parameters, vmap_parameters, vmap_hyperparameters, stateful)
-"""Run on trees that hypothesis draws, and shrinks to the smallest that breaks one."""
+"""Run on trees that hypothesis draws. It shrinks a tree that breaks a property to the smallest one."""
 
 INCOMPLETE: tuple[Property, ...] = (
     missing_gradients,
@@ -34,9 +34,9 @@ INCOMPLETE: tuple[Property, ...] = (
     ways,
     steps,
 )
-"""Run on such trees, where some gradients are missing, unless `missing_gradients` is skipped."""
+"""Run on trees that hypothesis draws, with some missing gradients unless `missing_gradients` is skipped."""
 
 SINGLE: tuple[Property, ...] = (used_hyperparameters, derivatives, finite_derivatives, compiled)
-"""Run on one tree: of the first one is enough, and the others take long."""
+"""Run on one tree: that is enough for the first property, and the others take long."""
 
 PROPERTIES: dict[str, Property] = {check.__name__: check for check in (*COMPLETE, *INCOMPLETE, *SINGLE)}

@@ -1,4 +1,4 @@
-"""Forms: saved and loaded, tensor by tensor and together, pure, in place and stateful, it does the same."""
+"""Forms: saved and loaded, tensor by tensor or together, pure, in place or stateful, the results are the same."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ _MACHINES: dict[str, Callable[..., Any]] = {
 def ways(subject: Subject, problem: Problem) -> None:
     """It gives the same tensor by tensor, in blocks, by foreach kernels, and where autograd records it.
 
-    The first three in float64, float32 and bfloat16.
+    The first three are run in float64, float32 and bfloat16.
     """
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         given = problem.map(lambda leaf: leaf.to(dtype))  # noqa: B023
@@ -56,7 +56,7 @@ def ways(subject: Subject, problem: Problem) -> None:
 
 
 def steps(subject: Subject, problem: Problem) -> None:
-    """`fo.step`, and `fo.step_` in place, blockwise or by foreach kernels, do what `update` and `apply_updates` do."""
+    """`fo.step`, and `fo.step_` in place, blockwise or by foreach kernels, equal `update` and `apply_updates`."""
     expected = problem.train(subject())
     runs: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "fo.step": (step, {}),
@@ -77,7 +77,7 @@ def steps(subject: Subject, problem: Problem) -> None:
 def stateful(subject: Subject, problem: Problem) -> None:
     """`fo.Optimizer` trains as the functional form does, in every form, and keeps its state through a checkpoint.
 
-    Skip it for a transformation with a mask or labels that are a tree, and no function of one.
+    Skip it for a transformation whose mask or labels are a tree, and not a function of one.
     """
     expected = tree.flatten(problem.train(subject())[0])[0]
     listed = problem.restructured(list)

@@ -15,7 +15,7 @@ from functorch_optim.tree import Tree
 
 
 def tensors(subject: Subject, problem: Problem) -> None:
-    """A hyperparameter may be a 0-dim tensor: it gives what the number gives, and states of the same structure."""
+    """A hyperparameter may be a 0-dim tensor: results equal those of the number, and states have the same structure."""
     expected = problem.train(subject())
     for path, value in subject.numbers.items():
         trained = problem.train(subject({path: kinds_of(value)["tensor"]}))
@@ -23,7 +23,7 @@ def tensors(subject: Subject, problem: Problem) -> None:
 
 
 def schedules(subject: Subject, problem: Problem) -> None:
-    """A hyperparameter may be a function of the number of updates done: each step is that with the number it returns.
+    """A hyperparameter may be a function of the number of updates done: each step equals that with the returned number.
 
     Skip it for a transformation whose hyperparameters cannot change.
     """
@@ -41,9 +41,9 @@ def schedules(subject: Subject, problem: Problem) -> None:
 def used_hyperparameters(subject: Subject, problem: Problem) -> None:
     """Each hyperparameter matters: with half its value, or with a thousand times it, training ends elsewhere.
 
-    A number that is taken and forgotten passes all other checks. Skip it where one only matters to parameters or
-    gradients of another kind. For 0 it is tried with 0.1, which is not half of it. All steps are taken three times, for
-    what only matters later.
+    A hyperparameter that is taken and forgotten passes all other checks. Skip this one if a hyperparameter matters only
+    to parameters or gradients of another kind. 0 is replaced by 0.1, since half of 0 is 0. All steps are taken three
+    times, for hyperparameters that matter only later.
     """
     problem = replace(problem, history=[*problem.history] * 3)
     expected = tensors_of(problem.train(subject()))
@@ -64,9 +64,9 @@ def used_hyperparameters(subject: Subject, problem: Problem) -> None:
 def double_precision(subject: Subject, problem: Problem) -> None:
     """In training in float64 nothing is computed in less: no bias correction is rounded to float32.
 
-    `0.999 ** count` is float32 where `count` is a tensor of integers, and so is `torch.tensor(0.999)`. What is trained
-    is compared with itself where float32 is not to be had; after three steps all counters jump to 1000. Skip it for
-    a transformation that means to compute in lower precision.
+    `0.999 ** count` is float32 if `count` is a tensor of integers, and so is `torch.tensor(0.999)`. The training is
+    compared with a training in which every new tensor is float64; after three steps all counters jump to 1000. Skip it
+    for a transformation that computes in lower precision on purpose.
     """
     for link in subject()._links:
         _check_scalars(link.rule)
@@ -92,7 +92,7 @@ def _is_counter(leaf: Tensor) -> bool:
 
 
 def _check_scalars(rule: Any) -> None:
-    """Look at the numbers of a rule themselves."""
+    """Check the dtypes of a rule's scalars."""
     if rule.scalars is None or not rule.extras.names <= {"updates"}:
         return
     extras = {"updates": [torch.ones(2)]} if rule.sees_tree else {}
@@ -106,7 +106,7 @@ def _check_scalars(rule: Any) -> None:
 
 
 class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Where float64 is made whatever floating dtype is asked for."""
+    """A mode in which new tensors are float64, whatever floating dtype is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         low = (torch.float32, torch.float16, torch.bfloat16)

@@ -74,15 +74,15 @@ def vmap_hyperparameters(subject: Subject, problem: Problem) -> None:
 def derivatives(subject: Subject, problem: Problem) -> None:
     """Derivatives through training, by parameters, gradients and hyperparameters, equal finite differences.
 
-    `torch.func.grad`, `jacfwd` and `jvp` give the same. What is detached on the way is noticed: a momentum, say, or a
-    hyperparameter, at a value at which it matters: `eps=1e-3` rather than 1e-8. Skip it for a transformation that is
-    not differentiable on purpose.
+    `torch.func.grad`, `jacfwd` and `jvp` give the same. The check finds tensors that are detached on the way, such as a
+    momentum or a hyperparameter. Choose values at which a hyperparameter matters: `eps=1e-3` rather than 1e-8. Skip it
+    for a transformation that is not differentiable on purpose.
     """
     check_first_derivatives(OfVector(*_training(subject, problem)))
 
 
 def finite_derivatives(subject: Subject, problem: Problem) -> None:
-    """Derivatives are finite where gradients are zero, as those of a unit are that never fired.
+    """Derivatives are finite where gradients are zero, as for a unit that never fired.
 
     The derivative of `torch.sqrt` is infinite at zero; `fo.safe_sqrt` and `fo.safe_norm` have none there.
     """
@@ -91,7 +91,7 @@ def finite_derivatives(subject: Subject, problem: Problem) -> None:
 
 
 def _training(subject: Subject, problem: Problem) -> tuple[Callable[[Any], Tensor], Tree]:
-    """Return training as a function of everything it depends on, and that."""
+    """Return training as a function of its inputs, and the inputs."""
 
     def trained(arguments: Any) -> Tensor:
         given = Problem(arguments["parameters"], arguments["gradients"], problem.extra)
@@ -127,15 +127,15 @@ def check_compiles_once(
     tolerance: float = 1e-12,
     scale: float = 1.0,
     *,
-    compile: Callable[..., Any] | None = None,  # noqa: A002 - it is torch's name
+    compile: Callable[..., Any] | None = None,  # noqa: A002 - torch's name
 ) -> None:
     """Raise unless a function gives the same when it is compiled, for all these arguments, without compiling again.
 
     Args:
-        function: of trees; returns one.
-        arguments: to call it with, one after the other.
+        function: function of trees that returns a tree.
+        arguments: the arguments of its calls, one after the other.
         tolerance: see `assert_same`.
-        scale: see there.
+        scale: see `assert_same`.
         compile: function -> compiled function; None: by `torch.compile(fullgraph=True, backend="eager")`.
 
     Raises:
@@ -151,7 +151,7 @@ def check_compiles_once(
 
 @contextlib.contextmanager
 def explained(transform: str) -> Iterator[None]:
-    """Let errors of a transform say what mostly makes them."""
+    """Let errors of a transform name their most common cause."""
     try:
         yield
     except AssertionError:

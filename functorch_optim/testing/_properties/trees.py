@@ -1,4 +1,4 @@
-"""What is done to trees: nothing is modified, and structures stay."""
+"""Trees: nothing is modified, and structures stay."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from functorch_optim.tree import Tree
 
 
 def pure(subject: Subject, problem: Problem) -> None:
-    """`update` modifies nothing that it is given, and gives the same when it is called again.
+    """`update` modifies none of its arguments, and a second call returns the same.
 
     Nothing may be kept outside of the state: not in a closure, not in an attribute.
     """
@@ -45,7 +45,7 @@ def kept(subject: Subject, problem: Problem) -> None:
 def complex_parameters(subject: Subject, problem: Problem) -> None:
     """Complex parameters work too, or `init` refuses them with a TypeError.
 
-    Skip it for a transformation that is for real numbers only.
+    Skip it for a transformation of real numbers only.
     """
     waves = problem.map(lambda leaf: torch.complex(leaf, leaf.flip(0) if leaf.ndim else -leaf))
     try:
@@ -87,7 +87,7 @@ def _check_state(state: Any) -> None:
 
 
 def _assert_alike(actual: Tree, expected: Tree, what: str) -> None:
-    """Compare all but numbers."""
+    """Compare structures, shapes and dtypes, and not the numbers."""
     leaves, structure = tree.flatten(actual)
     expected_leaves, expected_structure = tree.flatten(expected)
     if structure != expected_structure:
@@ -124,9 +124,9 @@ def missing_gradients(subject: Subject, problem: Problem) -> None:
 
 
 def leaves(subject: Subject, problem: Problem) -> None:
-    """Names and order of the leaves do not matter: those of a tree give what the same ones give in another order.
+    """Names and order of the leaves do not matter: the same leaves give the same in another order.
 
-    Skip it for a transformation that tells parameters apart by their names.
+    Skip it for a transformation that treats parameters by their names.
     """
     places = tree.paths(problem.params)
 
