@@ -64,7 +64,8 @@ class OptimizerBase(torch.optim.Optimizer):
     _transformation: Any  # transformation, or factory of one
     _count: type | None = Tensor  # how `state[p]` keeps the step, see Plan
     _rounds = False  # whether the numbers that scalars carry on are rounded to the default dtype, whatever their own
-    _evaluating = False
+    _evaluates = False  # whether there are `eval` and `train`
+    _evaluating = False  # whether the parameters are where they are to be evaluated
     _live = False  # whether the factory may be given functions that read numbers from the group at every step
 
     @watched
@@ -271,7 +272,8 @@ class OptimizerBase(torch.optim.Optimizer):
 
         Where the saved groups and these have `param_names`, parameters are found by name, in whatever order. Names may
         differ by the parts that torch.compile, DDP and FSDP add, such as `_orig_mod.` and `module.`. The optimizer
-        keeps its own names. Tensors are copied: a dict in memory can be loaded as often as you like.
+        keeps its own names. Tensors are copied: a dict in memory can be loaded as often as you like. A
+        state that was saved between `eval` and `train` of an `fo.Optimizer` is loaded in that mode.
 
         Args:
             state_dict: checked before anything is changed. Entries that belong to the program, in groups and in the
@@ -290,6 +292,12 @@ class OptimizerBase(torch.optim.Optimizer):
             ValueError: groups, names, keys, shapes or values are not those of this optimizer.
         """
         saving.check_is_dict("state dict", state_dict)
+        state_dict, evaluating = matching.without_mode(state_dict)
+        if evaluating and not self._evaluates:
+            raise ValueError(
+                "The state was saved while parameters were evaluated, and this optimizer has only those that are "
+                "trained. Load it into an fo.Optimizer, call its train(), and save it again"
+            )
         reports: list[saving.Loaded] = []
 
         def arrange(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -301,6 +309,7 @@ class OptimizerBase(torch.optim.Optimizer):
 
         with self.register_load_state_dict_pre_hook(arrange):
             super().load_state_dict(state_dict)
+        self._evaluating = evaluating
         return reports[-1] if reports else None
 
     def _check_loaded(self, former: "OptimizerBase", manner: Manner) -> None:

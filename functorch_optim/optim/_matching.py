@@ -58,6 +58,24 @@ def unwrapped(states: Mapping[Any, Any]) -> tuple[dict[Any, Any], Manner]:
     return found, manners[0] if manners else Manner()
 
 
+MODE = "train_mode"
+"""The entry of saved groups that says whether the parameters are those that are trained; schedulefree's name."""
+
+
+def without_mode(state_dict: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Take the mode out of the groups of a state dict.
+
+    Returns:
+        The state dict, and whether it was saved while parameters were evaluated.
+    """
+    groups = state_dict.get("param_groups")
+    named = isinstance(groups, list | tuple) and all(isinstance(group, Mapping) for group in groups)
+    if not named or not any(MODE in group for group in groups or ()):
+        return state_dict, False
+    plain = [{name: value for name, value in group.items() if name != MODE} for group in groups or ()]
+    return {**state_dict, "param_groups": plain}, any(group.get(MODE) is False for group in groups or ())
+
+
 # By name. ------------------------------------------------------------------------------------------------------------
 
 

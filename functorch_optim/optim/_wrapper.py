@@ -24,8 +24,6 @@ from functorch_optim.optim._plan import Plan, scalar
 from functorch_optim.wrappers.injection import InjectingFactory
 from functorch_optim.wrappers.monitoring import metrics
 
-_MODE = "train_mode"
-"""The entry of saved groups that says whether the parameters are those that are trained; schedulefree's name."""
 _TRAINED = "trained"
 """The entry of `state[p]` that holds the parameter which is trained, while p is another to evaluate with."""
 
@@ -88,7 +86,7 @@ class Optimizer(OptimizerBase):
     """
 
     _complete = True  # whether all groups are there
-    _evaluating = False  # whether the parameters are where they are to be evaluated
+    _evaluates = True
 
     def __init__(
         self,
@@ -404,21 +402,8 @@ class Optimizer(OptimizerBase):
         saved = super().state_dict()
         if self._averages or self._evaluating:
             for group in saved["param_groups"]:
-                group[_MODE] = not self._evaluating
+                group[matching.MODE] = not self._evaluating
         return saved
-
-    def load_state_dict(  # type: ignore[override]
-        self, state_dict: dict[str, Any], *, strict: bool = True, cast: bool = False
-    ) -> saving.Loaded | None:
-        """Load what `state_dict` returned; see `fo.optim.Adam.load_state_dict`. The mode is that of the checkpoint."""
-        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        modes = [group.get(_MODE) for group in groups or () if isinstance(group, dict)]
-        if isinstance(groups, list) and any(mode is not None for mode in modes):
-            plain = [{name: value for name, value in group.items() if name != _MODE} for group in groups]
-            state_dict = {**state_dict, "param_groups": plain}
-        report = super().load_state_dict(state_dict, strict=strict, cast=cast)
-        self._evaluating = False in modes
-        return report
 
     def _check_loaded(self, former: OptimizerBase, manner: matching.Manner) -> None:
         super()._check_loaded(former, manner)

@@ -429,6 +429,17 @@ def test_a_checkpoint_says_the_mode_and_has_both_weights(name, how):
     assert all(map(torch.equal, own, expected))
 
 
+def test_a_class_refuses_a_checkpoint_of_evaluation():
+    params, history = make(2)
+    own, opt = optimize(fo.asgd, params, history, lr=RATE)
+    plain = fo.optim.ASGD(own, lr=RATE)
+    plain.load_state_dict(opt.state_dict())
+    assert "train_mode" not in plain.param_groups[0]
+    opt.eval()
+    with pytest.raises(ValueError, match="was saved while parameters were evaluated"):
+        plain.load_state_dict(opt.state_dict())
+
+
 def test_loading_a_checkpoint_of_training_ends_evaluation():
     params, history = make(2)
     _, trained = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
