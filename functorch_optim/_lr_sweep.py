@@ -14,6 +14,7 @@ from functorch_optim import tree
 from functorch_optim._core.hyperparameters import check_number
 from functorch_optim._core.transformation import GradientTransformation, shown
 from functorch_optim.meta._unrolling import unroll
+from functorch_optim.transforms.zeros import set_to_zero
 from functorch_optim.tree import Tree
 
 _DIVERGED = 4.0  # times the best loss
@@ -27,10 +28,11 @@ class LRSweep(NamedTuple):
         lrs: the learning rates: (rates,), float64, on the CPU like all tensors here.
         losses: loss of each batch before its step, for each rate: (steps, rates).
         smoothed: the curve: mean of losses for each rate, the last ones count most: (rates,).
+        untrained: what that mean is without any training.
         suggestion: rate with the lowest smoothed loss; None where no rate lowers the loss.
         steepest: rate at which the curve falls fastest by log lr, a cautious choice; None where it does not fall.
-        diverging: smallest rate above the best that diverges: its loss is not finite, or more than at the beginning and
-            than 4 times the best; None where none does.
+        diverging: smallest rate above the best that diverges: its loss is not finite, or more than without training
+            and than 4 times the best; None where none does.
         reason: why the suggestion is one, in words.
 
     Example:
@@ -46,27 +48,27 @@ class LRSweep(NamedTuple):
               0.1  0.2717     ###########
               0.5  0.08398    ###  <- suggestion
                 2  diverges
-        The smoothed loss after 8 steps is lowest at 0.5: 0.08398, from 1. It falls fastest at 0.01. Training diverges
-        from 2 on. That is the next rate: a third of 0.5 is safer for a long training.
+        The smoothed loss after 8 steps is lowest at 0.5: 0.08398, and 1 without training. It falls fastest at 0.01.
+        Training diverges from 2 on. That is the next rate: a third of 0.5 is safer for a long training.
     """
 
     lrs: Tensor
     losses: Tensor
     smoothed: Tensor
+    untrained: float
     suggestion: float | None
     steepest: float | None
     diverging: float | None
     reason: str
 
     def __repr__(self) -> str:
-        top = self.losses[0].nan_to_num(0.0).max().item()
         lines = [f"{'lr':>9}  smoothed loss"]
         for lr, loss in zip(self.lrs.tolist(), self.smoothed.tolist(), strict=True):
             mark = "  <- suggestion" if lr == self.suggestion else ""
             if (self.diverging is not None and lr >= self.diverging) or not math.isfinite(loss):
                 lines.append(f"{lr:>9.3g}  diverges")
             else:
-                bar = "#" * round(_WIDTH * min(max(loss / top, 0.0), 1.0)) if top > 0 else ""
+                bar = "#" * round(_WIDTH * min(max(loss / self.untrained, 0.0), 1.0)) if self.untrained > 0 else ""
                 lines.append(f"{lr:>9.3g}  {loss:<10.4g} {bar}{mark}".rstrip())
         return "\n".join([*lines, self.reason])
 
@@ -164,14 +166,18 @@ def lr_sweep(
     params = tree.stop_gradient(params)
     steps = batches if isinstance(batches, Sequence | Tensor) else [*batches]
 
-    def losses(lr: Any) -> Tensor:
-        trained = unroll(loss_fn, factory(lr), params, steps, first_order=True, buffers=buffers)
+    def losses(tx: GradientTransformation) -> Tensor:
+        trained = unroll(loss_fn, tx, params, steps, first_order=True, buffers=buffers)
         found: Tensor = (trained if buffers is None else trained[0]).losses
         return found
 
+    def at_rate(lr: Any) -> Tensor:
+        return losses(factory(lr))
+
     with torch.no_grad():
-        columns = _vectorized(losses, rates, params) if vectorize else _one_by_one(losses, rates, progress)
-    return _judged(rates, columns.T.to("cpu", torch.float64), smoothing)
+        columns = _vectorized(at_rate, rates, params) if vectorize else _one_by_one(at_rate, rates, progress)
+        untrained = losses(set_to_zero())
+    return _judged(rates, columns.T.to("cpu", torch.float64), untrained.to("cpu", torch.float64), smoothing)
 
 
 def _checked(lrs: Any) -> Tensor:
@@ -208,7 +214,7 @@ def _one_by_one(losses: Callable[[Any], Tensor], rates: Tensor, progress: Callab
     return torch.stack(columns)
 
 
-def _judged(rates: Tensor, losses: Tensor, smoothing: float) -> LRSweep:
+def _judged(rates: Tensor, losses: Tensor, untrained: Tensor, smoothing: float) -> LRSweep:
     """Smooth the losses, and look for the best rate."""
     count = len(losses)
     if count < 2:
@@ -216,20 +222,21 @@ def _judged(rates: Tensor, losses: Tensor, smoothing: float) -> LRSweep:
             f"lr_sweep needs two or more batches, a step for each, got {count}; write [batch] * 50 for one"
         )
     weights = smoothing ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
-    smoothed = (weights / weights.sum()) @ losses
+    weights = weights / weights.sum()
+    start, smoothed = (weights @ untrained).item(), weights @ losses
     smoothed = torch.where(losses.isfinite().all(0), smoothed, torch.inf)
-    first, best = losses[0, 0].item(), int(smoothed.argmin())
+    best = int(smoothed.argmin())
     lowest = smoothed[best].item()
-    too_high = (smoothed > max(_DIVERGED * lowest, first)) & (rates > rates[best])
+    too_high = (smoothed > max(_DIVERGED * lowest, start)) & (rates > rates[best])
     too_high |= ~smoothed.isfinite()
     diverging = next((lr for lr, high in zip(rates.tolist(), too_high.tolist(), strict=True) if high), None)
-    if not lowest < first:
-        reason = f"No rate lowers the loss, {first:.4g}, in {count} steps: try other rates, or more batches."
-        return LRSweep(rates, losses, smoothed, None, None, diverging, reason)
+    if not lowest < start:
+        reason = f"No rate lowers the smoothed loss, {start:.4g}, in {count} steps: try other rates, or more batches."
+        return LRSweep(rates, losses, smoothed, start, None, None, diverging, reason)
     suggestion = rates[best].item()
     steepest = _steepest(rates[: best + 1], smoothed[: best + 1])
-    reason = _reason(rates, best, first, lowest, count, steepest, diverging)
-    return LRSweep(rates, losses, smoothed, suggestion, steepest, diverging, reason)
+    reason = _reason(rates, best, start, lowest, count, steepest, diverging)
+    return LRSweep(rates, losses, smoothed, start, suggestion, steepest, diverging, reason)
 
 
 def _steepest(rates: Tensor, smoothed: Tensor) -> float | None:
@@ -241,10 +248,12 @@ def _steepest(rates: Tensor, smoothed: Tensor) -> float | None:
 
 
 def _reason(
-    rates: Tensor, best: int, first: float, lowest: float, count: int, steepest: float | None, diverging: float | None
+    rates: Tensor, best: int, start: float, lowest: float, count: int, steepest: float | None, diverging: float | None
 ) -> str:
     lr = rates[best].item()
-    said = [f"The smoothed loss after {count} steps is lowest at {lr:.3g}: {lowest:.4g}, from {first:.4g}."]
+    said = [
+        f"The smoothed loss after {count} steps is lowest at {lr:.3g}: {lowest:.4g}, and {start:.4g} without training."
+    ]
     if steepest is not None:
         said.append(f"It falls fastest at {steepest:.3g}.")
     if diverging is not None:

@@ -134,7 +134,7 @@ def get(spec: Any) -> Any:
         TypeError: an argument is unknown or missing, or what stands between `|` is no transformation.
 
     The text of a transformation, `repr(tx)`, makes the transformation again, as far as its arguments are numbers, text,
-    schedules and transformations.
+    schedules and transformations, and no schedule has the name of a transformation.
 
     Example:
         >>> import functorch_optim as fo

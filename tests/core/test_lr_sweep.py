@@ -104,8 +104,16 @@ def test_small_rates_that_hardly_train_do_not_diverge():
 def test_where_no_rate_helps_there_is_no_suggestion():
     sweep = fo.lr_sweep(quadratic, fo.sgd, torch.tensor(1.0), [1.0] * 5, [3.0, 4.0])
     assert sweep.suggestion is sweep.steepest is None
-    assert sweep.reason.startswith("No rate lowers the loss, 0.5, in 5 steps: try other rates")
+    assert sweep.reason.startswith("No rate lowers the smoothed loss, 0.5, in 5 steps: try other rates")
     assert "<- suggestion" not in repr(sweep)
+
+
+def test_what_the_loss_is_without_training_is_seen_on_all_batches():
+    batches = [0.1, 1.0, 1.0, 1.0]  # of which the first is easy
+    sweep = fo.lr_sweep(quadratic, fo.sgd, torch.tensor(1.0), batches, [0.01, 0.1], smoothing=0.5)
+    expected = 0.5 * (1 * 0.1 + (2 + 4 + 8) * 1.0) / 15
+    assert sweep.untrained == pytest.approx(expected, rel=1e-6)
+    assert sweep.suggestion == 0.1
 
 
 def test_all_rates_have_the_same_dropout():
