@@ -60,9 +60,12 @@ from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
 from functorch_optim.wrappers.accumulation import AccumulateState, accumulate
 from functorch_optim.wrappers.averaging import AverageState, ema_weights, polynomial_average, swa
+from functorch_optim.wrappers.cautious import cautious
 from functorch_optim.wrappers.injection import HyperparamsState, ScheduledHyperparamsState, inject_hyperparams
 from functorch_optim.wrappers.lookahead import LookaheadState, lookahead
+from functorch_optim.wrappers.mars import MarsState, mars
 from functorch_optim.wrappers.monitoring import GradientMetrics, UpdateMetrics, metrics, monitor
+from functorch_optim.wrappers.projecting import project
 from functorch_optim.wrappers.schedule_free import (
     ScheduleFreeState,
     gpa,
@@ -70,6 +73,8 @@ from functorch_optim.wrappers.schedule_free import (
     schedule_free_adamw,
     schedule_free_sgd,
 )
+from functorch_optim.wrappers.sharpness import sam
+from functorch_optim.wrappers.skipping import ApplyIfFiniteState, SkipState, apply_if_finite, skip
 
 from functorch_optim import _former  # isort: skip  # noqa: F401 - after all that it names
 
@@ -78,6 +83,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
     "AddNoiseState",
+    "ApplyIfFiniteState",
     "AutoClipState",
     "AverageState",
     "EmptyState",
@@ -89,12 +95,14 @@ __all__ = [
     "LRSweep",
     "Loaded",
     "LookaheadState",
+    "MarsState",
     "MaskedNode",
     "Minimized",
     "Optimizer",
     "ReduceOnPlateauState",
     "ScheduleFreeState",
     "ScheduledHyperparamsState",
+    "SkipState",
     "StepState",
     "UpdateMetrics",
     "accumulate",
@@ -107,11 +115,13 @@ __all__ = [
     "adaptive_grad_clip",
     "add_decayed_weights",
     "add_noise",
+    "apply_if_finite",
     "apply_updates",
     "asgd",
     "at",
     "autoclip",
     "buffers_of",
+    "cautious",
     "centralize",
     "chain",
     "clip",
@@ -141,6 +151,7 @@ __all__ = [
     "load_state_dict",
     "lookahead",
     "lr_sweep",
+    "mars",
     "masked",
     "maximize",
     "meta",
@@ -160,6 +171,7 @@ __all__ = [
     "params_of",
     "partition",
     "polynomial_average",
+    "project",
     "projections",
     "radam",
     "reduce_on_plateau",
@@ -167,6 +179,7 @@ __all__ = [
     "rprop",
     "safe_norm",
     "safe_sqrt",
+    "sam",
     "scale",
     "scale_by_adadelta",
     "scale_by_adam",
@@ -187,6 +200,7 @@ __all__ = [
     "schedules",
     "set_to_zero",
     "sgd",
+    "skip",
     "sparse_adam",
     "state_dict",
     "stateless",

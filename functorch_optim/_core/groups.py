@@ -186,8 +186,8 @@ class LeafGroup:
 
 
 def _source(links: Sequence[Link], applying: list[int], n: int) -> tuple[int, str] | None:
-    """Find the wrapper whose state holds the parameters of a link."""
-    if not links[n].inside:
+    """Find the wrapper whose state holds the parameters of a link, where it is among these links."""
+    if not links[n].inside or applying[n] + links[n].inside > applying[-1]:
         return None
     place = applying.index(applying[n] + links[n].inside)
     return place, links[place].rule.hands or ""

@@ -38,6 +38,8 @@ class Link(NamedTuple):
         inside: how many links after this one the wrapper stands whose state holds the parameters of this link; 0 for
             the parameters of the user.
         reads: how many links before this one the keepers stand whose numbers are hyperparameters of this link.
+        recalls: how many links before this one the link stands whose updates, as it was given them, a function of the
+            whole tree takes for the parameters; None for the parameters.
     """
 
     rule: Rule | TreeRule
@@ -45,6 +47,7 @@ class Link(NamedTuple):
     when: tuple[int, ...] = ()
     inside: int = 0
     reads: tuple[int, ...] = ()
+    recalls: int | None = None
 
 
 def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:

@@ -121,10 +121,7 @@ class Numbers:
         """Compute the numbers of a link, if it runs at this step."""
         link = self.links[k]
         rule: Any = link.rule
-        is_open: Condition = True
-        for back in link.when:
-            is_open = _both(is_open, due[k - back])
-        due[k] = is_open
+        is_open = due[k] = self._is_open(k, due)
         if is_open is False:
             return
         scalars: Any = ()
@@ -139,6 +136,26 @@ class Numbers:
             scalars = Held(scalars) if gate is False else scalars
         is_known = is_open is True and isinstance(due[k], bool)
         found[k] = scalars if is_known else Masked(scalars, is_open, due[k])
+
+    def is_open_for_some(self, k: int, due: list[list[Condition]]) -> Condition:
+        """Tell whether gates let a link run for some of the leaves.
+
+        Args:
+            k: the link.
+            due: for each bucket and link, whether it runs at this step; written to.
+        """
+        found: Condition = False
+        for conditions in due:
+            conditions[k] = self._is_open(k, conditions)
+            found = _either(found, conditions[k])
+        return found
+
+    def _is_open(self, k: int, due: Sequence[Condition]) -> Condition:
+        """Tell whether all gates let a link run."""
+        is_open: Condition = True
+        for back in self.links[k].when:
+            is_open = _both(is_open, due[k - back])
+        return is_open
 
     def reading(self, k: int, carried: Sequence[tuple[Step, ...]]) -> AbstractContextManager[None]:
         """Let a link read the numbers that keepers keep for it."""
@@ -244,6 +261,12 @@ def _both(one: Condition, other: Condition) -> Condition:
     if isinstance(one, bool):
         return other if one else False
     return one & other
+
+
+def _either(one: Condition, other: Condition) -> Condition:
+    if isinstance(one, bool):
+        return True if one else other
+    return one | other
 
 
 def _chosen(condition: Condition, new: tuple[Step, ...], old: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -91,7 +91,8 @@ class Prepared:
     ) -> None:
         self.links, self.structure, self.path, self.active = links, structure, path, active
         self.mode, self.overwrites = mode, overwrites
-        self.passes = _passes(links)
+        self.recalled = {k - link.recalls for k, link in enumerate(links) if link.recalls is not None}
+        self.passes = _passes(links, self.recalled)
         self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(leaves))
         self.extras = [link.rule.extras for link in links]
         self.asks = any(extras.any or extras.names - {"updates"} for extras in self.extras)
@@ -140,25 +141,33 @@ class Prepared:
         due: list[list[Condition]] = [[True] * len(self.links) for _ in buckets]
         ready: list[Ready] = []
         computed = False
+        recalled: dict[int, list[Any]] = {}
         for members in self.passes:
             first, last = self.links[members[0]].rule, members is self.passes[-1]
+            if members[0] in self.recalled:
+                recalled[members[0]] = list(updates)
             if isinstance(first, TreeRule):
-                with self.numbers.reading(members[0], carried[0] if carried else []):
-                    updates, columns[members[0]] = self._run_tree_rule(members[0], leaves, updates, columns, extras)
-                computed = True
+                is_open = self.numbers.is_open_for_some(members[0], due)
+                if is_open is not False:
+                    with self.numbers.reading(members[0], carried[0] if carried else []):
+                        new = self._run_tree_rule(members[0], leaves, updates, columns, extras, recalled)
+                    old = updates, columns[members[0]]
+                    updates, columns[members[0]] = new if is_open is True else _where_open(is_open, new, old)
+                    computed = True
                 continue
+            params, holder = leaves.params, _holder(self.links, members[0], members[-1])
+            if holder is not None:
+                params = getattr(columns[holder], self.links[holder].rule.hands or "")
             seen = self._seen(members[0], updates) if first.sees_tree else []
             for number, bucket in enumerate(buckets):
                 scalars = self.numbers.compute(members, number, bucket, extras, seen, carried[number], due[number])
                 for group, numbers in self.groups.find(members, number, bucket, updates, scalars):
-                    overwrite = (
-                        group.ready(updates, leaves.params, columns, numbers) if self.overwrites and last else None
-                    )
+                    overwrite = group.ready(updates, params, columns, numbers) if self.overwrites and last else None
                     if overwrite is not None:
                         ready.append(overwrite)
                     else:
                         computed = True
-                        group.compute(updates, leaves.params, columns, numbers)
+                        group.compute(updates, params, columns, numbers)
         return Outcome(updates, columns, carried, due, ready, computed)
 
     def _seen(self, k: int, updates: list[Any]) -> list[Tensor]:
@@ -169,7 +178,13 @@ class Prepared:
         return Plain(seen) if alike else seen
 
     def _run_tree_rule(
-        self, k: int, leaves: Leaves, updates: list[Any], columns: list[Any], extras: dict[str, Any]
+        self,
+        k: int,
+        leaves: Leaves,
+        updates: list[Any],
+        columns: list[Any],
+        extras: dict[str, Any],
+        recalled: dict[int, list[Any]],
     ) -> tuple[list[Any], Any]:
         """Run a function of the whole tree on those leaves that it is for."""
         link, active = self.links[k], self.active[k]
@@ -185,6 +200,8 @@ class Prepared:
         params = leaves.params
         if link.inside:
             params = getattr(columns[k + link.inside], self.links[k + link.inside].rule.hands or "")
+        if link.recalls is not None:
+            params = recalled[k - link.recalls]
         pair = rule.update(
             given, columns[k], None if params is None else arranged(params), **self.extras[k].wanted(extras)
         )
@@ -200,14 +217,35 @@ class Prepared:
         return [next(remaining) if on else u for on, u in zip(active, updates, strict=True)], new_state
 
 
-def _passes(links: Sequence[Link]) -> list[list[int]]:
-    """Split links into passes, by index; a link that sees the whole tree begins a new one."""
+def _where_open(is_open: Tensor, new: tuple[list[Any], Any], old: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+    """Choose between the results of a function of the whole tree and what there was; left-out updates are zero."""
+    updates = [
+        u if u is before or u is None else torch.where(is_open, u, torch.zeros_like(u))
+        for u, before in zip(new[0], old[0], strict=True)
+    ]
+    return updates, tree.map(lambda after, before: torch.where(is_open, after, before), new[1], old[1])
+
+
+def _passes(links: Sequence[Link], recalled: set[int]) -> list[list[int]]:
+    """Split links into passes, by index; one that sees the whole tree, or is recalled, begins a new one."""
+    begins = [
+        k in recalled or link.rule.sees_tree or (k > 0 and isinstance(links[k - 1].rule, TreeRule))
+        for k, link in enumerate(links)
+    ]
+    last = [next((j - 1 for j in range(k + 1, len(links)) if begins[j]), len(links)) for k in range(len(links))]
     groups: list[list[int]] = []
-    for k, link in enumerate(links):
-        if not groups or link.rule.sees_tree or isinstance(links[groups[-1][0]].rule, TreeRule):
+    for k in range(len(links)):
+        # Links whose parameters a wrapper in a later pass holds are given those for the parameters.
+        if not groups or begins[k] or _holder(links, k, last[k]) != _holder(links, k - 1, last[k - 1]):
             groups.append([])
         groups[-1].append(k)
     return groups
+
+
+def _holder(links: Sequence[Link], k: int, last: int) -> int | None:
+    """Find the wrapper whose state holds the parameters of a link, if it is behind the last link of the same pass."""
+    holder = k + links[k].inside
+    return holder if holder > last else None
 
 
 def _tensors(leaves: Leaves) -> list[Any]:

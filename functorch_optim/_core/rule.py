@@ -90,6 +90,7 @@ class Rule:
     evaluate: Callable[[Any, Any], Any] | None = None  # (p, state) -> the parameters to evaluate with
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
+    turns: bool = False  # whether its update goes against what it is given, as descent does
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
 
@@ -178,6 +179,7 @@ class TreeRule:
     hands: ClassVar[None] = None
     evaluate: ClassVar[None] = None
     lr: ClassVar[None] = None
+    turns: ClassVar[bool] = False
     keeps: ClassVar[None] = None
     of_rate: ClassVar[None] = None
     counters: ClassVar[tuple[str, ...]] = ()

@@ -1,10 +1,15 @@
 """The closure of a step as functions of the parameters, for transformations that evaluate the loss again."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from functorch_optim import tree
 from functorch_optim._core.checks import check_loss
@@ -26,7 +31,7 @@ def check_closure(closure: Any) -> None:
 
 
 class Closure:
-    """Evaluates a closure with other parameters, and puts everything back.
+    """Evaluates a closure with other parameters, and puts everything back: parameters, gradients, modules' buffers.
 
     Args:
         closure: clears gradients, evaluates the model, calls backward, and returns the loss.
@@ -64,7 +69,7 @@ class Closure:
                 p.copy_(new)
             for p in self.everything:
                 p.grad = None  # the closure may set it to zero, and it is still needed
-            with torch.enable_grad():
+            with _buffers_put_back(), torch.enable_grad():
                 loss = self.closure()
             check_loss("The closure must return", loss)
             return loss.detach(), [p.grad for p in self.params]
@@ -73,6 +78,37 @@ class Closure:
                 p.copy_(old)
             for p, grad in zip(self.everything, grads, strict=True):
                 p.grad = grad
+
+
+@contextlib.contextmanager
+def _buffers_put_back() -> Iterator[None]:
+    """Let the buffers of all modules that are called here, the statistics of BatchNorm say, be as they were.
+
+    What torch.compile traces is not looked into: a module that it has wrapped is noted when it is called.
+    """
+    seen: set[Module] = set()
+    before: list[tuple[Module, str, Tensor, Tensor]] = []
+    here = threading.get_ident()
+
+    def note(module: Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or module in seen or threading.get_ident() != here:
+            return
+        for inner in set(module.modules()) - seen:
+            seen.add(inner)
+            for name, buffer in inner._buffers.items():
+                if buffer is not None:
+                    before.append((inner, name, buffer, buffer.detach().clone()))
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        with warnings.catch_warnings():  # the hook may be called twice
+            warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
+            yield
+    finally:
+        handle.remove()
+        for module, name, buffer, old in before:
+            buffer.copy_(old)
+            module._buffers[name] = buffer
 
 
 class _Loss(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.combine import partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import minimum, rms
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.tree import Tree
@@ -149,8 +149,8 @@ def adafactor(
         return step(g, v, p, s), UnfactoredState(v)
 
     rules = {
-        "factored": leafwise(_init_factored, factored, scalars, needs_params=True),
-        "unfactored": leafwise(_init_unfactored, unfactored, scalars, needs_params=True),
+        "factored": of_rule(_init_factored, factored, scalars, needs_params=True, turns=True),
+        "unfactored": of_rule(_init_unfactored, unfactored, scalars, needs_params=True, turns=True),
     }
     return uphill_or_down(partition(rules, _kinds), maximize=maximize)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, filled_like
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
 from functorch_optim._numerics import safe_sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
@@ -112,6 +112,6 @@ def adagrad(
     return uphill_or_down(
         add_decayed_weights(weight_decay),
         scale_by_rss(initial_accumulator_value, eps),
-        leafwise(None, lambda g, state, p, s: (s * g, state), scalars, elementwise=True, sparse="touched"),
+        of_rule(None, lambda g, state, p, s: (s * g, state), scalars, elementwise=True, sparse="touched", turns=True),
         maximize=maximize,
     )

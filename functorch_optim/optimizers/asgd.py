@@ -120,6 +120,7 @@ def asgd(
         evaluate=evaluate,
         narrow=True,
         lr=lr,
+        turns=True,
     )
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 
 
 @factory
@@ -33,7 +34,8 @@ def scale(factor: Hyperparameter) -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         return s * g, state
 
-    return leafwise(None, update, lambda step: at(factor, step), elementwise=True, sparse="touched")
+    turns = isinstance(factor, Real) and factor < 0
+    return of_rule(None, update, lambda step: at(factor, step), elementwise=True, sparse="touched", turns=turns)
 
 
 @factory
@@ -79,7 +81,7 @@ def scale_by_learning_rate(lr: Hyperparameter) -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         return s * g, state
 
-    return of_rule(None, update, lambda step: -at(lr, step), elementwise=True, sparse="touched", lr=lr)
+    return of_rule(None, update, lambda step: -at(lr, step), elementwise=True, sparse="touched", lr=lr, turns=True)
 
 
 @factory
@@ -92,7 +94,7 @@ def maximize() -> GradientTransformation:
         >>> tx.update(torch.ones(1), tx.init(torch.ones(1)))[0]
         tensor([0.1000])
     """
-    return leafwise(None, lambda g, state, p, s: (-g, state), elementwise=True, sparse="touched")
+    return of_rule(None, lambda g, state, p, s: (-g, state), elementwise=True, sparse="touched", turns=True)
 
 
 def scaled(g: Tensor, scale: Tensor) -> Tensor:

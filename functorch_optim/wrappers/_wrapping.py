@@ -78,3 +78,33 @@ def _passes(link: Link, k: int, gates: frozenset[int]) -> bool:
 def copied(p: Tensor) -> Tensor:
     """Copy a parameter for a state: in float32 where it is in half precision, for that forgets small changes."""
     return p.to(torch.float32) if p.dtype in HALF else p.clone()
+
+
+def inserted(tx: GradientTransformation, at: int, link: Link) -> GradientTransformation:
+    """Put a link without a state of its own before link `at` of a transformation, or after the last one.
+
+    Returns:
+        Transformation in whose state that of the link before, or the first, is a pair, with the state of the new link.
+    """
+    neighbour = max(at - 1, 0)
+
+    def moved(k: int, old: Link) -> Link:
+        """Count distances to other links over the new one."""
+
+        def back(by: int) -> int:
+            return by + (k - by < at <= k)
+
+        recalls = None if old.recalls is None else back(old.recalls)
+        inside = old.inside + (k < at <= k + old.inside) if old.inside else 0
+        when, reads = tuple(map(back, old.when)), tuple(map(back, old.reads))
+        return old._replace(when=when, reads=reads, inside=inside, recalls=recalls)
+
+    def placed(layout: Any) -> Any:
+        if isinstance(layout, int):
+            return (neighbour, neighbour + 1) if layout == neighbour else layout + (layout >= at)
+        if isinstance(layout, tuple):
+            return tuple([placed(part) for part in layout])
+        return {name: placed(part) for name, part in layout.items()}
+
+    links = [moved(k, old) for k, old in enumerate(tx._links)]
+    return GradientTransformation._of([*links[:at], link, *links[at:]], placed(tx._layout))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory, of_rule
@@ -23,7 +24,7 @@ class AccumulateState(NamedTuple):
     """The state of `accumulate` for one parameter; that of a tree has `mini_step` and `gradient_step` in front.
 
     Attributes:
-        acc_grad: a, the sum of gradients since the last step: like p.
+        acc_grad: a, the sum of gradients since the last step: like p; float32 for halves.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -39,12 +40,15 @@ leaf_state(AccumulateState, AccumulateCarried)
 
 @factory
 def _gate(every: Hyperparameter, mean: bool) -> GradientTransformation:
+    def begin(p: Tensor) -> AccumulateState:
+        return AccumulateState(torch.zeros_like(p, dtype=torch.float32 if p.dtype in HALF else p.dtype))
+
     def carry() -> AccumulateCarried:
         return AccumulateCarried(0.0, 0.0)
 
-    def scalars(step: None, carried: AccumulateCarried) -> Any:
+    def scalars(step: None, carried: AccumulateCarried, *, flush: bool | Tensor = False) -> Any:
         k, t = carried.mini_step + 1, carried.gradient_step
-        due = k >= at(every, t + 1)
+        due = (k >= at(every, t + 1)) | _truth(flush)
         factor = 1 / k if mean else 1.0
         return (factor, due), AccumulateCarried(where(due, 0.0, k), where(due, t + 1, t))
 
@@ -55,7 +59,7 @@ def _gate(every: Hyperparameter, mean: bool) -> GradientTransformation:
     def hold(g: Tensor, state: AccumulateState, p: Tensor | None, s: Any) -> AccumulateState:
         return AccumulateState(state.acc_grad + g)
 
-    return of_rule(AccumulateState, update, scalars, carry=carry, elementwise=True, sparse="dense", hold=hold)
+    return of_rule(begin, update, scalars, carry=carry, elementwise=True, sparse="dense", hold=hold)
 
 
 def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
@@ -77,7 +81,11 @@ def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
 
     Raises:
         ValueError: `every` is less than 1.
-        TypeError: `tx` is neither a transformation nor a factory.
+        TypeError: `tx` is neither a transformation nor a factory; or `flush` is no truth value.
+
+    The remainder at the end of an epoch is not lost: the next epoch goes on with it. To make a step of it, give the
+    extra `flush=True` with the last gradient of the epoch, `fo.step(tx, grads, state, params, flush=True)` or
+    `opt.step(flush=True)`: the mean is then over the mini-steps there were. It is a bool, or a 0-dim tensor of bool.
 
     `update` returns zeros where there is no step. `fo.step`, `fo.step_` and `fo.Optimizer` add nothing then. Eagerly
     `tx` does not run at these mini-steps. Under `torch.vmap` and `torch.compile` it does, and `torch.where` picks. A
@@ -99,6 +107,12 @@ def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
         check_transformation(tx, "accumulate(adamw(1e-3), every=4)")
     check("every", every, "value >= 1")
     return wrapped(tx, lambda tx: _accumulated(tx, every, mean), "accumulate(adamw(1e-3), every=4)")
+
+
+def _truth(flush: Any) -> bool | Tensor:
+    if not isinstance(flush, bool) and not (isinstance(flush, Tensor) and flush.dtype == torch.bool):
+        raise TypeError(f"flush is True at the last mini-step of an epoch, else False; got {flush!r}")
+    return flush
 
 
 @factory

@@ -29,9 +29,12 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "monitor"))} | {
     "adaptive_grad_clip",
     "add_noise",
+    "cautious",
+    "cautious_count",
     "centralize",
     "clip_by_block_rms",
     "orthogonalize_against_params",
+    "project",
     "scale_by_trust_ratio",
 }
 

@@ -31,9 +31,9 @@ def holds(row, check, device):
         with pytest.raises(AssertionError):  # it really has not
             check(row.subject, make_problem(device, missing=check in INCOMPLETE))
         return
-    # Inside of accumulate a schedule is a function of the steps, which are fewer; test_wrappers.py has it. Those that
-    # are injected have a state of their own; test_injection.py has them.
-    apart = row.name.startswith(("accumulate", "inject_hyperparams"))
+    # Inside of accumulate and skip a schedule is a function of the steps, which are fewer; tests/wrappers has it. Those
+    # that are injected have a state of their own; test_injection.py has them.
+    apart = row.name.startswith(("accumulate", "inject_hyperparams", "skip"))
     if check.__name__ != "schedules" or (row.scheduled and not apart):
         check(row.subject, make_problem(device, missing=check in INCOMPLETE))
 

@@ -181,6 +181,36 @@ def averaged(lr: Any, decay: Any) -> fo.GradientTransformation:
     return fo.ema_weights(fo.sgd(lr, 0.5), decay, warmup="torch_ema", debias=True)
 
 
+def skipped(lr: Any, eps: Any) -> fo.GradientTransformation:
+    """Make steps of which the second is left out."""
+    return fo.skip(fo.adam(lr, eps=eps), lambda step: step == 1)
+
+
+def finite_and_clipped(lr: Any, max_norm: Any) -> fo.GradientTransformation:
+    """Make steps that are left out where gradients are not finite."""
+    return fo.apply_if_finite(fo.chain(fo.clip_by_global_norm(max_norm), fo.sgd(lr, 0.5, weight_decay=0.1)))
+
+
+def sharpness_aware(lr: Any, rho: Any, **options: Any) -> fo.GradientTransformation:
+    """Make SAM around SGD with momentum."""
+    return fo.sam(fo.sgd(lr, 0.5), rho, **options)
+
+
+def cautious_count(lr: Any, momentum: Any) -> fo.GradientTransformation:
+    """Make cautious momentum, with the other way of scaling."""
+    return fo.chain(fo.cautious(fo.trace(momentum), "count"), fo.scale_by_learning_rate(lr))
+
+
+def less_variance(lr: Any, gamma: Any, beta1: Any) -> fo.GradientTransformation:
+    """Make MARS, of gradients of which only some are clipped: of a single element the clipped one is a sign."""
+    return fo.chain(fo.scale(0.3), fo.mars(fo.sgd(lr, 0.5), gamma, beta1))
+
+
+def projected(lr: Any, momentum: Any) -> fo.GradientTransformation:
+    """Make projected descent, in a ball."""
+    return fo.project(fo.sgd(lr, momentum), lambda params: fo.projections.l2_ball(params, 1.5))
+
+
 # Values with which all of them matter within a few steps.
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}
 SHORT = {**ADAM, "beta2": 0.5}  # that a maximum is not always the latest
@@ -311,6 +341,14 @@ CATALOGUE = [
     Row("masked", lambda lr: fo.chain(fo.masked(fo.clip_by_global_norm(lr), not_vectors), fo.sgd(lr)), {"lr": 0.1}),
     Row("accumulate", accumulated, {"lr": 0.1, "weight_decay": 0.1}),
     Row("accumulate_clipped", accumulated_and_clipped, {"lr": 0.1, "eps": 1e-3}),
+    Row("skip", skipped, {"lr": 0.1, "eps": 1e-3}),
+    Row("apply_if_finite", finite_and_clipped, {"lr": 0.1, "max_norm": 0.7}),
+    Row("sam", sharpness_aware, {"lr": 0.1, "rho": 0.3}),
+    Row("sam_adaptive", partial(sharpness_aware, adaptive=True), {"lr": 0.1, "rho": 0.5, "eta": 0.1}),
+    Row("cautious", with_betas(fo.cautious(fo.adamw)), {**DECAYED, **ADAM}),
+    Row("cautious_count", cautious_count, {"lr": 0.1, "momentum": 0.9}),
+    Row("mars", less_variance, {"lr": 0.1, "gamma": 0.1, "beta1": 0.9}),
+    Row("project", projected, {"lr": 0.1, "momentum": 0.5}),
     Row("schedule_free", schedule_free, {"lr": 0.1, "momentum": 0.9, "r": 0.5}, held=("lr_max",)),
     Row(
         "schedule_free_adamw",

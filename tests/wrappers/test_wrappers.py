@@ -215,6 +215,16 @@ def test_wrappers_nest():
     assert_close(fo.eval_params(masked, state, found)["w"], by_formula(params, history, 0.1, 0.9)[0]["w"])
 
 
+@forms
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_is_wrapped_may_take_several_passes(take, passes):
+    """A global norm is over all parameters, so that links before and after it are run one after the other."""
+    params, history = make()
+    inner = fo.chain(fo.sgd(0.1, weight_decay=0.1), *[fo.clip_by_global_norm(1e9)] * passes)
+    found, _ = train(take, fo.schedule_free(inner), params, history)
+    assert_close(found, by_formula(params, history, 0.1, 0.9, decay=0.1)[1])
+
+
 def test_without_a_wrapper_there_is_nothing_to_evaluate_with():
     params, _ = make(1)
     with pytest.raises(ValueError, match="Nothing in sgd"):

@@ -1,0 +1,145 @@
+"""Cautious updates: only elements that go with the gradient move."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.hyperparameters import check_choice
+from functorch_optim._core.links import Link
+from functorch_optim._core.rule import EmptyState, Rule, TreeRule
+from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._execution.representation import as_reals, like, narrowed, widened
+from functorch_optim.tree import Tree
+from functorch_optim.wrappers._wrapping import inserted, wrapped
+
+
+def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: bool | None = None) -> Any:
+    """Keep only those elements of a direction u that have the sign of the gradient g, and enlarge them.
+
+        k = 1 where u g > 0, else 0
+        u <- u k / max(mean(k), 1e-3)      "mean"
+        u <- u k n / (sum(k) + 1)          "count"
+
+    For each tensor; n is the number of its elements. Of a transformation with a learning rate, u is what precedes the
+    learning rate and decoupled weight decay, which are not masked: `cautious(adamw(lr))` is
+    `chain(cautious(scale_by_adam()), add_decayed_weights(wd), scale_by_learning_rate(lr))`. In a partition each part
+    has its own u and g.
+
+    Args:
+        tx: transformation; or a factory, then the result is a factory of the same hyperparameters.
+        scaling: how the elements that are kept are enlarged. "mean" as in the authors' code for AdamW and in timm,
+            "count" as in the paper and in the authors' Lion.
+        descends: whether the update of `tx` goes downhill, against the gradient. None: found out. An optimizer that is
+            one rule, such as `rprop`, descends, and otherwise what precedes a learning rate, or all of a transformation
+            without one, goes with the gradient. Say so for one that descends by other means, `scale(-0.1)`.
+
+    Returns:
+        Transformation with the state of `tx`, in which that of the last link of the direction is a pair.
+
+    Raises:
+        ValueError: `scaling` is neither of the two.
+        TypeError: `tx` is neither a transformation nor a factory.
+
+    To derivatives the mask is a constant. g is what `tx` is given at its place in the chain, after `maximize` and the
+    gates of wrappers such as `accumulate`. `muon` is masked after its orthogonalization, and not before, as in the
+    authors' code. Real and imaginary parts of complex tensors are masked separately.
+
+    Source: Liang et al., Cautious Optimizers, arXiv:2411.16085, algorithm 1.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.cautious(fo.sgd(0.1, momentum=0.9)), torch.zeros(2)
+        >>> state = tx.init(params)
+        >>> for g in (1.0, 1.0), (1.0, -0.5):
+        ...     updates, state = tx.update(torch.tensor(g), state, params)
+        >>> updates
+        tensor([-0.3800, -0.0000])
+    """
+    check_choice("scaling", scaling, "mean", "count")
+    return wrapped(tx, lambda tx: _cautious(tx, scaling, descends), "cautious(adamw(1e-3))")
+
+
+@factory
+def _cautious(tx: GradientTransformation, scaling: str, descends: bool | None) -> GradientTransformation:
+    for begin, end, down, of in reversed(_directions(tx._links, descends)):
+        link = tx._links[of]
+        rule = TreeRule(lambda params: EmptyState(), _mask(scaling, -1.0 if down else 1.0))
+        when = tuple([end - (of - back) for back in link.when])
+        tx = inserted(tx, end, Link(rule, link.where, when, recalls=end - begin))
+    return tx
+
+
+class _Direction(NamedTuple):
+    """Links that make a direction of a gradient.
+
+    Attributes:
+        begin: the first one.
+        end: the one after the last.
+        down: whether the direction goes against the gradient.
+        of: a link that is for the same leaves and steps.
+    """
+
+    begin: int
+    end: int
+    down: bool
+    of: int
+
+
+def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction]:
+    """Find what precedes the learning rate of each part; all, where there is none."""
+    found: dict[int, _Direction] = {}
+    for k, link in enumerate(links if descends is None else ()):
+        begin = k
+        while begin and _is_part(links[begin - 1], link):
+            begin -= 1
+        rule = link.rule
+        multiplies = isinstance(rule, Rule) and rule.init is None and not rule.needs_params
+        if begin in found or (rule.lr is None and not rule.turns) or (rule.lr is None and multiplies and k == begin):
+            continue  # the latter is `maximize`
+        end = k + 1
+        if multiplies:  # and what stands before it may be decay
+            end = k
+            while end > begin and links[end - 1].rule.elementwise and links[end - 1].rule.needs_params:
+                end -= 1
+        turns = [one.rule.turns for one in links[begin:end] if len(one.where) == len(link.where)]
+        found[begin] = _Direction(_after_gates(links, begin, k), end, sum(turns) % 2 == 1, k)
+    if found or not links:
+        return list(found.values())
+    last = len(links) - 1
+    down = sum([link.rule.turns for link in links if not link.where]) % 2 == 1 if descends is None else descends
+    return [_Direction(_after_gates(links, 0, last), last + 1, down, last)]
+
+
+def _is_part(link: Link, of: Link) -> bool:
+    """Tell whether a link is for some of the leaves of another, and for no others."""
+    return len(link.where) >= len(of.where) and all(map(operator.is_, link.where, of.where))
+
+
+def _after_gates(links: Sequence[Link], begin: int, k: int) -> int:
+    """Find where the gradient is what link k is about: behind the gates that it is inside of."""
+    return max([begin, *[k - back + 1 for back in links[k].when]])
+
+
+def _mask(scaling: str, sign: float) -> Any:
+    def update(updates: Tree, state: EmptyState, gradients: Tree) -> tuple[Tree, EmptyState]:
+        return tree.map(masked, updates, gradients), state
+
+    def masked(u: Tensor, g: Tensor) -> Tensor:
+        u, g = _dense(u), _dense(g)
+        wide = widened(as_reals(u))
+        kept = torch.sign(wide) * torch.sign(widened(as_reals(g))) * sign > 0
+        count, n = kept.sum().to(wide.dtype), max(kept.numel(), 1)
+        factor = 1 / torch.clamp(count / n, min=1e-3) if scaling == "mean" else n / (count + 1)
+        return narrowed(like(torch.where(kept, factor * wide, 0.0), u), u)
+
+    return update
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.layout == torch.sparse_coo else tensor

@@ -1,0 +1,225 @@
+"""Cautious updates, MARS and projections: the numbers of their papers, and where in a chain they act."""
+
+import numpy as np
+import pytest
+import torch
+from catalogue import assert_close
+
+import functorch_optim as fo
+
+LR, WD, BETAS, EPS = 0.1, 0.05, (0.9, 0.99), 1e-8
+
+
+def make(count=6):
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=3)}
+
+    return draw(), [draw() for _ in range(count)]
+
+
+def as_tensors(some):
+    return {name: torch.from_numpy(value.copy()) for name, value in some.items()}
+
+
+def pure(tx, params, history):
+    params = as_tensors(params)
+    state = tx.init(params)
+    for grads in history:
+        params, state = fo.step(tx, as_tensors(grads), state, params)
+    return params
+
+
+def stateful(tx, params, history, **hyperparameters):
+    own = {name: torch.nn.Parameter(p) for name, p in as_tensors(params).items()}
+    opt = fo.Optimizer(own.items(), tx, **hyperparameters)
+    for grads in history:
+        for name, g in as_tensors(grads).items():
+            own[name].grad = g
+        opt.step()
+    return {name: p.detach() for name, p in own.items()}
+
+
+def masked(u, g, scaling):
+    kept = (u * g > 0).astype(u.dtype)
+    return u * kept / max(kept.mean(), 1e-3) if scaling == "mean" else u * kept * kept.size / (kept.sum() + 1)
+
+
+def adamw(params, history, scaling=None, sign=1.0, change=lambda name, g: g):
+    """AdamW, whose direction may be masked, and whose gradients may be changed first."""
+    params = dict(params)
+    m, v = ({name: np.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    for t, grads in enumerate(history, 1):
+        for name, p in params.items():
+            g = sign * change(name, grads[name])
+            m[name] = BETAS[0] * m[name] + (1 - BETAS[0]) * g
+            v[name] = BETAS[1] * v[name] + (1 - BETAS[1]) * g * g
+            u = m[name] / (1 - BETAS[0] ** t) / (np.sqrt(v[name] / (1 - BETAS[1] ** t)) + EPS)
+            u = u if scaling is None else masked(u, g, scaling)
+            params[name] = p - LR * (u + WD * p)
+    return as_tensors(params)
+
+
+def base(**options):
+    return fo.adamw(LR, BETAS, EPS, WD, **options)
+
+
+# Cautious. ------------------------------------------------------------------------------------------------------------
+
+WHOLE = {
+    "optimizer": lambda scaling: fo.cautious(base(), scaling),
+    "direction": lambda scaling: fo.chain(
+        fo.cautious(fo.scale_by_adam(BETAS, EPS), scaling),
+        fo.add_decayed_weights(WD),
+        fo.scale_by_learning_rate(LR),
+    ),
+    "chain": lambda scaling: fo.cautious(fo.chain(fo.scale(1.0), base(mask={"w": True, "b": True})), scaling),
+    "partition": lambda scaling: fo.cautious(fo.partition({"a": base(), "b": base()}, {"w": "a", "b": "b"}), scaling),
+}
+
+
+@pytest.mark.parametrize("scaling", ["mean", "count"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_direction_is_masked_and_decay_is_not(kind, scaling):
+    params, history = make()
+    expected = adamw(params, history, scaling)
+    assert_close(pure(WHOLE[kind](scaling), params, history), expected)
+    assert_close(stateful(WHOLE[kind](scaling), params, history), expected, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(adamw(params, history)["w"], expected["w"], rtol=1e-3)
+
+
+def test_a_factory_and_ascent():
+    params, history = make()
+    numbers = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WD}
+    found = stateful(fo.cautious(fo.adamw), params, history, **numbers)
+    assert_close(found, adamw(params, history, "mean"), rtol=1e-6, atol=1e-7)
+    assert_close(pure(fo.cautious(base(maximize=True)), params, history), adamw(params, history, "mean", sign=-1.0))
+
+
+def test_with_accumulation_inside_and_outside_the_mean_counts():
+    params, history = make()
+    means = [{name: (g[name] + h[name]) / 2 for name in g} for g, h in zip(history[::2], history[1::2], strict=True)]
+    expected = adamw(params, means, "mean")
+    for tx in (fo.cautious(fo.accumulate(base(), 2)), fo.accumulate(fo.cautious(base()), 2)):
+        assert_close(pure(tx, params, history), expected)
+        assert_close(stateful(tx, params, history), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_inside_of_schedule_free():
+    params, history = make(1)
+    found = pure(fo.schedule_free(fo.cautious(base())), params, history)
+    assert_close(found, adamw(params, history, "mean"))  # the first step
+
+
+def test_signs_and_not_products_are_compared():
+    params = torch.zeros(2)
+    tx = fo.cautious(fo.scale(1e-30))
+    found, _ = tx.update(torch.full((2,), 1e-20), tx.init(params), params)
+    assert found.all() == (torch.full((2,), 1e-20) * 1e-30).all()
+    tx = fo.cautious(fo.scale(1e-10))
+    found, _ = tx.update(torch.full((2,), 1e-30), tx.init(params), params)
+    assert found.all()
+
+
+def test_one_that_descends_by_other_means_says_so():
+    params = torch.zeros(2)
+    trace, slope = fo.chain(fo.trace(0.9), fo.scale(lambda step: -0.1)), torch.tensor([1.0, 2.0])
+    for tx, moves in ((fo.cautious(trace, descends=True), True), (fo.cautious(trace), False)):
+        found, _ = fo.step(tx, slope, tx.init(params), params)
+        assert bool((found < 0).all()) == moves
+
+
+def test_scaling_is_one_of_two():
+    with pytest.raises(ValueError, match="Invalid scaling: 'sum'; choose 'mean' or 'count'"):
+        fo.cautious(base(), "sum")
+
+
+# MARS. ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gamma", "beta1"), [(0.025, 0.95), (0.5, 0.8)])
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_mars_is_the_formula_of_its_paper(gamma, beta1, size):
+    params, history = make()
+    history = [{name: size * g for name, g in grads.items()} for grads in history]
+    last = {name: np.zeros_like(p) for name, p in params.items()}
+
+    def change(name, g):
+        c = g + gamma * beta1 / (1 - beta1) * (g - last[name])
+        last[name] = g
+        return c / max(1, np.linalg.norm(c))
+
+    expected = adamw(params, history, change=change)
+    tx = fo.mars(base(), gamma, beta1)
+    assert_close(pure(tx, params, history), expected)
+    assert_close(stateful(tx, params, history), expected, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(adamw(params, history)["w"], expected["w"], rtol=1e-3)
+
+
+def test_mars_is_that_of_pytorch_optimizer():
+    peers = pytest.importorskip("pytorch_optimizer")
+    params, history = make()
+    own = [torch.nn.Parameter(p) for p in as_tensors(params).values()]
+    peer = peers.MARS(own, lr=LR, betas=BETAS, gamma=0.025, weight_decay=WD, eps=1e-30, optimize_1d=True)
+    for grads in history:
+        for p, g in zip(own, as_tensors(grads).values(), strict=True):
+            p.grad = g
+        peer.step()
+    found = pure(fo.mars(fo.adamw(LR, BETAS, 1e-30, WD), beta1=BETAS[0]), params, history)
+    assert_close(list(found.values()), [p.detach() for p in own], rtol=1e-10, atol=1e-10)
+
+
+def test_numbers_of_mars_are_in_range():
+    with pytest.raises(ValueError, match="Invalid beta1 value: 1.0; it needs 0 <= value < 1"):
+        fo.mars(base(), beta1=1.0)
+    with pytest.raises(ValueError, match="Invalid gamma value: -1; it needs value >= 0"):
+        fo.mars(base(), -1)
+
+
+# Projections. ---------------------------------------------------------------------------------------------------------
+
+
+def in_ball(params):
+    return fo.projections.l2_ball(params, 0.5)
+
+
+def test_steps_end_where_the_projection_is():
+    params, history = make()
+    found, state = as_tensors(params), fo.sgd(0.3, 0.9).init(as_tensors(params))
+    for grads in history:
+        updates, state = fo.sgd(0.3, 0.9).update(as_tensors(grads), state, found)
+        found = in_ball(fo.apply_updates(found, updates))
+    tx = fo.project(fo.sgd(0.3, 0.9), in_ball)
+    assert_close(pure(tx, params, history), found)
+    assert_close(stateful(tx, params, history), found)
+    assert_close(stateful(fo.project(fo.sgd, in_ball), params, history, lr=0.3, momentum=0.9), found)
+    assert_close(fo.tree.norm(found), torch.tensor(0.5, dtype=torch.float64))
+
+
+def test_what_has_no_gradient_stays_and_is_seen():
+    params = {"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}  # of norm 5
+    tx = fo.project(fo.sgd(1.0), lambda params: fo.projections.l2_ball(params, 1.0))
+    found, _ = fo.step(tx, {"w": torch.zeros(1), "b": None}, tx.init(params), params)
+    assert_close(found, {"w": torch.tensor([0.6]), "b": torch.tensor([4.0])}, rtol=1e-6, atol=0)
+
+
+def test_a_projection_returns_a_tree_like_the_parameters():
+    params = {"w": torch.ones(2)}
+    grads = {"w": torch.ones(2)}
+
+    def project(projection):
+        tx = fo.project(fo.sgd(1.0), projection)
+        return fo.step(tx, grads, tx.init(params), params)
+
+    with pytest.raises(ValueError, match=r"the projection have shape \(\).* at 'w'"):
+        project(lambda params: {"w": params["w"].sum()})
+    with pytest.raises(TypeError, match="the projection have a float at 'w', not a tensor"):
+        project(lambda params: {"w": 0.0})
+    with pytest.raises(ValueError, match="the projection"):
+        project(lambda params: params["w"])
+    with pytest.raises(TypeError, match="project needs a function of the tree of parameters, got a float"):
+        fo.project(fo.sgd(1.0), 1.0)
+    tx = fo.project(fo.sgd(1.0), fo.projections.nonnegative)
+    with pytest.raises(ValueError, match="project needs the parameters, but update was called without them"):
+        tx.update(grads, tx.init(params))
