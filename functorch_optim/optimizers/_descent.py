@@ -24,7 +24,7 @@ def descent(
     """Chain a rule with sign, weight decay and learning rate, in torch.optim's order.
 
     Args:
-        *rules: what the optimizer is about.
+        *rules: the rules of the optimizer.
         lr: learning rate.
         weight_decay: added to the gradient, or to the rule's update when decoupled.
         decoupled: which of the two.

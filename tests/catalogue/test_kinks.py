@@ -1,4 +1,4 @@
-"""What derivatives are where an algorithm has none: on corners, ties, branches and signs; the same in both modes."""
+"""Derivatives at corners, ties, branches and signs, where an algorithm has none; the same in both modes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Chains, masks, partitions: what they make of their parts."""
+"""Chains, masks and partitions, compared with their parts."""
 
 import pytest
 import torch

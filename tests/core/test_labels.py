@@ -1,4 +1,4 @@
-"""Labels by rules, and what is made of them: masks, trees of numbers, param groups, frozen parameters."""
+"""Labels by rules, and their results: masks, trees of numbers, param groups, frozen parameters."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The benchmarks: what is measured is what is said, and all that takes no compilation works."""
+"""The benchmarks measure the work that they name, and those without compilation run."""
 
 import importlib
 import json

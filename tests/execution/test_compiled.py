@@ -1,4 +1,4 @@
-"""What torch.compile makes of a step."""
+"""Steps under torch.compile."""
 
 import shutil
 from functools import partial

@@ -1,4 +1,4 @@
-"""What kernels make of programs: the same numbers as the rules."""
+"""Programs run by kernels have the same numbers as the rules."""
 
 import math
 import operator

@@ -1,4 +1,4 @@
-"""Rules on large tensors run again in backward: everything is the same, but for the memory."""
+"""Rules on large tensors run again in backward: everything is the same, except the memory."""
 
 from collections import Counter
 from typing import NamedTuple

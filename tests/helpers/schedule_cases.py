@@ -1,4 +1,4 @@
-"""Every schedule, and what it should be: a row each.
+"""Every schedule, and its formula: a row each.
 
 A new schedule is one more row here, and every property in test_schedules_each.py is tested of it.
 """

@@ -1,4 +1,4 @@
-"""What schedules should compute, in plain python: functions of the step and of the arguments."""
+"""The formulas of schedules in plain Python: functions of the step and of the arguments."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What tests of the test kit share."""
+"""Helpers that tests of the test kit share."""
 
 from functorch_optim.testing import PROPERTIES
 

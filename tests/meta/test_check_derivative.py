@@ -1,4 +1,4 @@
-"""The check of a derivative says what is so: right, wrong, missing, or in doubt."""
+"""The check of a derivative has the right verdict: right, wrong, missing, or in doubt."""
 
 import pytest
 import torch

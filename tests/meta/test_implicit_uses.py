@@ -1,4 +1,4 @@
-"""What implicit derivatives are for, what may go in and come out, and errors."""
+"""Uses of implicit derivatives, their arguments and results, and errors."""
 
 import functools
 import math

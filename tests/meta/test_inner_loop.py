@@ -1,4 +1,4 @@
-"""The inner loop: what it leaves alone, what it makes, its modes, and its memory."""
+"""The inner loop: the tensors that it makes and those that it leaves alone, its modes, and its memory."""
 
 import copy
 import gc

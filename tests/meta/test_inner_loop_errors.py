@@ -1,4 +1,4 @@
-"""The extras that a step of the inner loop takes; and what it refuses, and says."""
+"""The extras that a step of the inner loop takes, and its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What unrolled training is for: many tasks, learned hyperparameters, loops around it."""
+"""Uses of unrolled training: many tasks, learned hyperparameters, loops around it."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What is loaded is checked before anything changes: errors name the parameter and what is wrong with it."""
+"""Loaded states are checked before anything changes: errors name the parameter and its mistake."""
 
 import copy
 import itertools

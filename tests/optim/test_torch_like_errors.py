@@ -1,4 +1,4 @@
-"""What torch.optim refuses our classes refuse too, with the same errors in the same words."""
+"""Our classes raise the errors of torch.optim, in the same words."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""What steps of torch.optim refuse ours refuse too; what only its kernels cannot do, ours do."""
+"""Our steps raise the errors of torch.optim's steps, except those that come from limits of its kernels."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""A wrapper that passes `**extra` on is given the loss where what it wraps declares it, and not otherwise."""
+"""A wrapper that passes `**extra` on is given the loss if the wrapped transformation declares it, and not otherwise."""
 
 import pytest
 import torch

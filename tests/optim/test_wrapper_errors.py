@@ -1,4 +1,4 @@
-"""What fo.Optimizer refuses, it refuses in words, and nothing has changed afterwards."""
+"""Mistakes with fo.Optimizer raise errors that explain them, and change nothing."""
 
 import copy
 import functools

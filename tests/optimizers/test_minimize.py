@@ -1,4 +1,4 @@
-"""fo.minimize: where it ends, what it tells, and what torch can do to it."""
+"""fo.minimize: its end, its results, and its behaviour under transforms of torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What schedules refuse, and which call they recommend."""
+"""Errors of schedules, and the calls that they recommend."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Each schedule: its values, its derivatives, and everything torch can do to a function."""
+"""Each schedule: its values, its derivatives, and its behaviour under all transforms of torch."""
 
 import math
 from fractions import Fraction

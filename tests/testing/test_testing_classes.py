@@ -1,4 +1,4 @@
-"""The test kit finds what is wrong with an optimizer class, says so, and lets pass what is right."""
+"""The test kit reports the mistakes of wrong optimizer classes, and passes right ones."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The test kit finds what is wrong with a transformation, says so, and lets pass what is right."""
+"""The test kit reports the mistakes of wrong transformations, and passes right ones."""
 
 from functools import partial
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The blocks around optimizers are what their papers say, in numpy; and what they do with NaN, zeros and corners."""
+"""The transformations around optimizers have the numbers of their papers, in numpy, also at NaN, zeros and corners."""
 
 import numpy as np
 import pytest

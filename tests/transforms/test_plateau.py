@@ -1,4 +1,4 @@
-"""Lowering the scale on a plateau: what torch does with the learning rate, and what torch can do to a function."""
+"""Lowering the scale on a plateau: the numbers of torch's scheduler, and all transforms of torch."""
 
 import math
 import pickle
