@@ -1,4 +1,4 @@
-"""Operations that torch differentiates wrongly have torch's values and right derivatives: in all modes, orders, and under vmap."""
+"""Operations that torch differentiates wrongly get right derivatives, in all modes, orders, and under vmap."""
 
 import warnings
 
