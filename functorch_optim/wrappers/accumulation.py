@@ -1,5 +1,7 @@
 """Accumulation: the gradients of several mini-steps make one step."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

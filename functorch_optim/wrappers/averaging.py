@@ -1,5 +1,7 @@
 """Averages of the parameters over the steps of any transformation: exponential, equal, and polynomial."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, NamedTuple

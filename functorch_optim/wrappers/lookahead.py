@@ -1,5 +1,7 @@
 """Lookahead: slow weights that follow the fast ones of any transformation."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """Schedule-Free and primal averaging: gradients are taken between the iterates of a transformation and their mean."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """Steps that are left out: where a condition holds, and where gradients are not finite."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import math

@@ -20,7 +20,10 @@ FACTORIES = {
     name: thing
     for name, thing in PUBLIC.items()
     if inspect.isfunction(thing)
-    and inspect.signature(thing).return_annotation in ("GradientTransformation", "Callable[[Tensor], Number]")
+    and (
+        inspect.signature(thing).return_annotation in ("GradientTransformation", "Callable[[Tensor], Number]")
+        or thing.__module__.startswith("functorch_optim.wrappers.")
+    )
 }
 
 
