@@ -28,14 +28,26 @@ from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, sparse_adam
 from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
+from functorch_optim.optimizers.adamp import adamp, sgdp
 from functorch_optim.optimizers.asgd import asgd
+from functorch_optim.optimizers.cocob import cocob
+from functorch_optim.optimizers.dadaptation import dadapt_adam, dadapt_sgd
+from functorch_optim.optimizers.dog import dog, dowg, ldog
+from functorch_optim.optimizers.fromage import fromage
 from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
+from functorch_optim.optimizers.madgrad import madgrad
+from functorch_optim.optimizers.momo import momo, momo_adam
 from functorch_optim.optimizers.muon import muon, scale_by_muon
 from functorch_optim.optimizers.nadam import nadam, scale_by_nadam
+from functorch_optim.optimizers.novograd import novograd
+from functorch_optim.optimizers.polyak import polyak
+from functorch_optim.optimizers.prodigy import prodigy
 from functorch_optim.optimizers.radam import radam, scale_by_radam
 from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
+from functorch_optim.optimizers.sgld import sgld
+from functorch_optim.optimizers.sm3 import sm3
 from functorch_optim.transforms.clipping import (
     adaptive_grad_clip,
     clip,
@@ -111,6 +123,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamax",
+    "adamp",
     "adamw",
     "adaptive_grad_clip",
     "add_decayed_weights",
@@ -128,13 +141,19 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_norm",
+    "cocob",
+    "dadapt_adam",
+    "dadapt_sgd",
     "debias",
+    "dog",
+    "dowg",
     "ema",
     "ema_weights",
     "eval_params",
     "factory",
     "freeze",
     "from_torch",
+    "fromage",
     "frozen",
     "get",
     "gpa",
@@ -145,12 +164,14 @@ __all__ = [
     "label_table",
     "layer_decay",
     "lbfgs",
+    "ldog",
     "leaf_state",
     "leafwise",
     "learning_rate",
     "load_state_dict",
     "lookahead",
     "lr_sweep",
+    "madgrad",
     "mars",
     "masked",
     "maximize",
@@ -158,19 +179,24 @@ __all__ = [
     "metrics",
     "migrate",
     "minimize",
+    "momo",
+    "momo_adam",
     "monitor",
     "muon",
     "nadam",
     "named_chain",
     "names",
     "normalize_by_update_norm",
+    "novograd",
     "optim",
     "optimistic_gradient",
     "orthogonalize_against_params",
     "param_groups",
     "params_of",
     "partition",
+    "polyak",
     "polynomial_average",
+    "prodigy",
     "project",
     "projections",
     "radam",
@@ -200,7 +226,10 @@ __all__ = [
     "schedules",
     "set_to_zero",
     "sgd",
+    "sgdp",
+    "sgld",
     "skip",
+    "sm3",
     "sparse_adam",
     "state_dict",
     "stateless",

@@ -71,8 +71,8 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
         return safe_sqrt(x.square().sum())
     if p == 1:
         return x.abs().sum()
-    total = _safe_power(x.abs(), p).sum()
-    return _safe_power(total, 1 / p)
+    total = safe_power(x.abs(), p).sum()
+    return safe_power(total, 1 / p)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ def rms(x: Tensor) -> Tensor:
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
 
 
-def _safe_power(x: Tensor, exponent: float) -> Tensor:
+def safe_power(x: Tensor, exponent: float) -> Tensor:
+    """Raise to a power, with value and derivative zero at zero."""
     zero = x == 0
     return x.masked_fill(zero, 1).pow(exponent).masked_fill(zero, 0)
 
@@ -105,7 +106,19 @@ isfinite: Callable[[Any], Any] = _of_both(math.isfinite, torch.isfinite)
 
 def double(x: Any) -> Any:
     """Return a number in float64."""
-    return x.to(torch.float64) if isinstance(x, Tensor) else x
+    return x.to(wide_device(x.device), torch.float64) if isinstance(x, Tensor) else x
+
+
+def wide_device(device: torch.device) -> torch.device:
+    """Return where numbers in float64 are kept that go with tensors on a device: on the CPU where it has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def known(x: Tensor, step: Any) -> Any:
+    """Return a number as a float where the step is one and nothing is differentiated."""
+    if not isinstance(step, float) or x.device.type != "cpu":
+        return x
+    return x if x.requires_grad and torch.is_grad_enabled() else x.item()
 
 
 def as_kept(x: Any, kept: Any) -> Any:

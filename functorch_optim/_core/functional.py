@@ -15,6 +15,7 @@ from functorch_optim._core.prepare import Leaves, Outcome, Prepared
 from functorch_optim._core.rule import ADD, Rule, TreeRule, check_extras, tree_state_type
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.choose import Way
+from functorch_optim._numerics import wide_device
 from functorch_optim.tree import MaskedNode, Tree
 
 _KEPT = 8
@@ -50,6 +51,7 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
 
 def _own(number: Tensor | float, device: torch.device) -> Tensor:
     """Make a number of the state, which is no hyperparameter that the user may change in place."""
+    device = wide_device(device)
     if isinstance(number, Tensor):
         return number.to(device, torch.float64).clone()
     return torch.tensor(number, dtype=torch.float64, device=device)

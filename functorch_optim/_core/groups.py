@@ -134,7 +134,7 @@ class LeafGroup:
         stages = [Stage(link.rule, _source(own, applying, n)) for n, link in enumerate(own)]  # type: ignore[arg-type]
         first = updates[indices[0]]
         self.is_sparse = first.layout != torch.strided
-        self.to_dense = self.is_sparse and _wants_dense(
+        self.to_dense = self.is_sparse and wants_dense(
             [stage.rule for stage in stages], first, lambda: path(indices[0])
         )
         sample = first.to_dense() if self.to_dense else first
@@ -193,7 +193,7 @@ def _source(links: Sequence[Link], applying: list[int], n: int) -> tuple[int, st
     return place, links[place].rule.hands or ""
 
 
-def _wants_dense(rules: Sequence[Any], update: Tensor, path: Callable[[], str]) -> bool:
+def wants_dense(rules: Sequence[Any], update: Tensor, path: Callable[[], str]) -> bool:
     """Tell whether a rule wants a sparse update to be dense.
 
     Raises:

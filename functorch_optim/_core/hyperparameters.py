@@ -68,6 +68,11 @@ def _number(value: Tensor, step: Any, of_leaf: bool) -> Any:
     return value if value.requires_grad and torch.is_grad_enabled() else value.item()
 
 
+def at_first(hyperparameter: Hyperparameter) -> Any:
+    """Evaluate a hyperparameter that numbers begin with, before the first step."""
+    return at(hyperparameter, torch.ones((), dtype=torch.float64))
+
+
 class Live:
     """A number that is read again at every step, whichever that is."""
 
@@ -145,6 +150,11 @@ def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
 def is_zero(hyperparameter: Hyperparameter) -> bool:
     """Tell whether this is the python number 0: a feature that is switched off."""
     return isinstance(hyperparameter, Real) and hyperparameter == 0
+
+
+def is_infinite(hyperparameter: Hyperparameter) -> bool:
+    """Tell whether this is the python number infinity: a bound that is switched off."""
+    return isinstance(hyperparameter, Real) and hyperparameter == math.inf
 
 
 def check(name: str, value: Any, allowed: str = "value >= 0", *, trees: bool = True) -> None:

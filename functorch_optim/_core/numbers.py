@@ -78,7 +78,7 @@ class Numbers:
         number: int,
         bucket: Bucket,
         extras: dict[str, Any],
-        seen: list[Tensor],
+        seen: dict[str, Any],
         carried: list[tuple[Step, ...]],
         due: list[Condition],
     ) -> dict[int, Any]:
@@ -89,7 +89,7 @@ class Numbers:
             number: of the bucket.
             bucket: the leaves, and their steps.
             extras: the keyword arguments of `update`.
-            seen: the updates that the first link is about to transform, if it sees the tree.
+            seen: the tensors that the first link asks for, if it sees the tree.
             carried: for each link, the numbers to carry on; written to.
             due: for each link, whether it runs at this step; written to.
 
@@ -114,7 +114,7 @@ class Numbers:
         found: dict[int, Any],
         bucket: Bucket,
         extras: dict[str, Any],
-        seen: list[Tensor],
+        seen: dict[str, Any],
         carried: list[tuple[Step, ...]],
         due: list[Condition],
     ) -> None:
@@ -166,13 +166,13 @@ class Numbers:
         return injected.reading({rule.keeps: carried[k - back] for rule, back in zip(keepers, backs, strict=True)})
 
     def _evaluated(
-        self, k: int, bucket: Bucket, extras: dict[str, Any], seen: list[Tensor]
+        self, k: int, bucket: Bucket, extras: dict[str, Any], seen: dict[str, Any]
     ) -> tuple[Any, tuple[Step, ...]]:
         """Compute the numbers of a link, and those that it carries on."""
         rule: Any = self.links[k].rule
         wanted = self.extras[k].wanted(extras) if self.extras[k].names or self.extras[k].any else {}
         if rule.sees_tree:
-            wanted["updates"] = seen
+            wanted.update(seen)
         if k not in self.differs:
             try:
                 return self._called(k, bucket, wanted)

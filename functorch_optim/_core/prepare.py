@@ -16,13 +16,14 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from functorch_optim import tree
 from functorch_optim._core import checks
 from functorch_optim._core.checks import Path
-from functorch_optim._core.groups import LeafGroups, Ready
+from functorch_optim._core.groups import LeafGroups, Ready, wants_dense
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Condition, Numbers, Step
-from functorch_optim._core.rule import TreeRule
+from functorch_optim._core.rule import OF_TREE, TreeRule
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.mode import Mode, Plain, is_plain
+from functorch_optim._execution.representation import make
 from functorch_optim.tree import MaskedNode, Tree
 
 
@@ -95,7 +96,7 @@ class Prepared:
         self.passes = _passes(links, self.recalled)
         self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(leaves))
         self.extras = [link.rule.extras for link in links]
-        self.asks = any(extras.any or extras.names - {"updates"} for extras in self.extras)
+        self.asks = any(extras.any or extras.names - OF_TREE for extras in self.extras)
         shapes = [None if u is None else u.shape for u in leaves.updates]
         self.numbers = Numbers(links, active, shapes, structure, path)
         make_group = functools.partial(Group, mode=mode, plain=self.plain, way=way, keeps=keeps)
@@ -158,7 +159,7 @@ class Prepared:
             params, holder = leaves.params, _holder(self.links, members[0], members[-1])
             if holder is not None:
                 params = getattr(columns[holder], self.links[holder].rule.hands or "")
-            seen = self._seen(members[0], updates) if first.sees_tree else []
+            seen = self._seen(members[0], updates, leaves.params, columns) if first.sees_tree else {}
             for number, bucket in enumerate(buckets):
                 scalars = self.numbers.compute(members, number, bucket, extras, seen, carried[number], due[number])
                 for group, numbers in self.groups.find(members, number, bucket, updates, scalars):
@@ -170,12 +171,33 @@ class Prepared:
                         group.compute(updates, params, columns, numbers)
         return Outcome(updates, columns, carried, due, ready, computed)
 
-    def _seen(self, k: int, updates: list[Any]) -> list[Tensor]:
-        """List the tensors that a link which sees the tree is about to transform."""
-        chosen = [u for u, on in zip(updates, self.active[k], strict=True) if on and u is not None]
-        seen = [u.coalesce().values() if u.layout == torch.sparse_coo else u for u in chosen]
-        alike = self.plain and len({(u.dtype, u.device) for u in seen}) == 1
-        return Plain(seen) if alike else seen
+    def _seen(self, k: int, updates: list[Any], params: list[Any] | None, columns: list[Any]) -> dict[str, Any]:
+        """Collect the tensors that a link which sees the tree asks for, of the leaves that it is about to transform."""
+        link, names = self.links[k], self.extras[k].names
+        here = [i for i, (u, on) in enumerate(zip(updates, self.active[k], strict=True)) if on and u is not None]
+        beside = not names.isdisjoint(("params", "states"))  # then gradients are to have their shape
+
+        def entries(i: int) -> Tensor:
+            u: Tensor = updates[i]
+            if u.layout == torch.strided:
+                return u
+            if beside:
+                wants_dense([link.rule], u, functools.partial(self.path, i))
+            return u.to_dense() if beside else u.coalesce().values()
+
+        def listed(some: list[Tensor]) -> list[Tensor]:
+            return Plain(some) if self.plain and len({(x.dtype, x.device) for x in some}) == 1 else some
+
+        seen: dict[str, Any] = {}
+        if "updates" in names:
+            seen["updates"] = listed([entries(i) for i in here])
+        if "params" in names:
+            if link.inside:
+                params = getattr(columns[k + link.inside], self.links[k + link.inside].rule.hands or "")
+            seen["params"] = listed([params[i] for i in here] if params else [])
+        if "states" in names:
+            seen["states"] = make(type(columns[k]), [listed([column[i] for i in here]) for column in columns[k]])
+        return seen
 
     def _run_tree_rule(
         self,

@@ -45,8 +45,11 @@ class Extras(NamedTuple):
 
     def missing(self, given: Collection[str]) -> frozenset[str]:
         """Name the parameters that have no default and were not given."""
-        return self.required - frozenset(given) - {"updates"}  # the lift gives the updates
+        return self.required - frozenset(given) - OF_TREE  # the lift gives those
 
+
+OF_TREE = frozenset({"updates", "params", "states"})
+"""What scalars may ask for by keyword that is no extra: all tensors that the rule is about to be run on."""
 
 _NO_EXTRAS = Extras(frozenset(), False, frozenset())
 
@@ -95,7 +98,7 @@ class Rule:
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
 
     extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
-    sees_tree: bool = field(init=False)  # whether the scalars depend on all updates of the tree, as a global norm does
+    sees_tree: bool = field(init=False)  # whether the scalars depend on all tensors of the tree, as a global norm does
     counts: bool = field(init=False)  # whether the state holds the step; a gate carries it on instead
     counters: tuple[str, ...] = field(init=False)  # fields that the state holds once for all tensors
 
@@ -105,7 +108,7 @@ class Rule:
         own = getattr(self.carried_type, "_fields", ())
         for name, value in (
             ("extras", extras),
-            ("sees_tree", "updates" in extras.names),
+            ("sees_tree", not extras.names.isdisjoint(OF_TREE)),
             ("counts", counts),
             ("counters", ("step", *own) if counts else own),
         ):
@@ -201,7 +204,7 @@ class TreeRule:
         if not wraps:
             return own
         inner = [link.rule.extras for tx in wraps for link in tx._links]
-        names = frozenset([name for some in inner for name in some.names]) - {"updates"}
+        names = frozenset([name for some in inner for name in some.names]) - OF_TREE
         required = frozenset([name for some in inner for name in some.missing(own.names)])
         return Extras(own.names | names, any([some.any for some in inner]), own.required | required)  # noqa: C419
 
@@ -229,7 +232,7 @@ def check_extras(
     """
     function = call.partition("(")[0].rpartition(".")[2]
     declared = [rule.extras for rule in rules]
-    names = {name for some in declared for name in some.names} - {"updates"}
+    names = {name for some in declared for name in some.names} - OF_TREE
     for name in extras:
         if name not in names and not any(some.any for some in declared):
             known = ", ".join(sorted(names)) or "none"

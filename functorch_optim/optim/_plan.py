@@ -1,7 +1,7 @@
 """A transformation for a list of parameters, each with a state and a step count of its own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from functorch_optim import tree
 from functorch_optim._core import functional
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.links import numbered, select
-from functorch_optim._core.rule import TreeRule, step_dtype
+from functorch_optim._core.rule import OF_TREE, TreeRule, step_dtype
 from functorch_optim._core.transformation import GradientTransformation
 
 State = dict[str, Any]
@@ -120,7 +120,7 @@ class Plan:
         except ValueError as error:
             hint = "" if names else ". The parameters have no names here: give model.named_parameters() to see a dict"
             raise ValueError(f"{error}{hint}") from error
-        self.asks = any(link.rule.extras.any or link.rule.extras.names - {"updates"} for link in self.links)
+        self.asks = any(link.rule.extras.any or link.rule.extras.names - OF_TREE for link in self.links)
         self._state_types: dict[int, Any] = {}
         parts: dict[tuple[int, ...], Part] = {}
         self.parts: list[Part] = []
@@ -144,8 +144,14 @@ class Plan:
             return int(value)
         return value.reshape(()) if isinstance(value, Tensor) else scalar(value)
 
-    def completed(self, i: int, state: State) -> tuple[Position, State]:
-        """Find where a parameter is, and add to a copy of its `state[p]` the entries that are not there yet."""
+    def completed(self, i: int, state: State, states: Mapping[Any, State] | None = None) -> tuple[Position, State]:
+        """Find where a parameter is, and add to a copy of its `state[p]` the entries that are not there yet.
+
+        Args:
+            i: index of the parameter.
+            state: its `state[p]`.
+            states: those of all parameters, for the numbers of the whole tree.
+        """
         part, p = self.parts[i], self.params[i]
         state = {key: value for key, value in state.items() if value is not None}  # None is how buffers are reset
         begun = any(key in state for keys in part.keys for key in keys)
@@ -160,6 +166,8 @@ class Plan:
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
             rule: Any = self.links[k].rule
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
+                if rule.sees_tree and states:  # the number is the tree's: this parameter has missed some gradients
+                    state.update(self._of_furthest(key, state, part, states))
                 state.setdefault(key, scalar(number, step_dtype() if rule.narrow else torch.float64))
                 carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
             missing = [key for key in keys if key not in state]
@@ -174,6 +182,15 @@ class Plan:
                     if not (state[key].dtype == torch.float32 and wanted in HALF):
                         state[key] = state[key].to(wanted)
         return Position(tuple(steps), tuple(fresh), tuple(carried)), state
+
+    def _of_furthest(self, key: str, own: State, part: Part, states: Mapping[Any, State]) -> State:
+        """Return a number of the tree as the parameter keeps it that has had the most updates, if it is ahead."""
+
+        def steps(state: State) -> float:
+            return max(float(state.get(counter, 0)) for counter in part.counters) if key in state else -1.0
+
+        furthest = max([states.get(p, {}) for p in self.params], key=steps)
+        return {key: furthest[key].clone()} if steps(furthest) > steps(own) else {}
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:
         counts: Counter[str] = Counter()

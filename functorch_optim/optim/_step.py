@@ -81,7 +81,7 @@ class PreparedStep:
         kept = writing.unshared(plan.params)  # an initial state may be a part of a parameter
         for i in self.moving:
             own = state.get(plan.params[i], {})
-            position, completed = plan.completed(i, own)
+            position, completed = plan.completed(i, own, state)
             self.states[i] = {key: v if own.get(key) is v else kept(v) for key, v in completed.items()}
             groups.setdefault(position, []).append(i)
         self.tree_states = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter
 from functorch_optim._core.transformation import GradientTransformation
@@ -39,3 +41,13 @@ def descent(
 def uphill_or_down(*links: GradientTransformation, maximize: bool) -> GradientTransformation:
     """Chain links, after a change of sign if it is to ascend."""
     return chain(*([ascend()] if maximize else []), *links)
+
+
+def check_real(name: str, p: Tensor) -> None:
+    """Raise where an optimizer is given a complex parameter.
+
+    Raises:
+        TypeError: it is complex.
+    """
+    if p.is_complex():
+        raise TypeError(f"{name} does not support complex parameters; give it torch.view_as_real(parameter)")

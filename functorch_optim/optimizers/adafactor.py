@@ -12,7 +12,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import minimum, rms
-from functorch_optim.optimizers._descent import uphill_or_down
+from functorch_optim.optimizers._descent import check_real, uphill_or_down
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
 
@@ -160,18 +160,13 @@ def _kinds(params: Tree) -> Tree:
 
 
 def _init_factored(p: Tensor) -> FactoredState:
-    _check_real(p)
+    check_real("Adafactor", p)
     return FactoredState(*[torch.zeros_like(p.sum(dim, keepdim=True)) for dim in (-1, -2)])
 
 
 def _init_unfactored(p: Tensor) -> UnfactoredState:
-    _check_real(p)
+    check_real("Adafactor", p)
     return UnfactoredState(torch.zeros_like(p))
-
-
-def _check_real(p: Tensor) -> None:
-    if p.is_complex():
-        raise TypeError("Adafactor does not support complex parameters; give it torch.view_as_real(parameter)")
 
 
 def _machine_epsilon(dtype: torch.dtype) -> float:

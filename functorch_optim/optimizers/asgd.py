@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import at_least, double
@@ -95,7 +95,7 @@ def asgd(
     check("t0 value", t0, "a number")
 
     def carry() -> ASGDCarried:
-        return ASGDCarried(at(lr, torch.ones((), dtype=torch.float64)), 1.0)
+        return ASGDCarried(at_first(lr), 1.0)
 
     def scalars(step: Tensor, carried: ASGDCarried) -> tuple[ASGDScalars, ASGDCarried]:
         eta, mu = double(carried.eta), double(carried.mu)

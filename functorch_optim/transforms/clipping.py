@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
-from functorch_optim._numerics import at_least, isfinite, rms, safe_norm, safe_sqrt, where
+from functorch_optim._numerics import at_least, isfinite, known, rms, safe_norm, safe_sqrt, where
 
 
 @factory
@@ -224,8 +224,7 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     if any(norm.device != taken[0].device or norm.dtype != taken[0].dtype for norm in taken):
         taken = [norm.to(device=taken[0].device, dtype=torch.float64) for norm in taken]
     [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
-    is_known = isinstance(step, float) and norm.device.type == "cpu"
-    return norm if not is_known or (norm.requires_grad and torch.is_grad_enabled()) else norm.item()
+    return known(norm, step)
 
 
 def finite_norm(tensors: list[Tensor], norm_type: float, step: Any) -> tuple[Any, Any]:

@@ -32,6 +32,7 @@ INACTIVE = {
         "lbfgs": {"H_diag", "prev_loss"},  # computed anew in every iteration
         "lbfgs_search": {"H_diag", "prev_loss"},
         "reduce_on_plateau": {"best"},  # is only compared
+        "prodigy_options": {"d_max"},  # d grows as fast as it may
         "accumulate_clipped": {"mini_step"},  # is only compared, where the sum is taken
         "schedule_free": {"lr_max"},  # to the power of 0
         "schedule_free_adamw": {"lr_max"},

@@ -27,6 +27,8 @@ from functorch_optim.testing._derivatives import assert_finite
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 # Whose means or norms, of which they take a part, are over dead units too; or noise is by place.
 MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "monitor"))} | {
+    # Dead weights are in norms, and decay at a rate that live ones make.
+    *("dog", "ldog", "dowg", "dadapt_adam", "dadapt_sgd", "prodigy_options", "adamp_projected", "sgdp", "fromage"),
     "adaptive_grad_clip",
     "add_noise",
     "cautious",
@@ -136,6 +138,8 @@ JUMPING = (
     "orthogonalize_against_params",
     "add_decayed_weights_cautious",
     "add_decayed_weights_last",
+    # Where no gradient has come yet, Prodigy and D-Adaptation do not decay either; MoMo divides by its square.
+    *("prodigy", "prodigy_options", "dadapt_adam_options", "momo"),
 )
 STEEP = ("adafactor_epsilon", "muon", "chain", "inject_hyperparams_chain", "partition")
 

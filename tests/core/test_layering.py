@@ -68,6 +68,7 @@ LAYERS = [
     "transforms.plateau",
     "projections",
     "optimizers._descent",
+    "optimizers._whole",
     "optimizers._line_search",
     "optimizers._limited_memory",
     "optimizers",

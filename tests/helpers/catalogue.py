@@ -217,6 +217,7 @@ SHORT = {**ADAM, "beta2": 0.5}  # that a maximum is not always the latest
 RPROP = {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "smallest": 0.055, "largest": 0.15}
 INITIAL_SUM = ("initial_accumulator_value",)
 DECAYED = {"lr": 0.1, "weight_decay": 0.1}
+FREE = {"lr": 1.0, "weight_decay": 0.1, "d0": 0.1}
 
 CATALOGUE = [
     Row("identity", fo.identity),
@@ -335,6 +336,54 @@ CATALOGUE = [
     Row("muon_large_eps", muon, {**DECAYED, "momentum": 0.9, "eps": 10.0}, complex=False),
     Row("lbfgs", partial(fo.lbfgs, max_iter=2, history_size=2), {"lr": 0.1}, elementwise=False, tolerance=1e-9),
     Row("lbfgs_search", searching, {"lr": 0.2}, elementwise=False, tolerance=1e-9),
+    Row("prodigy", with_betas(fo.prodigy), {**FREE, **ADAM, "d0": 0.01, "lr": 0.3, "d_coef": 2.0}),
+    Row(
+        "prodigy_options",
+        with_betas(fo.prodigy, d_coef=8.0, use_bias_correction=True, safeguard_warmup=True),
+        {**FREE, **ADAM, "d0": 0.05, "beta3": 0.5, "growth_rate": 1.1},
+    ),
+    Row("dadapt_adam", with_betas(fo.dadapt_adam), {**FREE, **SHORT}, initial=("d0",)),
+    Row(
+        "dadapt_adam_options",
+        with_betas(fo.dadapt_adam, use_bias_correction=True, decoupled_weight_decay=True),
+        {**FREE, **SHORT, "growth_rate": 1.2},
+        initial=("d0",),
+    ),
+    Row("dadapt_sgd", partial(fo.dadapt_sgd, maximize=True), {**FREE, "momentum": 0.5}, initial=("d0",)),
+    Row("dog", partial(fo.dog, maximize=True), {**DECAYED, "eps": 0.1, "reps_rel": 0.1}, initial=("reps_rel",)),
+    Row("ldog", fo.ldog, {**DECAYED, "eps": 0.1, "reps_rel": 0.1}, initial=("reps_rel",)),
+    Row("dowg", fo.dowg, {**DECAYED, "eps": 0.1, "d0_squared": 0.1}, initial=("d0_squared",)),
+    Row("polyak", partial(fo.polyak, 100.0), {"f_min": -0.1, "c": 3.0, "eps": 0.1}),
+    Row("polyak_bounded", partial(fo.polyak, variant="sps+"), {"max_lr": 1e-3}),
+    Row("momo", fo.momo, {"lr": 10.0, "weight_decay": 0.01, "beta": 0.5, "lb": -0.1}),
+    Row("momo_bounded", fo.momo, {"lr": 1e-3, "weight_decay": 0.1, "beta": 0.5}),
+    Row("momo_adam", with_betas(fo.momo_adam), {"lr": 10.0, "weight_decay": 0.01, **ADAM, "lb": -0.1}),
+    Row("momo_adam_bounded", with_betas(fo.momo_adam), {"lr": 1e-3, "weight_decay": 0.1, **ADAM}),
+    Row("cocob", partial(fo.cocob, maximize=True), {**DECAYED, "alpha": 6.0, "eps": 0.1}, initial=("eps",)),
+    Row("madgrad", partial(fo.madgrad, maximize=True), {**DECAYED, "momentum": 0.5, "eps": 0.1}),
+    Row(
+        "madgrad_decoupled",
+        partial(fo.madgrad, momentum=0.0, decoupled_weight_decay=True),
+        {**DECAYED, "eps": 0.1},
+    ),
+    Row("novograd", with_betas(fo.novograd, maximize=True), {**DECAYED, **ADAM}),
+    Row("novograd_averaging", with_betas(fo.novograd, grad_averaging=True), {"lr": 0.1, **ADAM}),
+    Row("sm3", fo.sm3, {**DECAYED, "momentum": 0.5, "eps": 0.1}, complex=False),
+    Row("adamp", with_betas(fo.adamp), {**DECAYED, **ADAM}, elementwise=False, complex=False),
+    Row(
+        "adamp_projected",
+        with_betas(fo.adamp, delta=100.0, nesterov=True, maximize=True),
+        {**DECAYED, **ADAM, "wd_ratio": 0.5},
+        complex=False,
+    ),
+    Row(
+        "sgdp",
+        partial(fo.sgdp, delta=100.0),
+        {**DECAYED, "momentum": 0.5, "dampening": 0.1, "eps": 0.1, "wd_ratio": 0.5},
+        elementwise=False,
+        complex=False,
+    ),
+    Row("fromage", fo.fromage, {"lr": 0.1, "min_norm": 1.5}, elementwise=False),
     Row("reduce_on_plateau", plateau, {"factor": 0.5}, elementwise=False, held=("best",), scheduled=False),
     Row("chain", chained, {"max_norm": 0.7, "lr": 0.1}),
     Row("named_chain", lambda lr: fo.named_chain(momentum=fo.trace(0.9), sgd=fo.sgd(lr)), {"lr": 0.1}),

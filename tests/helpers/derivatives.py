@@ -100,11 +100,14 @@ def begun(row, dtype=torch.float64, **options):
 def continued(row, dtype=torch.float64, fill=0.1, before=(0.0,) * 2, **options):
     """Return the same from a state on that some steps have made, and arguments with that state.
 
-    Zeros in it are filled: there Rprop and L-BFGS know that there has been nothing yet, and have no derivative.
+    Zeros in it are filled: there Rprop and L-BFGS know that there has been nothing yet, and have no derivative. SM3's
+    accumulators are parted: those of a row and of a column are equal where both have their largest element.
     """
     training, arguments = begun(row, dtype, **options)
     params, state = replace(training, shifts=before).trained(arguments)
-    state = replaced(state, {path: torch.where(leaf == 0, fill, leaf) for path, leaf in floats(state).items()})
+    filled = {path: torch.where(leaf == 0, fill, leaf) for path, leaf in floats(state).items()}
+    parted = {path: leaf * torch.linspace(1, 1.1, len(leaf)) for path, leaf in filled.items() if "accumulators" in path}
+    state = replaced(state, {**filled, **parted})
     return replace(training, start=state), {**arguments, "params": params, "state": floats(state)}
 
 
