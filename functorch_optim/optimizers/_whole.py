@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functorch_optim._core.checks import check_loss
 from functorch_optim._execution.representation import as_reals, widened
-from functorch_optim._numerics import double, known, safe_sqrt, wide_device
+from functorch_optim._numerics import double, known, minimum, safe_sqrt, where, wide_device
 
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -50,6 +50,12 @@ def norm(xs: Sequence[Tensor], step: Any) -> Any:
 def differences(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     """Subtract lists of tensors, real and in float32 at least."""
     return [x - y for x, y in zip(wide(xs), wide(ys), strict=True)]
+
+
+def bounded(bound: Any, x: Any, y: Any) -> Any:
+    """Return min(bound, x / y) for numbers; the bound where y is 0, which is its limit for x > 0."""
+    zero = y == 0
+    return where(zero, bound, minimum(bound, x / where(zero, 1.0, y)))
 
 
 def loss_at(value: Any, step: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import at_least, debias, minimum, quotient, safe_sqrt, where
-from functorch_optim.optimizers._whole import dot, like, loss_at, squares, total, wide
+from functorch_optim._numerics import at_least, debias, safe_sqrt, where
+from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, squares, total, wide
 
 
 class MoMoCarried(NamedTuple):
@@ -114,7 +114,7 @@ def momo(
         q = kept * carried.grad_dot_w + (1 - kept) * dot(grads, weights, step)
         decay = rate * at(weight_decay, step)
         h = (1 + decay) * (f - at(lb, step) - q) + dot(means, weights, step)
-        tau = minimum(rate, quotient(at_least(h, 0.0), squares(means, step)))
+        tau = bounded(rate, at_least(h, 0.0), squares(means, step))
         return MoMoScalars(kept, 1 - kept, 0.0, 0.0, 1.0, 0.0, tau, decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoState, p: Any, s: MoMoScalars) -> Any:
@@ -165,7 +165,7 @@ def momo_adam(
         >>> tx, params = fo.momo_adam(lr=10.0), torch.tensor([2.0])
         >>> grads, value = torch.func.grad_and_value(lambda p: p.square().sum())(params)
         >>> tx.update(grads, tx.init(params), params, value=value)[0]
-        tensor([-1.])
+        tensor([-1.0000])
     """
     check_betas(betas)
     check("epsilon value", eps, "value > 0", trees=False)
@@ -184,7 +184,7 @@ def momo_adam(
         q = beta1 * carried.grad_dot_w + (1 - beta1) * dot(grads, weights, step)
         decay = rate * at(weight_decay, step)
         h = (1 + decay) * (f - corrected * at(lb, step) - q) + dot(means, weights, step)
-        tau = minimum(rate / corrected, quotient(at_least(h, 0.0), total(scaled, step)))
+        tau = bounded(rate / corrected, at_least(h, 0.0), total(scaled, step))
         return MoMoScalars(beta1, 1 - beta1, beta2, 1 - beta2, root, e, tau, decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoAdamState, p: Any, s: MoMoScalars) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import at_least, minimum, quotient
-from functorch_optim.optimizers._whole import loss_at, squares, wide
+from functorch_optim._numerics import at_least
+from functorch_optim.optimizers._whole import bounded, loss_at, squares, wide
 
 
 @factory
@@ -27,7 +27,7 @@ def polyak(
         u = -eta g
 
     The loss f is given to every update, `tx.update(grads, state, params, value=loss)`; `opt.step(closure)` gives that
-    of the closure. It must belong to the same batch as the gradient. The step is zero where |g| and eps are.
+    of the closure. It must belong to the same batch as the gradient. Where |g| and eps are zero, so is the step.
 
     Args:
         max_lr: largest step size, >= 0: number, 0-dim tensor, or schedule.
@@ -62,7 +62,7 @@ def polyak(
         gap = loss_at(value, step) - at(f_min, step)
         gap = at_least(gap, 0.0) if variant == "sps+" else gap
         size = at(c, step) * squares(wide(updates), step) + at(eps, step)
-        return minimum(at(max_lr, step), quotient(gap, size))
+        return bounded(at(max_lr, step), gap, size)
 
     def update(g: Tensor, state: Any, p: Any, eta: Any) -> Any:
         return -(eta * g), state

@@ -116,7 +116,7 @@ def prodigy(
         >>> import functorch_optim as fo, torch
         >>> tx, params = fo.prodigy(d0=0.1), torch.ones(1)
         >>> updates, state = tx.update(torch.ones(1), tx.init(params), params)
-        >>> updates, state.d
+        >>> updates, fo.tree.get(state, "d")
         (tensor([-0.3162]), tensor(0.1000, dtype=torch.float64))
     """
     check("learning rate", lr, trees=False)

@@ -63,8 +63,8 @@ def sm3(
         >>> tx, params = fo.sm3(lr=1.0, momentum=0.0, eps=0.0), torch.zeros(2, 2)
         >>> updates, state = tx.update(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), tx.init(params))
         >>> updates, fo.tree.get(state, "accumulators")
-        (tensor([[-1., 0.],
-                [0., -1.]]), tensor([ 9., 16.,  9., 16.]))
+        (tensor([[-1., -0.],
+                [-0., -1.]]), tensor([ 9., 16.,  9., 16.]))
     """
     check("momentum value", momentum, "0 <= value < 1")
     check("epsilon value", eps)

@@ -138,8 +138,8 @@ JUMPING = (
     "orthogonalize_against_params",
     "add_decayed_weights_cautious",
     "add_decayed_weights_last",
-    # Where no gradient has come yet, Prodigy and D-Adaptation do not decay either; MoMo divides by its square.
-    *("prodigy", "prodigy_options", "dadapt_adam_options", "momo"),
+    *("prodigy", "prodigy_options", "dadapt_adam_options"),  # which do not decay before a gradient has come
+    *("momo_bounded", "momo_adam_bounded"),  # whose model of the loss has its corner at the smallest loss
 )
 STEEP = ("adafactor_epsilon", "muon", "chain", "inject_hyperparams_chain", "partition")
 
