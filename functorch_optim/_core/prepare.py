@@ -192,12 +192,16 @@ class Prepared:
         if "updates" in names:
             seen["updates"] = listed([entries(i) for i in here])
         if "params" in names:
-            if link.inside:
-                params = getattr(columns[k + link.inside], self.links[k + link.inside].rule.hands or "")
+            params = self._params_of(k, params, columns)
             seen["params"] = listed([params[i] for i in here] if params else [])
         if "states" in names:
             seen["states"] = make(type(columns[k]), [listed([column[i] for i in here]) for column in columns[k]])
         return seen
+
+    def _params_of(self, k: int, params: list[Any] | None, columns: list[Any]) -> list[Any] | None:
+        """Return the parameters of a link: those of the user, or of the wrapper that it is inside of."""
+        inside = self.links[k].inside
+        return getattr(columns[k + inside], self.links[k + inside].rule.hands or "") if inside else params
 
     def _run_tree_rule(
         self,
@@ -219,9 +223,7 @@ class Prepared:
             )
 
         given = arranged(updates)
-        params = leaves.params
-        if link.inside:
-            params = getattr(columns[k + link.inside], self.links[k + link.inside].rule.hands or "")
+        params = self._params_of(k, leaves.params, columns)
         if link.recalls is not None:
             params = recalled[k - link.recalls]
         pair = rule.update(
