@@ -13,7 +13,6 @@ import functorch_optim as fo
 @pytest.fixture(autouse=True)
 def _no_collector():
     """Let only counts of references free anything."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
