@@ -27,8 +27,6 @@ from torch_like_cases import (
 
 import functorch_optim as fo
 
-pytestmark = pytest.mark.smoke
-
 STEPS = 60  # of what docs/torch-optim.md says
 
 
@@ -42,6 +40,7 @@ def test_double_precision(name, options, dtype, device):
     assert_same_state(ours, theirs, 1e-10)
 
 
+@pytest.mark.smoke
 @cases
 def test_single_precision(name, options, device):
     ours, theirs = pair(name, awkward_params(name, torch.float32, device), options)
