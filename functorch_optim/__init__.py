@@ -23,22 +23,40 @@ from functorch_optim._names import get, names
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
+from functorch_optim.optimizers.adabelief import adabelief, scale_by_belief
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adafactor import adafactor
 from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
+from functorch_optim.optimizers.adai import adai, scale_by_adai
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, sparse_adam
+from functorch_optim.optimizers.adam_atan2 import adam_atan2, scale_by_adam_atan2
 from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
 from functorch_optim.optimizers.adamp import adamp, sgdp
+from functorch_optim.optimizers.adan import adan, scale_by_adan
+from functorch_optim.optimizers.adanorm import adanorm, scale_by_adanorm
+from functorch_optim.optimizers.ademamix import (
+    ademamix,
+    scale_by_ademamix,
+    scale_by_simplified_ademamix,
+    simplified_ademamix,
+)
+from functorch_optim.optimizers.adopt import adopt, scale_by_adopt
 from functorch_optim.optimizers.asgd import asgd
 from functorch_optim.optimizers.cocob import cocob
 from functorch_optim.optimizers.dadaptation import dadapt_adam, dadapt_sgd
 from functorch_optim.optimizers.dog import dog, dowg, ldog
 from functorch_optim.optimizers.fromage import fromage
+from functorch_optim.optimizers.grams import grams, scale_by_grams
+from functorch_optim.optimizers.lamb import lamb
+from functorch_optim.optimizers.laprop import laprop, scale_by_laprop
+from functorch_optim.optimizers.lars import lars, scale_by_lars
 from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
+from functorch_optim.optimizers.lion import lion, scale_by_lion
 from functorch_optim.optimizers.madgrad import madgrad
 from functorch_optim.optimizers.momo import momo, momo_adam
 from functorch_optim.optimizers.muon import muon, scale_by_muon
 from functorch_optim.optimizers.nadam import nadam, scale_by_nadam
+from functorch_optim.optimizers.nadamw import nadamw, scale_by_nadamw
 from functorch_optim.optimizers.novograd import novograd
 from functorch_optim.optimizers.polyak import polyak
 from functorch_optim.optimizers.prodigy import prodigy
@@ -47,7 +65,10 @@ from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.optimizers.sgld import sgld
+from functorch_optim.optimizers.signum import sign_sgd, signum
 from functorch_optim.optimizers.sm3 import sm3
+from functorch_optim.optimizers.stable_adamw import stable_adamw
+from functorch_optim.optimizers.yogi import scale_by_yogi, yogi
 from functorch_optim.transforms.clipping import (
     adaptive_grad_clip,
     clip,
@@ -118,16 +139,23 @@ __all__ = [
     "StepState",
     "UpdateMetrics",
     "accumulate",
+    "adabelief",
     "adadelta",
     "adafactor",
     "adagrad",
+    "adai",
     "adam",
+    "adam_atan2",
     "adamax",
     "adamp",
     "adamw",
+    "adan",
+    "adanorm",
     "adaptive_grad_clip",
     "add_decayed_weights",
     "add_noise",
+    "ademamix",
+    "adopt",
     "apply_if_finite",
     "apply_updates",
     "asgd",
@@ -157,17 +185,22 @@ __all__ = [
     "frozen",
     "get",
     "gpa",
+    "grams",
     "identity",
     "inject_hyperparams",
     "keep_params_nonnegative",
     "label",
     "label_table",
+    "lamb",
+    "laprop",
+    "lars",
     "layer_decay",
     "lbfgs",
     "ldog",
     "leaf_state",
     "leafwise",
     "learning_rate",
+    "lion",
     "load_state_dict",
     "lookahead",
     "lr_sweep",
@@ -184,6 +217,7 @@ __all__ = [
     "monitor",
     "muon",
     "nadam",
+    "nadamw",
     "named_chain",
     "names",
     "normalize_by_update_norm",
@@ -208,18 +242,32 @@ __all__ = [
     "sam",
     "scale",
     "scale_by_adadelta",
+    "scale_by_adai",
     "scale_by_adam",
+    "scale_by_adam_atan2",
     "scale_by_adamax",
+    "scale_by_adan",
+    "scale_by_adanorm",
+    "scale_by_ademamix",
+    "scale_by_adopt",
+    "scale_by_belief",
+    "scale_by_grams",
+    "scale_by_laprop",
+    "scale_by_lars",
     "scale_by_learning_rate",
+    "scale_by_lion",
     "scale_by_muon",
     "scale_by_nadam",
+    "scale_by_nadamw",
     "scale_by_radam",
     "scale_by_rms",
     "scale_by_rprop",
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_sign",
+    "scale_by_simplified_ademamix",
     "scale_by_trust_ratio",
+    "scale_by_yogi",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_sgd",
@@ -228,9 +276,13 @@ __all__ = [
     "sgd",
     "sgdp",
     "sgld",
+    "sign_sgd",
+    "signum",
+    "simplified_ademamix",
     "skip",
     "sm3",
     "sparse_adam",
+    "stable_adamw",
     "state_dict",
     "stateless",
     "step",
@@ -242,6 +294,7 @@ __all__ = [
     "tree",
     "update_bn",
     "weight_decay_mask",
+    "yogi",
     "zclip",
     "zero_nans",
 ]

@@ -82,6 +82,11 @@ def rms(x: Tensor) -> Tensor:
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
 
 
+def clamped_from_below(x: Tensor, least: Any) -> Tensor:
+    """Return the larger one. NaN is not larger, as in Python's max, so that it stays in the elements that have it."""
+    return torch.clamp_min(x.masked_fill(x.isnan(), 0), least)
+
+
 def safe_power(x: Tensor, exponent: float) -> Tensor:
     """Raise to a power, with value and derivative zero at zero."""
     zero = x == 0
@@ -99,6 +104,8 @@ def _of_both(of_float: Callable[[float], float], of_tensor: Callable[[Tensor], T
 
 
 sqrt = _of_both(math.sqrt, torch.sqrt)
+exp = _of_both(math.exp, torch.exp)
+log = _of_both(math.log, torch.log)
 cos = _of_both(math.cos, torch.cos)
 floor = _of_both(lambda x: float(math.floor(x)), torch.floor)
 isfinite: Callable[[Any], Any] = _of_both(math.isfinite, torch.isfinite)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
 from functorch_optim._core.combine import chain
-from functorch_optim._core.hyperparameters import Hyperparameter
-from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._core.hyperparameters import Hyperparameter, at, is_zero
+from functorch_optim._core.transformation import GradientTransformation, leafwise
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.scaling import maximize as ascend
 from functorch_optim.transforms.scaling import scale_by_learning_rate
@@ -19,7 +20,7 @@ def descent(
     *rules: GradientTransformation,
     lr: Hyperparameter,
     weight_decay: Hyperparameter,
-    decoupled: bool = False,
+    decoupled: bool | Literal["after", "proximal"] = False,
     mask: Tree | Callable[[Tree], Tree] | None = None,
     maximize: bool = False,
 ) -> GradientTransformation:
@@ -29,13 +30,30 @@ def descent(
         *rules: the rules of the optimizer.
         lr: learning rate.
         weight_decay: added to the gradient, or to the rule's update when decoupled.
-        decoupled: which of the two.
+        decoupled: which of the two. "after": the parameters decay after the step, (1 - lr weight_decay) (p - lr u).
+            "proximal": the step minimizes the penalty too, (p - lr u) / (1 + lr weight_decay).
         mask: where parameters decay.
         maximize: negate the gradient first; weight decay keeps its sign.
     """
     decay = add_decayed_weights(weight_decay, mask)
     links = [*rules, decay] if decoupled else [decay, *rules]
+    if not is_zero(weight_decay) and decoupled == "after":
+        links.insert(-1, _scale_by(lambda shrunk: 1 - shrunk, lr, weight_decay))
+    if not is_zero(weight_decay) and decoupled == "proximal":
+        links.append(_scale_by(lambda shrunk: 1 / (1 + shrunk), lr, weight_decay))
     return uphill_or_down(*links, scale_by_learning_rate(lr), maximize=maximize)
+
+
+def _scale_by(factor: Callable[[Any], Any], lr: Hyperparameter, weight_decay: Hyperparameter) -> GradientTransformation:
+    """Scale by a function of what decay shrinks the parameters by in a step, lr weight_decay."""
+
+    def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
+        return s * g, state
+
+    def scalars(step: Tensor) -> Any:
+        return factor(at(lr, step) * at(weight_decay, step))
+
+    return leafwise(None, update, scalars, elementwise=True)
 
 
 def uphill_or_down(*links: GradientTransformation, maximize: bool) -> GradientTransformation:

@@ -11,7 +11,7 @@ from functorch_optim._core.combine import partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import minimum, rms
+from functorch_optim._numerics import clamped_from_below, minimum, rms
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
@@ -135,8 +135,8 @@ def adafactor(
 
     def step(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Any:
         w = g * torch.rsqrt(torch.clamp_min(v, s.eps1 * s.eps1))
-        w = w / _at_least(1, rms(w) / s.d)
-        return -s.rho * _at_least(s.eps2, rms(p)) * w - s.decay * p
+        w = w / clamped_from_below(rms(w) / s.d, 1)
+        return -s.rho * clamped_from_below(rms(p), s.eps2) * w - s.decay * p
 
     def factored(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
         r = torch.lerp(state.row_var, _mean(g * g, -1), s.weight)
@@ -175,8 +175,3 @@ def _machine_epsilon(dtype: torch.dtype) -> float:
 
 def _mean(x: Tensor, dim: int) -> Tensor:
     return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)  # of nothing: 0
-
-
-def _at_least(least: Any, size: Tensor) -> Tensor:
-    """Return the larger one. NaN is not larger, as in Python's max, so that it stays in the elements that have it."""
-    return torch.clamp_min(size.masked_fill(size.isnan(), 0), least)

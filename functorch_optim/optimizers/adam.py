@@ -53,7 +53,7 @@ class AdamScalars(NamedTuple):
         weight2: 1 - beta2.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), both corrections in one number, as at the end of the paper's section 2.
         eps: eps sqrt(1 - beta2^t), or eps alone for the lazy rule.
-        t: the step.
+        t: the step, or one at which both corrections are 1.
         plain_eps: eps. It and t are for torch's own kernels, which correct for bias by themselves.
     """
 
@@ -66,6 +66,10 @@ class AdamScalars(NamedTuple):
     plain_eps: Any
 
 
+_CORRECTED = 1e30
+"""A step at which both corrections are 1."""
+
+
 @factory
 def scale_by_adam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -73,6 +77,7 @@ def scale_by_adam(
     amsgrad: bool = False,
     *,
     lazy: bool = False,
+    bias_correction: bool = True,
 ) -> GradientTransformation:
     """Divide the mean of gradients by the root of the mean of their squares.
 
@@ -89,6 +94,8 @@ def scale_by_adam(
         lazy: accept sparse gradients, and run on the entries that they have; all others keep their means. eps is then
             not corrected, as at the end of the paper's section 2:
             m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps).
+        bias_correction: whether to correct m and v for their beginning at zero, as above. Without it,
+            g <- m / (sqrt(v) + eps).
 
     Raises:
         ValueError: a number is out of range.
@@ -111,6 +118,8 @@ def scale_by_adam(
 
     def scalars(step: Tensor) -> AdamScalars:
         beta1, beta2, e = at(betas[0], step), at(betas[1], step), at(eps, step)
+        if not bias_correction:
+            return AdamScalars(1 - beta1, beta2, 1 - beta2, 1.0, e, _CORRECTED, e)
         root = sqrt(debias(beta2, step))
         rate = root / debias(beta1, step)
         return AdamScalars(1 - beta1, beta2, 1 - beta2, rate, e * (1 if lazy else root), step, e)

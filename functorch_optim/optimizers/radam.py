@@ -12,6 +12,7 @@ from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._numerics import debias, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import descent
+from functorch_optim.optimizers._rectified import rectification
 
 
 @leaf_state
@@ -84,12 +85,7 @@ def scale_by_radam(
 
     def scalars(step: Tensor) -> RAdamScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)
-        rho_inf = 2 / (1 - beta2) - 1
-        rho_t = rho_inf - 2 * step * beta2**step / debias(beta2, step)
-        rectified = rho_t > 5
-        # If r_t is not used, it is computed from numbers that keep it finite.
-        rho, inf = where(rectified, rho_t, 6.0), where(rectified, rho_inf, 6.0)
-        r = sqrt((rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho))
+        rectified, r = rectification(beta2, step)
         rate = where(rectified, r * sqrt(debias(beta2, step)), 1.0) / debias(beta1, step)
         return RAdamScalars(1 - beta1, beta2, 1 - beta2, rectified, rate, at(eps, step))
 

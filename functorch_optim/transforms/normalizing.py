@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ def normalize_by_update_norm(scale_factor: Hyperparameter = 1.0, eps: Hyperparam
 
 @factory
 def scale_by_trust_ratio(
-    min_norm: Hyperparameter = 0.0, trust_coefficient: Hyperparameter = 1.0, eps: Hyperparameter = 0.0
+    min_norm: Hyperparameter = 0.0,
+    trust_coefficient: Hyperparameter = 1.0,
+    eps: Hyperparameter = 0.0,
+    *,
+    max_ratio: Hyperparameter = math.inf,
 ) -> GradientTransformation:
     """Scale each tensor's update to the size of the parameter: the layer-wise rate of LARS and LAMB.
 
@@ -79,6 +84,7 @@ def scale_by_trust_ratio(
         min_norm: norm >= 0 that a tensor counts for at least: number, 0-dim tensor, or schedule.
         trust_coefficient: c >= 0.
         eps: added to the norm of the update, >= 0.
+        max_ratio: largest factor of the update, >= 0; 1.0 is that of LAMBC. At it the derivative is that of the ratio.
 
     Raises:
         ValueError: a number is out of range; `update` is called without parameters.
@@ -95,16 +101,18 @@ def scale_by_trust_ratio(
     check("min_norm", min_norm)
     check("trust_coefficient", trust_coefficient)
     check("eps", eps)
+    check("max_ratio", max_ratio)
 
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
-        least, c, small = s
+        least, c, small, most = s
         ours, theirs = [at_least(safe_norm(x), least) for x in (p, g)]
         is_one = (ours == 0) | (theirs == 0)
         ratio = c * ours / (torch.where(is_one, 1.0, theirs) + small)
-        return g * torch.where(is_one, 1.0, ratio), state
+        ratio = torch.where(is_one, 1.0, ratio)
+        return g * torch.where(ratio > most, most, ratio), state
 
     def scalars(step: Tensor) -> Any:
-        return at(min_norm, step), at(trust_coefficient, step), at(eps, step)
+        return at(min_norm, step), at(trust_coefficient, step), at(eps, step), at(max_ratio, step)
 
     return leafwise(None, update, scalars, needs_params=True)
 

@@ -1,4 +1,4 @@
-"""A file imports only from those above it in this list; nobody imports upwards, and optimizers not each other."""
+"""A file imports only from those above it in this list; nobody imports upwards, and optimizers only Adam."""
 
 import ast
 import pathlib
@@ -69,6 +69,8 @@ LAYERS = [
     "projections",
     "optimizers._descent",
     "optimizers._whole",
+    "optimizers._rectified",
+    "optimizers.adam",
     "optimizers._line_search",
     "optimizers._limited_memory",
     "optimizers",

@@ -15,6 +15,8 @@ REFUSED = {
         (name, "initial_accumulator_value"): "A state begins with the value"
         for name in ("scale_by_rss", "adagrad_decay")
     },
+    ("yogi", "initial_accumulator_value"): "A state begins with the value",
+    ("adai", "beta2"): "keeps mean_exp_avg_sq once for all",
     **{(name, "lr"): "A state begins with the value" for name in ("scale_by_rprop", "rprop")},
     **{(name, "beta1"): "keeps mu_product once for all" for name in ("scale_by_nadam", "nadam", "nadam_decoupled")},
     **{(name, "momentum_decay"): "keeps mu_product once for all" for name in ("scale_by_nadam", "nadam")},

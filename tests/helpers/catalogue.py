@@ -95,6 +95,15 @@ def tanh(updates: Any, params: Any) -> Any:
     return fo.tree.map(torch.tanh, updates)
 
 
+def with_three_betas(factory: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """Let a factory take its three betas apart."""
+
+    def make(beta1: Any, beta2: Any, beta3: Any, **hyperparameters: Any) -> Any:
+        return factory(betas=(beta1, beta2, beta3), **hyperparameters, **static)
+
+    return make
+
+
 def with_pairs(factory: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """Let a factory take its etas and step sizes apart."""
 
@@ -218,6 +227,10 @@ RPROP = {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "smallest": 0.055, "largest
 INITIAL_SUM = ("initial_accumulator_value",)
 DECAYED = {"lr": 0.1, "weight_decay": 0.1}
 FREE = {"lr": 1.0, "weight_decay": 0.1, "d0": 0.1}
+LAMB = {**DECAYED, **ADAM}
+ADOPT = {**DECAYED, **ADAM, "eps": 0.3}
+LARS = {**DECAYED, "momentum": 0.9, "trust_coefficient": 0.5, "eps": 1e-3}
+WARMUPS = {"alpha_warmup": 8.5, "beta3_warmup": 9.5}
 
 CATALOGUE = [
     Row("identity", fo.identity),
@@ -299,6 +312,43 @@ CATALOGUE = [
     Row("radam_decoupled", with_betas(fo.radam, decoupled_weight_decay=True), {**DECAYED, **ADAM}),
     Row("scale_by_adamax", with_betas(fo.scale_by_adamax), SHORT),
     Row("adamax", with_betas(fo.adamax), {**DECAYED, **SHORT}),
+    Row("lion", with_betas(fo.lion), {**DECAYED, "beta1": 0.9, "beta2": 0.5}),
+    Row("sign_sgd", partial(fo.sign_sgd, decoupled_weight_decay=True, maximize=True), DECAYED),
+    Row("signum", partial(fo.signum, decoupled_weight_decay=True), {**DECAYED, "momentum": 0.5}),
+    Row("lamb", with_betas(fo.lamb), LAMB),
+    Row("lamb_clipped", with_betas(fo.lamb, bias_correction=False, mask=not_vectors), {**LAMB, "trust_clip": 0.3}),
+    Row("lars", fo.lars, LARS),
+    Row("lars_nesterov", partial(fo.lars, nesterov=True, mask=not_vectors, maximize=True), LARS),
+    Row("ademamix", with_three_betas(fo.ademamix), {**DECAYED, **ADAM, "beta3": 0.97, **WARMUPS, "alpha": 2.0}),
+    Row(
+        "simplified_ademamix",
+        with_betas(fo.simplified_ademamix, maximize=True),
+        {**DECAYED, "lr": 0.02, **ADAM, "alpha": 2.0, "beta1_warmup": 9.5, "min_beta1": 0.5},
+    ),
+    Row("adopt", with_betas(fo.adopt), ADOPT),
+    Row("adopt_clipped", with_betas(fo.adopt, decoupled_weight_decay=True), {**ADOPT, "clip": 0.9}),
+    Row("adabelief", with_betas(fo.adabelief), {**DECAYED, **ADAM}),
+    Row(
+        "adabelief_rectified",
+        with_betas(fo.adabelief, rectify=True, decoupled_weight_decay=False, maximize=True),
+        {**DECAYED, **ADAM},
+    ),
+    Row("adan", with_three_betas(fo.adan), {**DECAYED, **ADAM, "beta3": 0.97}),
+    Row("adan_decoupled", with_three_betas(fo.adan, proximal=False), {**DECAYED, **ADAM, "beta3": 0.97}),
+    Row("nadamw", with_betas(fo.nadamw, mask=not_vectors), {**DECAYED, **ADAM}),
+    Row("nadamw_ahead", with_betas(fo.nadamw, correct_ahead=True, maximize=True), {**DECAYED, **ADAM}),
+    Row("stable_adamw", with_betas(fo.stable_adamw), {**DECAYED, **ADAM}, complex=False),
+    Row(
+        "yogi",
+        with_betas(fo.yogi),
+        {**DECAYED, **ADAM, "initial_accumulator_value": 0.1},
+        initial=INITIAL_SUM,
+    ),
+    Row("laprop", with_betas(fo.laprop), {**DECAYED, **ADAM}),
+    Row("adam_atan2", with_betas(fo.adam_atan2), {**DECAYED, "beta1": 0.9, "beta2": 0.99, "a": 1.27, "b": 1.5}),
+    Row("adanorm", with_betas(fo.adanorm), {**DECAYED, **ADAM, "r": 0.9}, complex=False),
+    Row("grams", with_betas(fo.grams), {**DECAYED, **ADAM}),
+    Row("adai", with_betas(fo.adai, decoupled_weight_decay=True), {**DECAYED, "beta1": 0.3, "beta2": 0.97, "eps": 0.1}),
     Row("scale_by_rss", fo.scale_by_rss, {"initial_accumulator_value": 0.1, "eps": 1e-3}, initial=INITIAL_SUM),
     Row("adagrad", fo.adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}),
     Row(
