@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, filled_like
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 
@@ -90,5 +90,5 @@ def cocob(
         new = state.p0 + C / (L * torch.maximum(G + L, a * L)) * (L + R)
         return rate * (new - p), COCOBState(state.p0, L, G, R, C)
 
-    rule = leafwise(init, update, scalars, elementwise=True, needs_params=True)
+    rule = of_rule(init, update, scalars, elementwise=True, needs_params=True, turns=True)
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)

@@ -185,6 +185,7 @@ def dadapt_adam(
         carry=carry,
         elementwise=True,
         needs_params=decoupled_weight_decay,
+        turns=True,
         lr=lr,
     )
     decay = add_decayed_weights(0.0 if decoupled_weight_decay else weight_decay)
@@ -254,7 +255,7 @@ def dadapt_sgd(
         s = state.s + eta * g
         return weight * (state.p0 - s - p), DAdaptSGDState(state.p0, s)
 
-    rule = of_rule(_init_sgd, update, scalars, carry=carry, elementwise=True, needs_params=True, lr=lr)
+    rule = of_rule(_init_sgd, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)
 
 

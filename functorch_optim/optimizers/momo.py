@@ -121,7 +121,7 @@ def momo(
         m = s.beta1 * state.exp_avg + s.weight1 * g
         return -(s.tau * m + s.decay * p) / (1 + s.decay), MoMoState(m)
 
-    return of_rule(MoMoState, update, scalars, carry=_carry, elementwise=True, needs_params=True, lr=lr)
+    return of_rule(MoMoState, update, scalars, carry=_carry, elementwise=True, needs_params=True, turns=True, lr=lr)
 
 
 @factory
@@ -193,7 +193,7 @@ def momo_adam(
         direction = m / (safe_sqrt(v) / s.root + s.eps)
         return -(s.tau * direction + s.decay * p) / (1 + s.decay), MoMoAdamState(m, v)
 
-    return of_rule(MoMoAdamState, update, scalars, carry=_carry, elementwise=True, needs_params=True, lr=lr)
+    return of_rule(MoMoAdamState, update, scalars, carry=_carry, elementwise=True, needs_params=True, turns=True, lr=lr)
 
 
 def _carry() -> MoMoCarried:

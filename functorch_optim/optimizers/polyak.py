@@ -67,4 +67,4 @@ def polyak(
     def update(g: Tensor, state: Any, p: Any, eta: Any) -> Any:
         return -(eta * g), state
 
-    return of_rule(None, update, scalars, elementwise=True)
+    return of_rule(None, update, scalars, elementwise=True, turns=True)

@@ -174,7 +174,7 @@ def prodigy(
         u = -(s.rate * m / root.masked_fill(root == 0, 1) + s.decay * p)  # where it is zero, m is
         return u, ProdigyState(state.p0, total_g, m, v)
 
-    rule = of_rule(_init, update, scalars, carry=carry, elementwise=True, needs_params=True, lr=lr)
+    rule = of_rule(_init, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
 
 
