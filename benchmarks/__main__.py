@@ -24,7 +24,7 @@ from benchmarks.measure import MANY, Comparison, Outcome, Summary, compare, envi
 from benchmarks.meta import maml, unroll
 from benchmarks.shapes import Setting
 from benchmarks.startup import first_step, imported
-from benchmarks.stateful import chain, eager, fused, rules
+from benchmarks.stateful import chain, eager, fused, matrices, rules
 from benchmarks.storage import memory, saved
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "fused": fused,
     "chain": chain,
     "rules": rules,
+    "matrices": matrices,
     "first": first_step,
     "functional": functional,
     "calls": calls,
@@ -44,7 +45,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "import": imported,
     "curves": curves,
 }
-ON_GPU = ("eager", "fused", "chain", "rules", "functional", "curves")
+ON_GPU = ("eager", "fused", "chain", "rules", "matrices", "functional", "curves")
 DISTURBED = 0.1  # cores; said beside the figures
 COLUMNS = ("", "on", "ours", "others", "ratio", "bar", "")
 

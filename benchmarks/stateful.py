@@ -125,6 +125,17 @@ def rules(setting: Setting) -> Iterator[Comparison]:
             yield Comparison(f"fo.{call(name, options)}, fused", case, ours, peers, 0.5)
 
 
+def matrices(setting: Setting) -> Iterator[Comparison]:
+    """Muon over many matrices of one shape, orthogonalized together, against torch.optim's, one by one."""
+    for size in (8,) if setting.quick else (8, 16, 32, 64):
+        shapes = setting.tiny([(size, size)] * 100)
+        ours, theirs = [
+            stepping(partial(module.Muon, lr=1e-3, weight_decay=0.0), setting, shapes)
+            for module in (fo.optim, torch.optim)
+        ]
+        yield Comparison("fo.optim.Muon", f"{len(shapes)} of {size} x {size}", ours, {"torch.optim.Muon": theirs}, 1.0)
+
+
 class LionState(NamedTuple):
     """The state of Lion."""
 

@@ -54,15 +54,18 @@ from functorch_optim.optimizers.lbfgs import LBFGSState, lbfgs
 from functorch_optim.optimizers.lion import lion, scale_by_lion
 from functorch_optim.optimizers.madgrad import madgrad
 from functorch_optim.optimizers.momo import momo, momo_adam
-from functorch_optim.optimizers.muon import muon, scale_by_muon
+from functorch_optim.optimizers.muon import muon, normalize_rows, normuon, scale_by_muon
+from functorch_optim.optimizers.muon_with_adamw import muon_route, muon_with_adamw
 from functorch_optim.optimizers.nadam import nadam, scale_by_nadam
 from functorch_optim.optimizers.nadamw import nadamw, scale_by_nadamw
 from functorch_optim.optimizers.novograd import novograd
 from functorch_optim.optimizers.polyak import polyak
 from functorch_optim.optimizers.prodigy import prodigy
+from functorch_optim.optimizers.qk_clip import qk_clip
 from functorch_optim.optimizers.radam import radam, scale_by_radam
 from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
+from functorch_optim.optimizers.scion import scale_by_lmo, scion
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.optimizers.sgld import sgld
 from functorch_optim.optimizers.signum import sign_sgd, signum
@@ -216,11 +219,15 @@ __all__ = [
     "momo_adam",
     "monitor",
     "muon",
+    "muon_route",
+    "muon_with_adamw",
     "nadam",
     "nadamw",
     "named_chain",
     "names",
     "normalize_by_update_norm",
+    "normalize_rows",
+    "normuon",
     "novograd",
     "optim",
     "optimistic_gradient",
@@ -233,6 +240,7 @@ __all__ = [
     "prodigy",
     "project",
     "projections",
+    "qk_clip",
     "radam",
     "reduce_on_plateau",
     "rmsprop",
@@ -256,6 +264,7 @@ __all__ = [
     "scale_by_lars",
     "scale_by_learning_rate",
     "scale_by_lion",
+    "scale_by_lmo",
     "scale_by_muon",
     "scale_by_nadam",
     "scale_by_nadamw",
@@ -272,6 +281,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_sgd",
     "schedules",
+    "scion",
     "set_to_zero",
     "sgd",
     "sgdp",

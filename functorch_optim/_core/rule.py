@@ -86,6 +86,7 @@ class Rule:
     elementwise: bool = False
     needs_params: bool = False
     sparse: Literal["touched", "dense"] | None = None
+    stacks: bool = False  # whether torch.vmap may run it on many tensors of one shape
     state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
     carried_type: Any = None  # the NamedTuple that `carry` makes
     hold: Callable[[Any, Any, Any, Any], Any] | None = None  # of a gate: the next state at a step that it leaves out
@@ -217,7 +218,7 @@ def _closed_over(update: Any) -> tuple[Any, ...]:
 
 
 def _name(update: Any) -> str:
-    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0]
+    return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0].lstrip("_")
 
 
 def check_extras(

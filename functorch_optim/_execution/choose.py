@@ -10,6 +10,7 @@
 | - `fused=False` or `foreach=False`; all else on the CPU | in blocks |
 | elementwise ones, on many small tensors that are differentiated or vmapped | flat: once on all of them, end to end |
 | elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
+| rules that need their tensor whole and say that they may be stacked, on small tensors of one shape | stacked |
 | all others: in a trace of torch.compile, on tensor subclasses, for rules that need their tensor whole | tensor by tensor |
 """  # noqa: E501
 
@@ -27,6 +28,7 @@ from functorch_optim._execution.program import Program
 from functorch_optim._execution.recomputed import can_recompute
 from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns
+from functorch_optim._execution.stacked import can_stack, stacked
 
 FEW = 32
 """Tensors up to which foreach calls cost less than the copies that put small tensors together."""
@@ -129,6 +131,8 @@ def differentiable(
     scalars: Sequence[Any],
 ) -> tuple[list[Tensor], list[Columns]]:
     """Run rules in the way that is best where derivatives, batches or a trace are wanted."""
+    if can_stack(mode, stages, updates, states, params):
+        return stacked(stages, updates, states, params, scalars)
     if not all(stage.rule.elementwise for stage in stages):
         return tensor_by_tensor(stages, updates, states, params, scalars)
     if can_join(mode, updates, states, params, scalars):

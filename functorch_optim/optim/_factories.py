@@ -12,6 +12,7 @@ import torch
 
 from functorch_optim import tree
 from functorch_optim._core.hyperparameters import Live
+from functorch_optim._core.parts import parts_of
 from functorch_optim._core.recorded import Recorded
 from functorch_optim._core.transformation import GradientTransformation, advice, shown
 
@@ -126,6 +127,12 @@ def check_injects_nothing(transformation: GradientTransformation, factory: Facto
             "there would be ignored. Give Optimizer the factory without inject_hyperparams, or the transformation: "
             "Optimizer(params, inject_hyperparams(adamw)(lr=1e-3))"
         )
+
+
+def parted(factory: Any, group: dict[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Part a param group as the factory wants it; the group itself where it wants nothing."""
+    parts = parts_of(factory)
+    return [group] if parts is None else parts.of(group, defaults)
 
 
 def hyperparameters(factory: Factory, group: Mapping[str, Any]) -> dict[str, Any]:

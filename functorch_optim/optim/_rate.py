@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from functorch_optim._core.parts import parts_of
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.wrappers.injection import InjectingFactory
 
@@ -101,8 +102,14 @@ def _mapped(transformation: GradientTransformation, change: Callable[[Any], Any]
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     inside: list[Any] = []
+    parts = parts_of(function)
+    rates = [name for name in (parts.rates if parts else ()) if bound.arguments[name] is not None]
     new = {
-        name: change(value) if name == "lr" else value if "lr" in bound.arguments else _within(value, change, inside)
+        name: change(value)
+        if name == "lr" or name in rates
+        else value
+        if "lr" in bound.arguments
+        else _within(value, change, inside)
         for name, value in bound.arguments.items()
     }
     if "lr" not in bound.arguments and not inside:  # a factory under another name: look at its result

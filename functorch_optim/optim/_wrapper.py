@@ -129,6 +129,11 @@ class Optimizer(OptimizerBase):
             tensors = [param[1] if isinstance(param, tuple) else param for param in param_group["params"]]
             if len({id(tensor) for tensor in tensors}) != len(tensors):
                 raise ValueError("Some parameters come more than once in a group; give each of them once")
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), set | None):
+            parts = factories.parted(self._transformation, param_group, self.defaults)
+            if parts[0] is not param_group:
+                self._add_parts(parts)
+                return
         if isinstance(self._transformation, GradientTransformation):
             factories.check_no_hyperparameters(param_group)
             if REST in self.__dict__.get("state", ()):
@@ -154,6 +159,16 @@ class Optimizer(OptimizerBase):
             self.param_groups.pop()
             self.__dict__.pop("_plans", None)
             self.__dict__.pop("_steps", None)
+            raise
+
+    def _add_parts(self, parts: list[dict[str, Any]]) -> None:
+        """Add several groups, or none of them."""
+        before = len(self.param_groups)
+        try:
+            for part in parts:
+                self.add_param_group(part)
+        except Exception:
+            del self.param_groups[before:]
             raise
 
     def migrate(self, transformation: GradientTransformation) -> saving.Loaded:

@@ -36,9 +36,12 @@ MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "mo
     "cautious_count",
     "centralize",
     "clip_by_block_rms",
+    "muon_polar_express",
+    "normuon",
     "orthogonalize_against_params",
     "project",
     "scale_by_trust_ratio",
+    "scion",
 }
 
 
@@ -149,7 +152,10 @@ JUMPING = (
     *("prodigy", "prodigy_options", "dadapt_adam_options"),  # which do not decay before a gradient has come
     *("momo_bounded", "momo_adam_bounded"),  # whose model of the loss has its corner at the smallest loss
 )
-STEEP = ("adafactor_epsilon", "muon", "chain", "inject_hyperparams_chain", "partition")
+STEEP = (
+    *("adafactor_epsilon", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),
+    *("chain", "inject_hyperparams_chain", "partition"),
+)
 
 
 @pytest.mark.sampled

@@ -97,6 +97,7 @@ def test_the_citation_has_the_version():
     ("term", "page"),
     [
         ("EMA", "averaging"),
+        ("Muon", "muon-and-adamw"),
         ("Lookahead", "averaging"),
         ("gradients", "clipping-and-accumulation"),
         ("learning rate finder", "learning-rate-finder"),

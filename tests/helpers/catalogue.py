@@ -129,6 +129,21 @@ def muon(lr: Any, weight_decay: Any, momentum: Any, eps: Any) -> fo.GradientTran
     return fo.partition({True: hidden, False: fo.sgd(lr)}, matrices)
 
 
+def for_matrices(factory: Callable[..., Any], **static: Any) -> Callable[..., fo.GradientTransformation]:
+    """Make an optimizer for matrices, in full precision, and SGD for the rest."""
+
+    def make(lr: Any, **hyperparameters: Any) -> fo.GradientTransformation:
+        hidden = factory(lr, **hyperparameters, ns_dtype=None, **static)
+        return fo.partition({True: hidden, False: fo.sgd(lr)}, matrices)
+
+    return make
+
+
+def routed(lr: Any, adamw_lr: Any, weight_decay: Any, momentum: Any, adamw_eps: Any) -> fo.GradientTransformation:
+    """Make Muon with AdamW."""
+    return fo.muon_with_adamw(lr, adamw_lr, weight_decay, momentum, adamw_eps=adamw_eps, ns_dtype=None)
+
+
 def descending_trace(momentum: Any) -> fo.GradientTransformation:
     """Make momentum that looks ahead, and goes downhill: uphill, rounding errors grow as fast as the parameters."""
     return fo.chain(fo.trace(momentum, nesterov=True), fo.scale(-0.1))
@@ -384,6 +399,25 @@ CATALOGUE = [
     Row("adafactor_epsilon", fo.adafactor, {"lr": 0.1}, elementwise=False, complex=False),
     Row("muon", muon, {**DECAYED, "momentum": 0.9, "eps": 1e-7}, complex=False),
     Row("muon_large_eps", muon, {**DECAYED, "momentum": 0.9, "eps": 10.0}, complex=False),
+    Row(
+        "muon_polar_express",
+        for_matrices(fo.muon, ns_coefficients="polar_express", adjust_lr_fn="unit_rms"),
+        {**DECAYED, "momentum": 0.9},
+        complex=False,
+    ),
+    Row(
+        "normuon",
+        for_matrices(fo.normuon, maximize=True),
+        {**DECAYED, "momentum": 0.9, "beta2": 0.9, "eps": 1e-2},
+        complex=False,
+    ),
+    Row(
+        "muon_with_adamw",
+        routed,
+        {**DECAYED, "adamw_lr": 0.05, "momentum": 0.9, "adamw_eps": 1e-3},
+        complex=False,
+    ),
+    Row("scion", for_matrices(fo.scion), {"lr": 0.1, "momentum": 0.5, "scale": 2.0}, complex=False),
     Row("lbfgs", partial(fo.lbfgs, max_iter=2, history_size=2), {"lr": 0.1}, elementwise=False, tolerance=1e-9),
     Row("lbfgs_search", searching, {"lr": 0.2}, elementwise=False, tolerance=1e-9),
     Row("prodigy", with_betas(fo.prodigy), {**FREE, **ADAM, "d0": 0.01, "lr": 0.3, "d_coef": 2.0}),
