@@ -26,7 +26,7 @@ import functorch_optim as fo
 # Every transformation. ------------------------------------------------------------------------------------------------
 
 # Which divide by norms of whole tensors.
-OF_TENSORS = ("adafactor", "adafactor_large_eps", "lamb", "lars", "stable_adamw", "adanorm")
+OF_TENSORS = ("adafactor", "adafactor_large_eps", "lars", "stable_adamw", "adanorm")
 
 
 @rows

@@ -65,6 +65,11 @@ def not_vectors(params: Any) -> Any:
     return fo.tree.map(lambda p: p.ndim != 1, params)
 
 
+def not_single(params: Any) -> Any:
+    """Mask: parameters of several elements. LAMB's step of one element depends on its sign alone."""
+    return fo.tree.map(lambda p: p.numel() > 1, params)
+
+
 def chained(max_norm: Any, lr: Any) -> fo.GradientTransformation:
     """Make a chain of a reduction over the tree, an optimizer, and a mask."""
     return fo.chain(fo.clip_by_global_norm(max_norm), fo.adam(lr, eps=1e-3), fo.masked(fo.scale(0.5), not_vectors))
@@ -330,7 +335,7 @@ CATALOGUE = [
     Row("lion", with_betas(fo.lion), {**DECAYED, "beta1": 0.9, "beta2": 0.5}),
     Row("sign_sgd", partial(fo.sign_sgd, decoupled_weight_decay=True, maximize=True), DECAYED),
     Row("signum", partial(fo.signum, decoupled_weight_decay=True), {**DECAYED, "momentum": 0.5}),
-    Row("lamb", with_betas(fo.lamb), LAMB),
+    Row("lamb", with_betas(fo.lamb, mask=not_single), LAMB),
     Row("lamb_clipped", with_betas(fo.lamb, bias_correction=False, mask=not_vectors), {**LAMB, "trust_clip": 0.3}),
     Row("lars", fo.lars, LARS),
     Row("lars_nesterov", partial(fo.lars, nesterov=True, mask=not_vectors, maximize=True), LARS),
@@ -363,7 +368,7 @@ CATALOGUE = [
     Row("adam_atan2", with_betas(fo.adam_atan2), {**DECAYED, "beta1": 0.9, "beta2": 0.99, "a": 1.27, "b": 1.5}),
     Row("adanorm", with_betas(fo.adanorm), {**DECAYED, **ADAM, "r": 0.9}, complex=False),
     Row("grams", with_betas(fo.grams), {**DECAYED, **ADAM}),
-    Row("adai", with_betas(fo.adai, decoupled_weight_decay=True), {**DECAYED, "beta1": 0.3, "beta2": 0.97, "eps": 0.1}),
+    Row("adai", with_betas(fo.adai, decoupled_weight_decay=True), {**DECAYED, "beta1": 0.3, "beta2": 0.97, "eps": 0.02}),
     Row("scale_by_rss", fo.scale_by_rss, {"initial_accumulator_value": 0.1, "eps": 1e-3}, initial=INITIAL_SUM),
     Row("adagrad", fo.adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}),
     Row(
