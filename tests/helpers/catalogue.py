@@ -368,7 +368,9 @@ CATALOGUE = [
     Row("adam_atan2", with_betas(fo.adam_atan2), {**DECAYED, "beta1": 0.9, "beta2": 0.99, "a": 1.27, "b": 1.5}),
     Row("adanorm", with_betas(fo.adanorm), {**DECAYED, **ADAM, "r": 0.9}, complex=False),
     Row("grams", with_betas(fo.grams), {**DECAYED, **ADAM}),
-    Row("adai", with_betas(fo.adai, decoupled_weight_decay=True), {**DECAYED, "beta1": 0.3, "beta2": 0.97, "eps": 0.02}),
+    Row(
+        "adai", with_betas(fo.adai, decoupled_weight_decay=True), {**DECAYED, "beta1": 0.3, "beta2": 0.97, "eps": 0.02}
+    ),
     Row("scale_by_rss", fo.scale_by_rss, {"initial_accumulator_value": 0.1, "eps": 1e-3}, initial=INITIAL_SUM),
     Row("adagrad", fo.adagrad, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}),
     Row(
