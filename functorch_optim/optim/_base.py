@@ -87,6 +87,8 @@ class OptimizerBase(torch.optim.Optimizer):
             TypeError: an extra that nothing declares, or one that is missing; `closure` is no function, or does not
                 return a loss where one is needed.
         """
+        if closure is not None:
+            check_closure(closure)
         return self._step(closure, **extra)
 
     def _step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
@@ -94,7 +96,6 @@ class OptimizerBase(torch.optim.Optimizer):
             raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before opt.step()")
         loss = None
         if closure is not None:
-            check_closure(closure)
             _untraced(self._check_extras, closure, "the loss, to come", extra)
             with torch.enable_grad():
                 loss = closure()
