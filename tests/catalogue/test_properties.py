@@ -14,15 +14,14 @@ from functorch_optim.testing._copies import through_pickle
 from functorch_optim.testing._properties import COMPLETE, INCOMPLETE
 from functorch_optim.testing._properties.numbers import used_hyperparameters
 
-# Those that take a tenth of a second and more.
-EXPENSIVE = {"schedules", "steps", "vmap_hyperparameters", "vmap_parameters", "ways"}
-sampled = pytest.mark.sampled(size=48)
+# Those that take a tenth of a second and more are sampled.
+MARKS = dict.fromkeys(
+    ("schedules", "steps", "vmap_hyperparameters", "vmap_parameters", "ways"), pytest.mark.sampled(size=48)
+)
+MARKS["stateful"] = pytest.mark.smoke
 properties = pytest.mark.parametrize(
     "check",
-    [
-        pytest.param(check, id=check.__name__, marks=[sampled] if check.__name__ in EXPENSIVE else [])
-        for check in (*COMPLETE, *INCOMPLETE)
-    ],
+    [pytest.param(check, id=check.__name__, marks=MARKS.get(check.__name__, ())) for check in (*COMPLETE, *INCOMPLETE)],
 )
 
 

@@ -26,8 +26,6 @@ from wrapper_cases import (
 import functorch_optim as fo
 from functorch_optim.testing._copies import through_a_file
 
-pytestmark = pytest.mark.smoke
-
 BASES = [
     SGD._replace(hyperparameters={"lr": 0.1, "momentum": 0.9, "dampening": 0.4}),
     ADAM._replace(hyperparameters={"amsgrad": True}),

@@ -5,8 +5,6 @@ import torch
 
 import functorch_optim as fo
 
-pytestmark = pytest.mark.smoke
-
 F64 = torch.float64
 X, Y = torch.randn(30, 3, dtype=F64), torch.randn(30, dtype=F64)
 START = {"w": torch.zeros(3, dtype=F64), "rest": [torch.zeros((), dtype=F64), None]}

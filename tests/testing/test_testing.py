@@ -14,8 +14,6 @@ import functorch_optim as fo
 from functorch_optim import testing
 from functorch_optim.testing import OPTIMIZER_PROPERTIES, PROPERTIES
 
-pytestmark = pytest.mark.smoke
-
 
 def test_names_of_properties():
     with pytest.raises(ValueError, match="There is no property 'purity' to skip; known are pure, kept"):

@@ -10,8 +10,6 @@ from histories import forms, give, in_place, make, optimize, pure, train
 import functorch_optim as fo
 from functorch_optim.testing._copies import through_a_file
 
-pytestmark = pytest.mark.smoke
-
 
 def means(history, every, mean=True):
     groups = [history[i : i + every] for i in range(0, len(history) - every + 1, every)]
