@@ -74,6 +74,9 @@ def marked() -> Iterator[None]:
 class Mark(StandIn):
     """Stands for a number that differs between parameters, and for all that is computed from it."""
 
+    device = torch.device("cpu")
+    dtype = torch.float64
+
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -35,8 +35,11 @@ def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
         yield f"__{name}__", forward(getattr(operator, name))
         yield f"__r{name}__", backward(getattr(operator, name))
-    for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "invert"):
-        yield f"__{name.strip('_')}__", forward(getattr(operator, name))
+    for name in ("and", "or"):
+        yield f"__{name}__", forward(getattr(operator, f"{name}_"))
+        yield f"__r{name}__", backward(getattr(operator, f"{name}_"))
+    for name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "invert"):
+        yield f"__{name}__", forward(getattr(operator, name))
 
 
 for _name, _operator in _operators():

@@ -166,8 +166,11 @@ def test_scalars(row):
         rule = link.rule
         if rule.scalars is None:
             continue
-        extras = {"updates": [torch.full((2,), 0.3, dtype=torch.float64), torch.ones(3)]} if rule.sees_tree else {}
-        extras |= {"value": tensor(0.5)} if "value" in rule.extras.names else {}
+        seen = [torch.full((2,), 0.3, dtype=torch.float64), torch.ones(3)]
+        own = [rule.init_leaf(p) for p in seen] if "states" in rule.extras.names else []
+        states = type(own[0])(*[list(column) for column in zip(*own, strict=True)]) if own else ()
+        known_extras = {"updates": seen, "params": seen, "states": states, "value": tensor(0.5)}
+        extras = {name: given for name, given in known_extras.items() if name in rule.extras.names}
         carried = [float(number) for number in rule.carried()]
         for step in (1.0, 2.0, 10.0, 1e4):
             of_floats = [rule.carried_type(*carried)] if rule.carry else []

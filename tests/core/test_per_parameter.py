@@ -36,6 +36,26 @@ REFUSED = {
     ("gpa", "mu_y"): "is a tree, and here one number is needed",
     ("polynomial_average", "gamma"): "is a tree, and here one number is needed",
     **{(f"ema_weights{kind}", "decay"): "is a tree, and here one number is needed" for kind in ("", "_corrected")},
+    **{
+        (row, name): "is a tree, and here one number is needed|keeps (d|loss_avg) once for all"
+        for row, names in {
+            "prodigy": ("lr", "d0", "beta2", "d_coef"),
+            "prodigy_options": ("lr", "d0", "beta1", "beta2", "beta3", "growth_rate"),
+            "dadapt_adam": ("lr", "d0", "beta2", "eps"),
+            "dadapt_adam_options": ("lr", "d0", "beta1", "beta2", "eps", "growth_rate"),
+            "dadapt_sgd": ("lr", "d0"),
+            "dog": ("eps", "reps_rel"),
+            "dowg": ("eps", "d0_squared"),
+            "polyak": ("f_min", "c", "eps"),
+            "polyak_bounded": ("max_lr",),
+            "momo": ("lr", "weight_decay", "beta", "lb"),
+            "momo_bounded": ("lr", "weight_decay", "beta"),
+            "momo_adam": ("lr", "weight_decay", "beta1", "eps", "lb"),
+            "momo_adam_bounded": ("lr", "weight_decay", "beta1", "eps"),
+            "cocob": ("eps",),
+        }.items()
+        for name in names
+    },
 }
 ACCEPTED = [(row, name) for row, name in HYPERPARAMETERS if (row.name, name) not in REFUSED]
 accepted = pytest.mark.parametrize(("row", "name"), ACCEPTED, ids=[f"{row.name}-{name}" for row, name in ACCEPTED])
