@@ -151,7 +151,7 @@ JUMPING = (
     "add_decayed_weights_last",
     *("prodigy", "prodigy_options", "dadapt_adam_options"),  # which do not decay before a gradient has come
     *("momo_bounded", "momo_adam_bounded"),  # whose model of the loss has its corner at the smallest loss
-    *("sam", "sam_adaptive"),  # whose point of evaluation lies in the direction of the gradient
+    "sam_adaptive",  # whose point of evaluation lies in the direction of the gradient
 )
 STEEP = (
     *("adafactor_epsilon", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),

@@ -217,12 +217,14 @@ LINKS = [
 ]
 
 
-def numbers_of(rule, step, updates):
+def numbers_of(rule, step, g, p, state):
     """Compute the numbers of a rule at a step."""
     if rule.scalars is None:
         return ()
     step = torch.tensor(step, dtype=torch.float64)
-    extras = {"updates": updates} if rule.sees_tree else {}
+    states = type(state)(*[[column] for column in state]) if state else ()
+    known = {"updates": [g], "params": [p], "states": states, "value": torch.tensor(0.5, dtype=torch.float64)}
+    extras = {name: given for name, given in known.items() if name in rule.extras.names}
     if rule.carry is None:
         return rule.scalars(step, **extras)
     carried = rule.carried_type(*[torch.tensor(float(n), dtype=torch.float64) for n in rule.carried()])
@@ -237,7 +239,7 @@ def test_kernels_of_the_library_agree_with_its_rules(link, step):
     g[0] = 0.0
     state = link.rule.init_leaf(p)
     state = type(state)(*[torch.rand_like(p) for _ in state]) if state else ()
-    scalars = numbers_of(link.rule, step, [g])
+    scalars = numbers_of(link.rule, step, g, p, state)
     numbers = tree.map(cast(LIKE, LIKE.dtype, to_number=True, as_pairs=True), scalars)
     new, new_state = link.rule.update(g, state, p, numbers)
     program = record([Stage(link.rule)], [state], True, [numbers], LIKE)
