@@ -17,7 +17,7 @@ _TORCHS = (
     *("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf", "sum"),
     *("square_avg", "acc_delta", "grad_avg", "prev", "step_size", "eta", "mu", "ax", "row_var", "col_var", "variance"),
 )
-_LENT = ("z",)  # schedulefree's wrapper keeps it in the state of the optimizer that it wraps
+_LENT = ("z", "average")  # common names, also of programs: schedulefree's wrapper keeps z in the state of its optimizer
 
 
 def checked_state(
