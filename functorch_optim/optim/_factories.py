@@ -90,7 +90,7 @@ def check_params_argument(params: Any) -> None:
     Raises:
         TypeError: it is.
     """
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise TypeError(
             f"Optimizer needs parameters, got a {type(params).__name__}, which is a module; write "
             "Optimizer(model.parameters(), adamw, lr=1e-3), or give model.named_parameters() to have names too"

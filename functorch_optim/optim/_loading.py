@@ -17,7 +17,8 @@ _TORCHS = (
     *("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf", "sum"),
     *("square_avg", "acc_delta", "grad_avg", "prev", "step_size", "eta", "mu", "ax", "row_var", "col_var", "variance"),
 )
-_LENT = ("z", "average")  # common names, also of programs: schedulefree's wrapper keeps z in the state of its optimizer
+_COMMON = ("average",)
+"""Names of rules that programs use, too, for entries of their own; so are all single letters, as schedulefree's z."""
 
 
 def checked_state(
@@ -86,7 +87,7 @@ def is_of_rules(key: Any) -> bool:
     All others belong to the program.
     """
     name = str(key).split(".", maxsplit=1)[0]
-    return name not in _LENT and (name in _TORCHS or name in DECLARED)
+    return len(name) > 1 and name not in _COMMON and (name in _TORCHS or name in DECLARED)
 
 
 def initial_state(plan: Plan, i: int) -> dict[str, Tensor]:

@@ -404,8 +404,9 @@ class Optimizer(OptimizerBase):
 
     @property
     def _averages(self) -> bool:
-        """Whether some wrapper keeps two sets of weights."""
-        plans = [self._plan(index) for index in range(self._number_of_trees)]
+        """Whether some wrapper keeps two sets of weights; hyperparameters do not matter, and may be wrong now."""
+        kept = self.__dict__.get("_plans", {})
+        plans = [kept[index][1] if index in kept else self._plan(index) for index in range(self._number_of_trees)]
         return any(link.rule.evaluate is not None for plan in plans for link in plan.links)
 
     def state_dict(self) -> dict[str, Any]:
