@@ -176,6 +176,7 @@ def _in_turns(
     for name, way in ways.items():
         with _noting(failed, name):
             functions[name], samples[name] = measure(way()), []
+    frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()  # so that each collection looks only at what is new
     begin = time.perf_counter()
@@ -188,7 +189,8 @@ def _in_turns(
             with _noting(failed, name):
                 samples[name].append(functions[name]())
         gc.enable()
-    gc.unfreeze()
+    if not frozen:
+        gc.unfreeze()
     return {name: taken for name, taken in samples.items() if name not in failed}, failed
 
 
