@@ -74,7 +74,7 @@ def test_gradients_of_a_batch_of_parameters_equal_a_loop(row):
     assert_equals(row, total(batch), loop)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @hyperparameters
 def test_derivatives_by_a_vector_of_hyperparameters_equal_a_loop(row, name):
     train, params, data, numbers = training_of(row)
@@ -154,7 +154,7 @@ def test_steps_compile_whole_and_once(row):
     compiled(row.subject, make_problem(missing=False))
 
 
-@pytest.mark.sampled(size=3)
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize("row", [row for row in WHOLE if row.name in KINDS], ids=lambda row: row.name)
 def test_compiles_whole_and_once(row):
     counter = torch._dynamo.testing.CompileCounter()
@@ -176,11 +176,13 @@ def by_autograd(function):
     return gradient
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_a_backward_pass_through_what_was_compiled():
     row = next(row for row in CATALOGUE if row.name == "adam")
     assert_compiles_once(row, lambda total: by_autograd(torch.compile(total, backend="aot_eager", fullgraph=True)))
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
 def test_compiles_by_default():
     row = next(row for row in CATALOGUE if row.name == "adam")

@@ -100,6 +100,7 @@ def test_errors_name_the_field():
         fo.sgd(0.1).update(as_dict(params), fo.sgd(0.1).init(params), params)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiled():
     tx, params = fo.adam(0.1), make(Frozen)
     state = tx.init(params)

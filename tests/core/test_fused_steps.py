@@ -70,6 +70,7 @@ def test_a_schedule_does_not_compile_again(compiled):
     assert_close(results, run(fo.step, tx, params, history), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("factory", [fo.adamw, fo.nadam, fo.rmsprop])
 def test_a_scheduler_does_not_compile_again(factory, compiled):
     graphs, calls = compiled

@@ -216,6 +216,7 @@ def test_vmap_over_trees_of_learning_rates():
         assert_close(fo.tree.map(lambda leaf: leaf[i], batched), expected)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiles_whole():
     def objective(params):
         return (params["a"]["w"] * params["b"][0].sin()).square().sum()

@@ -246,6 +246,7 @@ def test_parameters_of_a_module():
 # Inside of transformations. -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_steps_are_differentiated_and_batched():
     def trained(step, lr):
         tx, params = fo.sgd(lr, momentum=0.9), {"w": torch.linspace(-1, 1, 3, dtype=torch.float64)}

@@ -155,6 +155,7 @@ def test_vmap_is_a_loop():
     torch.testing.assert_close(batched, looped)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiled_whole():
     a, b, s = arguments()
     compiled = torch.compile(everything, backend="eager", fullgraph=True)

@@ -29,6 +29,7 @@ def rows(printed):
     return {cells[0].split()[0]: [float(cell) for cell in cells[1:] if cell.strip()] for cells in lines}
 
 
+@pytest.mark.sampled(pool="long")
 def test_networks_recognize_test_digits_and_a_table_and_a_picture_show_it(tmp_path, capsys):
     directory = tmp_path / "new" / "pictures"
     main(["--out", str(directory), "--epochs", "10"])

@@ -180,6 +180,7 @@ def test_many_sizes_together():
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.complex128: 1e-13}
 
 
+@pytest.mark.sampled(size=24)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("expanded", "conjugated")])
 @pytest.mark.parametrize("others", ["lying_so", "lying_otherwise"])

@@ -28,6 +28,7 @@ def numbers_computed_apart(function, *arguments):
     return targets.count("amax"), result
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("size", [1, SIZE])
 def test_numbers_are_computed_apart(size):
     arguments = problem(size=size)
@@ -52,6 +53,7 @@ def test_steps_are_compiled_once():
     assert_close(params, expected[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_derivatives_and_batches_of_numbers_that_are_computed_apart():
     """A maximum of equal numbers has the derivative of one."""
     begin = torch.randn(3, dtype=torch.float64)
@@ -72,6 +74,7 @@ def test_derivatives_and_batches_of_numbers_that_are_computed_apart():
         assert_close(result, transformed(numbers), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
 @pytest.mark.parametrize("size", [1 << 10, SIZE])
 def test_no_power_is_computed_for_each_element(size):

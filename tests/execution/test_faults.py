@@ -96,6 +96,7 @@ def accumulation_hook(optimizer):
         optimizer.step(closure)
 
 
+@pytest.mark.sampled(size=24)
 @each_optimizer
 @steps_before
 @pytest.mark.parametrize("fault", [closure_midway, pre_hook, tensor_hook, accumulation_hook])
@@ -169,6 +170,7 @@ def places(count):
     return sorted({*range(0, count, 1 + count // 5), *range(max(0, count - 12), count)})
 
 
+@pytest.mark.sampled(size=4)
 @each_optimizer
 @steps_before
 def test_memory_that_runs_out(make, before):
@@ -275,6 +277,7 @@ def lines_of(function, interrupted=None):
     return count
 
 
+@pytest.mark.sampled(size=4)
 @each_optimizer
 @steps_before
 def test_interrupts(make, before):

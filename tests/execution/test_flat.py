@@ -54,7 +54,7 @@ def has_state(row):
 # Everything is the same. ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize(
     ("row", "start"),
     [pytest.param(row, begun, id=row.name) for row in CATALOGUE]

@@ -225,6 +225,7 @@ def by_update(tx, grads, state, params):
     return fo.apply_updates(params, updates), state
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -135,6 +135,7 @@ def test_a_number_for_each_of_one_parameter(lr):
 # Changes and gradients. -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=24)
 @each
 @changes
 def test_changes_between_steps(name, change, taken):
@@ -142,6 +143,7 @@ def test_changes_between_steps(name, change, taken):
     assert len(taken) >= 3
 
 
+@pytest.mark.sampled(size=12)
 @pytest.mark.parametrize("name", ["Adam", "ASGD"])
 @changes
 def test_changes_between_steps_of_the_wrapper(name, change, taken):
@@ -150,6 +152,7 @@ def test_changes_between_steps_of_the_wrapper(name, change, taken):
     assert len(taken) >= 3
 
 
+@pytest.mark.sampled(size=12)
 @each
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
 def test_gradients_of_other_kinds(name, draw, taken):

@@ -2,8 +2,11 @@
 
 A cell is a test function with one set of parameters, such as a property of one row of the catalogue. Compilation,
 Hessians and long runs are marked `@pytest.mark.sampled`. The default run takes about `CELLS` of the cells of each such
-test, however many rows there are. The seed chooses them, and pytest prints it. Consecutive seeds take disjoint samples
-until every cell has had its turn, and each run of everything that passes is followed by the next seed.
+test, or as many as `sampled(size=...)` says, however many rows there are. Single tests that are expensive share a pool:
+of all that are marked `sampled(pool="compiled")`, some are run.
+
+The seed chooses them, and pytest prints it. Consecutive seeds take disjoint samples until every cell has had its turn,
+and each run of everything that passes is followed by the next seed.
 
 `--exhaustive` runs every cell. So do `--last-failed` and a call that names tests, as `pytest tests/test_x.py::test_y`.
 Where `-k` or `-m` leaves few cells of a test, all of them are run.
@@ -16,6 +19,7 @@ import math
 import pytest
 
 CELLS = 16
+POOLS = {"compiled": 8, "long": 4}
 KEY = "sample/seed"
 
 
@@ -55,6 +59,11 @@ def pytest_report_header(config):
     return f"sample: of expensive tests, the cells of --sample-seed={seed}; all with --exhaustive"
 
 
+def population(item, size=CELLS, pool=None):
+    """Return what a sample is taken of, a test function or a pool, and the size of the sample."""
+    return (pool, POOLS[pool]) if pool else (item.nodeid.partition("[")[0], size)
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
     if exhaustive(config):
@@ -62,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
     cells = {}
     for item in items:
         if mark := item.get_closest_marker("sampled"):
-            cells.setdefault((item.nodeid.partition("[")[0], mark.kwargs.get("size", CELLS)), []).append(item.nodeid)
+            cells.setdefault(population(item, **mark.kwargs), []).append(item.nodeid)
     left = set().union(*(set(of) - sample(of, config.option.sample_seed, size) for (_, size), of in cells.items()))
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])

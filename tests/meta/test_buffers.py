@@ -50,6 +50,7 @@ def test_they_are_those_of_the_module_in_a_plain_loop(checkpoint, has_aux):
     assert int(carried["1.num_batches_tracked"]) == 3
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_task_of_a_vmap_has_its_own(compiled):
     """And the meta-gradient through what eval mode computes with them is that of tasks in turn."""

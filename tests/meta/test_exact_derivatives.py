@@ -125,6 +125,7 @@ def test_values_are_those_of_torch(name):
     torch.testing.assert_close(exact, function(*xs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(size=4)
 @cases
 def test_derivatives_are_those_of_finite_differences(name):
     function, *xs = CASES[name]
@@ -171,6 +172,7 @@ def training_loss(module, params, x):
     return functional_call(module, params, (x,)).sin().square().mean()
 
 
+@pytest.mark.sampled(size=2)
 @networks
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_meta_gradients_of_tasks_at_once_are_those_of_tasks_in_turn(name, checkpoint):
@@ -291,6 +293,7 @@ def test_it_is_a_decorator_and_a_context():
             torch.testing.assert_close(meta_gradient(normalized)(W), expected)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_whole(inside):
     def unrolled(w):

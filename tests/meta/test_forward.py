@@ -59,7 +59,7 @@ def test_is_reverse_mode_and_finite_differences(row, name):
     assert (forward != 0) == (expected != 0)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("row", [row for row in CATALOGUE if row.hyperparameters], ids=lambda row: row.name)
 def test_all_hyperparameters_at_once(row):
     f, numbers = outcome(row), numbers_of(row)
@@ -108,6 +108,7 @@ def test_second_derivatives_of_training(name):
     torch.testing.assert_close(torch.func.grad(grad)(lr), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.sampled(pool="compiled")
 @ways
 def test_compiles(vectorize):
     compiled = torch.compile(forward_grad(quadratic, vectorize=vectorize), fullgraph=True, backend="eager")
@@ -151,6 +152,7 @@ def training(steps, weights):
     return loss_after_training
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize(("vectorize", "requires_grad"), [(False, True), (True, False)])
 def test_memory_does_not_grow_with_the_steps(vectorize, requires_grad):
     weights = {"hidden": torch.randn(1, 16), "output": torch.randn(16, 1)}

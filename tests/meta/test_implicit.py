@@ -235,6 +235,7 @@ def deviation(one, other, transform):
     return float((transform(one, THETA) - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("transform", FIRST)
 @pytest.mark.parametrize("case", CASES)
 def test_first_derivatives(case, transform):
@@ -243,6 +244,7 @@ def test_first_derivatives(case, transform):
         assert deviation(made(solve), reference, FIRST[transform]) < 1e-8, solve
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize("transform", HIGHER)
 @pytest.mark.parametrize("case", CASES)
 def test_higher_derivatives(case, transform):

@@ -60,6 +60,7 @@ def test_hyperparameters_learn_by_implicit_gradients():
     assert log_l2[:2].max() < log_l2[2:].mean()  # what does not help is penalized
 
 
+@pytest.mark.sampled(pool="long")
 def test_imaml_learns_a_beginning_for_all_tasks():
     """Tasks are regressions near a common w; the inner problem stays near the beginning (arXiv:1909.04630)."""
     common, strength = torch.randn(4, dtype=F64), 2.0

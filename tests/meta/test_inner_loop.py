@@ -238,6 +238,7 @@ def test_after_the_end_all_but_a_step():
         adapt(inner)
 
 
+@pytest.mark.sampled(pool="compiled")
 @modes
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own access
 def test_a_compiled_module(options):
@@ -261,6 +262,7 @@ def test_a_compiled_module(options):
 # Memory. --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize(("keep", "steps"), [(False, 300), (True, 20)])
 def test_memory_stays_flat_over_many_outer_steps(keep, steps):
     module, log_lr = nn.Linear(1, 1), torch.tensor(-2.0, requires_grad=True)

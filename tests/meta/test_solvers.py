@@ -225,6 +225,7 @@ def conditioned(condition, n, dtype=F64):
     return ((q * torch.logspace(0, -math.log10(condition), n, dtype=F64)) @ q.T).to(dtype)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("solve", ITERATIVE, ids=name)
 def test_a_tolerance_that_is_not_met_is_an_error(solve):
     a, b = conditioned(1e6, 50), torch.randn(50, dtype=F64)
@@ -310,6 +311,7 @@ def test_vmap_over_operators_and_right_hand_sides(solve):
         assert_close(row, solve(times(matrix), side, **options), 1e-8)
 
 
+@pytest.mark.sampled(pool="compiled")
 @every
 def test_compile(solve):
     a, b = spd(3), torch.randn(3, dtype=F64)

@@ -22,7 +22,7 @@ def small(tx):
 # Values and derivatives. ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 def test_is_the_loop(row):
     params = make_params()
@@ -32,7 +32,7 @@ def test_is_the_loop(row):
         assert_close(unrolled, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=4)
 @rows
 def test_derivatives_are_those_of_the_loop(row):
     """With respect to parameters, batches, the state, and all hyperparameters, which the transformation closes over."""
@@ -173,6 +173,7 @@ def test_what_reaches_the_steps_by_gradients_alone_is_no_part_of_the_first_order
     assert derivative(1, first_order=False) != pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("checkpoint", [False, 1, 3, True])
 @pytest.mark.parametrize("truncate", [1, 2, 3, 4, 9])
 def test_truncate(truncate, checkpoint):

@@ -14,6 +14,7 @@ import functorch_optim as fo
 # Transforms. ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize(
     "row",
@@ -36,6 +37,7 @@ def test_tasks_from_one_initialization(row, checkpoint):
     assert_close(torch.func.grad(vmapped)(params), torch.func.grad(looped)(params), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiles_whole_and_once():
     counter = torch._dynamo.testing.CompileCounter()
 
@@ -115,6 +117,7 @@ def test_a_schedule_is_learned():
 # Memory, and loops around. --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize("way", ["backward", "torch.func.grad"])
 def test_memory_grows_like_the_square_root_of_the_steps(way):
     weights = torch.randn(2000, dtype=torch.float64)

@@ -335,6 +335,7 @@ class Wrapped(Training):
     wrapped = True
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize("machine", [Training, Wrapped])
 def test_training(machine):
     several = settings(max_examples=4 * settings().max_examples, stateful_step_count=30)

@@ -40,7 +40,7 @@ def missing(step, i):
     return i == 3 or (step + i) % 4 == 0
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @cases
 @pytest.mark.parametrize(
     ("source", "dtype"),
@@ -74,6 +74,7 @@ def test_training_goes_on(name, options, dtype, source):
     assert_same_dicts(back[0].state_dict(), back[1].state_dict())
 
 
+@pytest.mark.sampled
 @cases
 @sources
 def test_saved_before_the_first_step(name, options, source):
@@ -118,7 +119,7 @@ def assert_goes_on_as_torch_does(name, params, saved, options, steps=12):
     assert run(*pair, steps=steps, missing=missing) < 1e-12
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=6)
 @cases
 def test_groups_that_lack_newer_keys(name, options):
     params, saved = saved_by_torch(name, options)

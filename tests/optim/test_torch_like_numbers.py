@@ -72,6 +72,7 @@ def test_half_precision(name, options, dtype, device):
     assert deviation(mine, right) < deviation(torchs, right) + 3 * eps
 
 
+@pytest.mark.sampled
 @cases
 def test_gradients_that_are_missing_at_times_or_begin_late(name, options, device):
     ours, theirs = pair(name, awkward_params(name, torch.float64, device), options)

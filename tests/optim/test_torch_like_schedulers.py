@@ -95,11 +95,13 @@ def check(name, make, **options):
 TOGETHER = [(name, kind) for i, name in enumerate(NAMES) for j, kind in enumerate(SCHEDULERS) if (i + j) % 3 == 0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "kind"), TOGETHER)
 def test_schedulers(name, kind):
     check(name, SCHEDULERS[kind], lr=0.1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", MOMENTUM)
 @pytest.mark.parametrize("name", WITH_MOMENTUM)
 def test_schedulers_that_drive_momentum(name, kind):

@@ -234,6 +234,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize(
     ("name", "way"), dict.fromkeys(COMPILED), ids=lambda value: value if isinstance(value, str) else value.__name__
 )

@@ -111,6 +111,7 @@ def test_second_derivatives(name):
     assert max(errors(second(function), expected, function.places).values()) < 1e-10
 
 
+@pytest.mark.sampled(size=4)
 @each
 def test_groups_and_gradients_that_are_missing(name):
     """A group of its own learning rate, a parameter whose gradients begin late, a step without any."""
@@ -255,6 +256,7 @@ def judgement(name, options, module):
     return " ".join([judged(name, options, module, **kind) for kind in kinds])
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ADDED])
 def test_torch_is_wrong_where_it_was_and_we_are_not(name):
     for options, expected in zip(OPTIONS[name], OF_TORCH[name], strict=True):

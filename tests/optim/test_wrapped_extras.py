@@ -128,6 +128,7 @@ def test_what_takes_any_extra_and_wraps_nothing_is_given_the_loss():
     assert given == [{"value": trained.losses[0]}]
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiled_whole():
     tx = wrapped(fo.sgd(0.1, momentum=0.9))
 

@@ -74,6 +74,7 @@ def missing(step, i):
     return (step + i) % 4 == 0
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
 def test_chains_go_on_as_if_never_interrupted(tx, dtype):
@@ -105,6 +106,7 @@ def wrapped(name, params, options):
     return fo.Optimizer(groups, factory_of(name), **options)
 
 
+@pytest.mark.sampled(size=8)
 @cases
 @pytest.mark.parametrize("module", [fo.optim, torch.optim], ids=["ours", "torch"])
 def test_factories_and_classes_load_what_the_other_saved(name, options, module):
@@ -171,6 +173,7 @@ def make_models(seed, kind, name, options):
     ]
 
 
+@pytest.mark.sampled(size=8)
 @cases
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 def test_distributed_state_dicts(name, options, flat):

@@ -288,6 +288,7 @@ def test_derivatives_after_a_cut_are_those_of_what_comes_after():
     assert abs(whole - expected) > 0.1 * abs(expected)
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize("is_cut", [True, False])
 def test_memory_stays_flat_where_the_graph_is_cut(is_cut):
     """100 outer steps of two inner ones, by the number of tensors that are alive; without the cut they pile up."""

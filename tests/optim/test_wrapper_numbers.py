@@ -28,6 +28,7 @@ def assert_trains_the_same(pairs, steps=40, schedulers=()):
         assert {p: int(state["step"]) for p, state in optimizer.state.items()} == {p: n for p, n in counts.items() if n}
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize(
     ("base", "hyperparameters"),
     [

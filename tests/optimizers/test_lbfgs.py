@@ -30,6 +30,7 @@ from functorch_optim.testing._copies import through_a_file, through_pickle
 # Numbers. -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @options
 @pytest.mark.parametrize("problem", [rosenbrock, quadratic, network, complex_quadratic])
 def test_equals_torch(problem, options):

@@ -27,6 +27,7 @@ from functorch_optim.optimizers._line_search import Point
 from functorch_optim.optimizers.lbfgs import lbfgs, pack, unpack
 
 
+@pytest.mark.sampled(size=8)
 @options
 @pytest.mark.parametrize("problem", [rosenbrock, quadratic, network])
 def test_without_additive_updates_it_equals_torch_for_long(problem, options):
@@ -136,6 +137,7 @@ def steep(slope, place):
     return lambda t: -t + torch.exp(slope * (t - place))
 
 
+@pytest.mark.sampled(pool="long")
 def test_the_line_search_is_torchs_on_all_kinds_of_functions():
     evaluations, overflows = set(), 0
     for seed in range(150):

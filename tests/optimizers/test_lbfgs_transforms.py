@@ -52,6 +52,7 @@ def test_a_batch_of_learning_rates_of_one_problem_equals_a_loop(options):
     torch.testing.assert_close(batched, torch.stack(loop), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize(
     "options",
     [{"max_iter": 2, "lr": 0.02, "history_size": 2}, {"max_iter": 2, "max_eval": 3, "history_size": 1, **WOLFE}],

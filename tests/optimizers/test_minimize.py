@@ -106,6 +106,7 @@ def test_derivatives_are_those_of_the_updates_and_by_custom_root_those_of_the_mi
     torch.testing.assert_close(jacobian, torch.linalg.pinv(X), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiles_whole():
     def fitted(x0):
         return fo.minimize(lambda x: (x - 2).square().sum(), x0, fo.sgd(0.25), tol=1e-1, max_steps=8)

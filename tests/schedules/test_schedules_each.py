@@ -214,6 +214,7 @@ def derivatives(function, x):
     return torch.func.grad(function)(x), torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
 
 
+@pytest.mark.sampled(size=48)
 @of_each_argument
 def test_derivatives_are_right_inside(case, name):
     x, h = double(case.arguments[name]), 1e-5
@@ -290,6 +291,7 @@ def test_join_is_differentiable_where_a_piece_that_does_not_hold_is_not():
     assert derivatives(schedule, double(5.0)) == (0.5, 0.5)
 
 
+@pytest.mark.sampled
 @of_each
 def test_second_derivatives(case):
     values = [value.requires_grad_() for value in tensor_arguments(case).values()]

@@ -90,6 +90,7 @@ def test_a_reference_that_ends_too_early():
 # Strategies. ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize(
     "wanted",
     [

@@ -83,6 +83,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize(("make", "name", "message"), WRONG, ids=[f"{name_of(make)}-{name}" for make, name, _ in WRONG])
 def test_what_is_wrong_is_found(make, name, message):
     with pytest.raises(testing.PropertyError, match=message) as caught:
@@ -209,12 +210,14 @@ RIGHT = {
 }
 
 
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_passes(name):
     make, numbers, options = RIGHT[name]
     testing.check_transformation(make, numbers, **{"examples": 2, **options})
 
 
+@pytest.mark.sampled(pool="long")
 def test_a_row_of_the_catalogue_passes():
     """All others are checked in test_properties.py, property by property, on a tree that is not drawn."""
     row = next(row for row in CATALOGUE if row.name == "lbfgs_search")

@@ -3,10 +3,12 @@
 import math
 import pathlib
 import re
+from typing import NamedTuple
 
 import pytest
 from tiers import CELLS, sample
 
+KINDS = ("cheap", "expensive", "long")
 ALL = set(range(30))
 TESTS = """
 import pytest
@@ -20,6 +22,16 @@ def test_cheap(i):
 @cells
 def test_expensive(i, pytestconfig):
     assert not (pytestconfig.rootpath / "broken").exists()
+
+@pytest.mark.sampled(pool="long")
+@pytest.mark.parametrize("i", range(20))
+def test_long(i):
+    pass
+
+@pytest.mark.sampled(pool="long")
+@pytest.mark.parametrize("i", range(20, 30))
+def test_long_too(i):
+    pass
 """
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 
@@ -38,6 +50,15 @@ def test_the_sample_depends_on_the_seed_and_the_test_alone():
     assert sample(cells, 5) == sample(cells[::-1], 5) != sample(cells, 6)
     others = {cell.replace("_b", "_a") for cell in sample([cell.replace("_a", "_b") for cell in cells], 5)}
     assert others != sample(cells, 5)
+
+
+class Run(NamedTuple):
+    """The seed, and the cells that were run."""
+
+    seed: int | None
+    cheap: set[int]
+    expensive: set[int]
+    long: set[int]
 
 
 @pytest.fixture
@@ -60,42 +81,48 @@ def run(pytester):
         output = pytester.runpytest(*arguments, "-rA").stdout.str()
         seed = re.search(r"--sample-seed=(\d+)", output)
         cells = re.findall(r"^(?:PASSED|FAILED) .*::test_(\w+)\[(\d+)\]", output, flags=re.MULTILINE)
-        cheap, expensive = [{int(i) for name, i in cells if name == kind} for kind in ("cheap", "expensive")]
-        return seed and int(seed[1]), cheap, expensive
+        return Run(seed and int(seed[1]), *[{int(i) for name, i in cells if name.startswith(kind)} for kind in KINDS])
 
     return run
 
 
 def test_cheap_tests_are_run_whole_and_the_next_run_samples_other_cells(run):
-    seed, cheap, first = run()
-    assert cheap == ALL
-    assert len(first) == 3
-    following, _, second = run()
-    assert following == seed + 1
-    assert len(second) == 3
-    assert not first & second
+    first = run()
+    assert first.cheap == ALL
+    assert len(first.expensive) == 3
+    second = run()
+    assert second.seed == first.seed + 1
+    assert len(second.expensive) == 3
+    assert not first.expensive & second.expensive
 
 
 def test_all_workers_take_the_same_sample(run):
-    seed, _, alone = run("tests")
-    assert run("tests", "-n", "2") == (seed, ALL, alone)
-    assert run(f"--sample-seed={seed + 1}", "-n", "2")[::2] == run(f"--sample-seed={seed + 1}")[::2]
+    alone = run("tests")
+    assert run("tests", "-n", "2") == alone
+    seed = f"--sample-seed={alone.seed + 1}"
+    assert run(seed, "-n", "2") == run(seed)
 
 
 def test_the_sample_stays_until_it_passes(run, pytester):
     (pytester.path / "broken").touch()
-    seed, _, failed = run()
-    assert run()[::2] == (seed, failed)
-    assert run("--last-failed")[1:] == (set(), failed)
+    failed = run()
+    assert run() == failed
+    assert run("--last-failed")[1:] == (set(), failed.expensive, set())
     (pytester.path / "broken").unlink()
-    assert run()[::2] == (seed, failed)
-    assert run()[0] == seed + 1
+    assert run() == failed
+    assert run().seed == failed.seed + 1
 
 
-@pytest.mark.parametrize("arguments", [["--exhaustive"], ["tests/test_it.py::test_expensive"]], ids=["option", "name"])
-def test_every_cell_is_run_on_request(run, arguments):
-    assert run(*arguments)[2] == ALL
+def test_tests_of_a_pool_share_a_sample(run):
+    runs = [run(f"--sample-seed={seed}", "-k", "long").long for seed in range(8)]
+    assert {len(numbers) for numbers in runs} == {3, 4}
+    assert set().union(*runs) == ALL
+
+
+def test_every_cell_is_run_on_request(run):
+    assert run("--exhaustive")[1:] == (ALL, ALL, ALL)
+    assert run("tests/test_it.py::test_expensive").expensive == ALL
 
 
 def test_what_few_names_match_is_run_whole(run):
-    assert run("-k", "[29]")[1:] == ({29}, {29})
+    assert run("-k", "[29]")[1:] == ({29}, {29}, {29})

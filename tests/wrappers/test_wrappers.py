@@ -76,6 +76,7 @@ def test_the_number_of_mini_steps_may_be_a_schedule_of_the_steps():
     assert (float(state[0].gradient_step), float(state[0].mini_step)) == (3, 0)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_accumulation_is_batched_and_compiled():
     params, history = make()
     tx = fo.accumulate(fo.adamw(0.1), 4)
