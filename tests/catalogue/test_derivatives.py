@@ -66,7 +66,7 @@ def wrong(actual, expected, places, tolerance=1e-6):
     return [f"{path}: {e:.1e}" for path, e in errors(actual, expected, places).items() if not e <= tolerance]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 @starts
 def test_first_derivatives_equal_finite_differences(row, start):
@@ -77,7 +77,7 @@ def test_first_derivatives_equal_finite_differences(row, start):
     assert names - active == inactive(row, start)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 @starts
 def test_second_derivatives_equal_finite_differences(row, start):

@@ -81,7 +81,7 @@ def from_a_later_step(row, dtype):
     return continued(row, dtype, fill=0.0, before=tuple(before), loss=RELU, shifts=tuple(after))
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 @pytest.mark.parametrize(
     ("dtype", "start"),
@@ -159,7 +159,7 @@ STEEP = (
 )
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=12)
 @rows
 @dtypes
 def test_where_the_gradient_is_zero(row, dtype):
@@ -176,7 +176,7 @@ def test_where_the_gradient_is_zero(row, dtype):
         assert_right(function, gradient, 1e-3, 1e-6)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 @pytest.mark.parametrize(
     ("dtype", "factor"), [(torch.float64, 1.0), (torch.float32, 0.0)], ids=["float64", "float32 without data"]
@@ -194,7 +194,7 @@ def test_where_parameters_and_state_are_zero(row, dtype, factor):
 with_eps = [row for row in CATALOGUE if any(name.startswith("eps") for name in row.hyperparameters)]
 
 
-@pytest.mark.sampled(size=8)
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("row", with_eps, ids=lambda row: row.name)
 def test_where_eps_is_zero(row):
     for start in (begun, continued):

@@ -37,7 +37,7 @@ def assert_equals(row, left, right):
     assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=8)
 @rows
 def test_gradient_of_a_batch_of_tasks_with_shared_parameters_equals_a_loop(row):
     train, params, _, numbers = training_of(row)
@@ -92,6 +92,7 @@ def test_derivatives_by_a_vector_of_hyperparameters_equal_a_loop(row, name):
     assert_equals(row, torch.vmap(torch.func.hessian(by_value))(values), second)
 
 
+@pytest.mark.sampled(size=48)
 @rows
 def test_autograd_goes_through_as_torch_func_does(row):
     """Leaves that require grad, as in a loop with `torch.autograd.grad(create_graph=True)`."""

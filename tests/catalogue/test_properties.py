@@ -14,10 +14,10 @@ from functorch_optim.testing._copies import through_pickle
 from functorch_optim.testing._properties import COMPLETE, INCOMPLETE
 from functorch_optim.testing._properties.numbers import used_hyperparameters
 
-# Those that take a tenth of a second and more are sampled.
-MARKS = dict.fromkeys(
-    ("schedules", "steps", "vmap_hyperparameters", "vmap_parameters", "ways"), pytest.mark.sampled(size=48)
-)
+# The cheaper half is checked of every row.
+EXPENSIVE = {"double_precision", "kept", "schedules", "steps", "tensors", "ways"}
+EXPENSIVE |= {"vmap_hyperparameters", "vmap_parameters"}
+MARKS = dict.fromkeys(EXPENSIVE, pytest.mark.sampled(size=64))
 MARKS["stateful"] = pytest.mark.smoke
 properties = pytest.mark.parametrize(
     "check",

@@ -29,6 +29,7 @@ import functorch_optim as fo
 OF_TENSORS = ("adafactor", "adafactor_large_eps", "lars", "stable_adamw", "adanorm")
 
 
+@pytest.mark.sampled(size=64)
 @rows
 def test_a_step_in_single_precision_is_an_update_and_its_application(row):
     """In double precision it is a property of test_properties.py, and so is that nothing is modified."""

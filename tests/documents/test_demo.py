@@ -75,6 +75,7 @@ def test_the_three_ways_take_the_same_steps():
         torch.testing.assert_close(ensemble.params[name][0], network.get_parameter(name), rtol=0, atol=0)
 
 
+@pytest.mark.sampled(pool="long")
 def test_a_seed_gives_the_same_figures_each_time():
     first, again, other = [show.compare("cpu", seed, 1, Progress(disable=True)) for seed in (1, 1, 2)]
     for a, b, c in zip(first, again, other, strict=True):
@@ -83,6 +84,7 @@ def test_a_seed_gives_the_same_figures_each_time():
         assert not torch.equal(a.losses, c.losses)
 
 
+@pytest.mark.sampled(pool="long")
 def test_the_landscape_has_the_gradients_of_its_losses_and_descents_go_down():
     digits, _ = load()
     landscape = tune.explore(digits, seed=2)

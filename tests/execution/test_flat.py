@@ -54,7 +54,7 @@ def has_state(row):
 # Everything is the same. ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(size=8)
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize(
     ("row", "start"),
     [pytest.param(row, begun, id=row.name) for row in CATALOGUE]
@@ -201,6 +201,7 @@ def weighted(weight):
     return fo.leafwise(MeanState, update, lambda step: weight, elementwise=True)
 
 
+@pytest.mark.sampled(pool="long")
 def test_when_tensors_are_joined(joined, monkeypatch):
     joined.join(on=True)
     tx, params = fo.adam(0.1), [torch.ones(2), torch.ones(3)]

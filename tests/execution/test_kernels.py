@@ -232,6 +232,7 @@ def numbers_of(rule, step, g, p, state):
     return scalars if rule.hold is None else scalars[0]  # a gate says besides whether it is open
 
 
+@pytest.mark.sampled(size=256)
 @pytest.mark.parametrize("link", [link for _, link in LINKS], ids=[name for name, _ in LINKS])
 @pytest.mark.parametrize("step", [1, 7])
 def test_kernels_of_the_library_agree_with_its_rules(link, step):

@@ -106,6 +106,7 @@ def test_a_kernel_is_found_in_its_program(name, factors):
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
 
 
+@pytest.mark.sampled(size=128)
 @each
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -241,6 +241,7 @@ def test_what_has_no_derivative_keeps_no_graph(again):
 # When. ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(pool="long")
 def test_when_rules_run_again(again, monkeypatch):
     again.on(True)
     (g,), _, tx = problem(5)

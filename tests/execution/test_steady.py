@@ -191,6 +191,7 @@ def test_sparse_gradients(taken):
     assert all(map(torch.equal, parameters(optimizer), before))
 
 
+@pytest.mark.sampled(size=12)
 @each
 @pytest.mark.parametrize("make", [ours, wrapper])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -233,6 +234,7 @@ def with_lists(lr, betas, decays=(0.1, 0.2)):
     return fo.chain(fo.add_decayed_weights(decays[1]), fo.adam(lr, betas))
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize(
     "edit",
     [
@@ -283,6 +285,7 @@ EDITS = [change for change in CHANGES if change not in (parameter_taken_out, hoo
 ACTIONS = st.lists(st.sampled_from([None, None, None, None, *EDITS, *DRAWS]), min_size=4, max_size=14)
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize("make", [ours, wrapper])
 @settings(max_examples=2 * settings().max_examples)
 @given(ACTIONS, st.sampled_from(sorted(OPTIONS)))

@@ -41,6 +41,7 @@ def stepper(tx):
     return step
 
 
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_make_fx(name):
     """One trace serves the first step and later ones."""

@@ -19,7 +19,7 @@ import math
 import pytest
 
 CELLS = 16
-POOLS = {"compiled": 8, "long": 4}
+POOLS = {"compiled": 8, "long": 5}
 KEY = "sample/seed"
 
 

@@ -47,7 +47,7 @@ def slope(lr, steps=3):
 # Exact. ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=12)
 @hyperparameters
 def test_is_reverse_mode_and_finite_differences(row, name):
     f, number = outcome(row), numbers_of(row)[name]

@@ -244,7 +244,7 @@ def test_first_derivatives(case, transform):
         assert deviation(made(solve), reference, FIRST[transform]) < 1e-8, solve
 
 
-@pytest.mark.sampled(size=8)
+@pytest.mark.sampled(size=4)
 @pytest.mark.parametrize("transform", HIGHER)
 @pytest.mark.parametrize("case", CASES)
 def test_higher_derivatives(case, transform):

@@ -97,6 +97,7 @@ def test_imaml_learns_a_beginning_for_all_tasks():
     assert outer_loss(meta) < 0.05 * before
 
 
+@pytest.mark.sampled(pool="long")
 def test_roots_within_roots():
     """The optimality function of one root needs another: x = sqrt(a + y), y = cos(x y)."""
     inner = custom_fixed_point(lambda y, x: torch.cos(x * y), solve=solve_dense)(

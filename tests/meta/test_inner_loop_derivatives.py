@@ -95,6 +95,7 @@ def test_derivatives_equal_finite_differences_for_transformations(tx):
     assert_equals_differences(gradients, module, TRANSFORMATIONS[tx], task)
 
 
+@pytest.mark.sampled(size=8)
 @modules
 def test_derivatives_equal_finite_differences_for_modules(name):
     module, task = make(name), make_task()
@@ -118,6 +119,7 @@ def test_finite_differences_find_a_cut_graph(cut):
         assert_equals_differences(gradients, module, make_tx, task)
 
 
+@pytest.mark.sampled(size=32)
 @modules
 @transformations
 def test_derivatives_equal_those_of_a_loop_of_functions(name, tx, device):
@@ -236,6 +238,7 @@ def test_only_the_head_adapts():
 # First order. ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=32)
 @modules
 @transformations
 def test_first_order_equals_a_loop_of_functions_with_constant_gradients(name, tx):

@@ -109,6 +109,7 @@ MODES = {
 }
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_are_the_same(mode):
     torch.manual_seed(1)

@@ -174,6 +174,7 @@ def test_parameters_are_named():
 ALIKE = [{"Adam", "AdamW", "RAdam", "SparseAdam"}, {"SGD", "Muon"}]  # torch's own checkpoints are the same there
 
 
+@pytest.mark.sampled(size=48)
 @pytest.mark.parametrize(("saver", "loader"), list(itertools.permutations(NAMES, 2)))
 def test_states_of_another_class(saver, loader):
     options = {"momentum": 0.9} if saver == "SGD" else {}

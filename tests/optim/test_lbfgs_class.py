@@ -105,6 +105,7 @@ def test_double_precision(options, dtype):
         assert deviation(ours, Training(torch.optim.LBFGS, make_params(dtype))) > 0.1
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize(("tolerance_change", "dtype"), [(0, torch.float64), (0.5, torch.complex128)])
 def test_a_line_search_has_a_tolerance_of_its_own(tolerance_change, dtype):
     """torch.optim's ends when parameters change by 1e-9 over the bracket, whatever `tolerance_change` is."""

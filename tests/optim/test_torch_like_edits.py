@@ -47,6 +47,7 @@ EDITS = [
 EDITS = [(name, edit) for name, edit in EDITS if name in NAMES]
 
 
+@pytest.mark.sampled(size=64)
 @pytest.mark.parametrize(("name", "edit"), EDITS, ids=[f"{name}-{edit}" for name, edit in EDITS])
 def test_hyperparameters_that_are_edited(name, edit):
     pair = make_pair(name)
@@ -135,6 +136,7 @@ def test_states_that_are_given_before_the_first_step(name):
 COPIES = [copy.deepcopy, through_pickle, partial(through_a_file, weights_only=False)]
 
 
+@pytest.mark.sampled(size=24)
 @each
 @pytest.mark.parametrize("make_copy", COPIES, ids=["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("begun", [False, True])

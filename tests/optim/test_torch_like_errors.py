@@ -50,6 +50,7 @@ def test_error_inputs_of_torchs_own_tests(name):
         assert ours == theirs
 
 
+@pytest.mark.sampled
 @each
 @pytest.mark.parametrize("flag", [None, "foreach", "differentiable", "fused"])
 def test_inputs_of_torchs_own_tests(name, flag, double):

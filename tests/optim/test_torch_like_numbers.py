@@ -30,6 +30,7 @@ import functorch_optim as fo
 STEPS = 60  # of what docs/torch-optim.md says
 
 
+@pytest.mark.sampled(size=24)
 @cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_double_precision(name, options, dtype, device):
@@ -40,6 +41,7 @@ def test_double_precision(name, options, dtype, device):
     assert_same_state(ours, theirs, 1e-10)
 
 
+@pytest.mark.sampled(size=24)
 @pytest.mark.smoke
 @cases
 def test_single_precision(name, options, device):
@@ -49,7 +51,7 @@ def test_single_precision(name, options, device):
     assert_same_state(ours, theirs, 1e-4)
 
 
-@pytest.mark.sampled(size=24)
+@pytest.mark.sampled(size=12)
 @cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, options, dtype, device):
@@ -80,6 +82,7 @@ def test_gradients_that_are_missing_at_times_or_begin_late(name, options, device
     assert_same_state(ours, theirs, 1e-10)
 
 
+@pytest.mark.sampled(size=32)
 @cases
 def test_groups_with_options_of_their_own(name, options, device):
     params = awkward_params(name, torch.float64, device)
@@ -89,6 +92,7 @@ def test_groups_with_options_of_their_own(name, options, device):
     assert_same_state(ours, theirs, 1e-10)
 
 
+@pytest.mark.sampled(size=24)
 @cases
 def test_mixed_dtypes(name, options, device):
     dtypes = [torch.float64, torch.float32, torch.complex128, torch.complex64]
@@ -109,6 +113,7 @@ def pair_of_groups(name, groups, **options):
     return make(fo.optim), make(torch.optim)
 
 
+@pytest.mark.sampled(size=32)
 @cases
 def test_a_tensor_as_learning_rate(name, options, device):
     options = {**options, "lr": torch.tensor(options.get("lr", 0.01), dtype=torch.float64)}
@@ -116,6 +121,7 @@ def test_a_tensor_as_learning_rate(name, options, device):
     assert run(ours, theirs) < 1e-12
 
 
+@pytest.mark.sampled(size=24)
 @cases
 def test_learning_rates_that_change(name, options, device):
     ours, theirs = pair(name, awkward_params(name, torch.float64, device), options)

@@ -130,6 +130,7 @@ def test_groups_with_learning_rates_of_their_own(kind):
     run(pair, [SCHEDULERS[kind](optimizer) for optimizer in pair], range(STEPS))
 
 
+@pytest.mark.sampled(size=24)
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "ASGD"])
 def test_a_tensor_as_learning_rate(name, kind):
@@ -139,6 +140,7 @@ def test_a_tensor_as_learning_rate(name, kind):
     assert isinstance(pair[0].param_groups[0]["lr"], torch.Tensor)
 
 
+@pytest.mark.sampled(size=12)
 @pytest.mark.parametrize("kind", [*SCHEDULERS, *MOMENTUM])
 def test_training_goes_on_from_state_dicts(kind):
     """Of scheduler and optimizer, in torch's order, and exchanged between torch.optim and us."""

@@ -49,6 +49,7 @@ def assert_same_models(made):
 # Averages and clipping. -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=12)
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["mean", "ema"])
 def test_averaged_models(name, average):
@@ -146,6 +147,7 @@ IN_PLACE = ["SGD", "Adagrad", "Adadelta", "Rprop", "ASGD", "SparseAdam"]
 """torch.optim's others raise an error when parameters are not of the dtype that they were."""
 
 
+@pytest.mark.sampled(size=64)
 @each
 @pytest.mark.parametrize("old", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("new", [torch.float64, torch.float32, torch.bfloat16])

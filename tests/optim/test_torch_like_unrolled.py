@@ -86,6 +86,7 @@ def deviation(function, gradient, outcome, arguments):
 # Ours. ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=12)
 @cases
 def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(name, options):
     outcome, stateful, arguments = both(name, options)
@@ -95,6 +96,7 @@ def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(
         assert is_right(function, gradient)
 
 
+@pytest.mark.sampled(size=24)
 @cases
 def test_derivatives_are_finite_and_right_where_units_are_dead(name, options):
     outcome, stateful, arguments = both(name, options, dead=True)
@@ -173,6 +175,7 @@ def test_sparse_gradients(name, options):
 LR = torch.tensor(0.1, dtype=torch.float64)
 
 
+@pytest.mark.sampled(size=8)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ADDED])
 def test_complex_parameters(name):
     def trained(start, lr):

@@ -159,6 +159,7 @@ def test_groups_of_their_own_hyperparameters():
     assert all(gradient[place].any() for place in function.places.values())
 
 
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize("name", ["sgd_momentum", "adam_amsgrad", "nadam", "chain", "tree_transformation"])
 def test_gradients_that_are_missing(name):
     """A parameter whose gradients begin late, one without any, and a step without any."""

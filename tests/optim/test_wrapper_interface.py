@@ -173,6 +173,7 @@ def test_repr_names_the_factory_and_the_hyperparameters(device):
 # Copies and checkpoints. ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=12)
 @each_base
 @each_copy
 def test_copies_train_on(make_copy, base, device):
@@ -193,6 +194,7 @@ def test_checkpoints_are_exchanged_with_torch(direction, base, device):
 # Hyperparameters. -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=24)
 @pytest.mark.parametrize("reload", [False, True], ids=["", "reload"])
 @pytest.mark.parametrize(
     ("base", "hyperparameters", "edit"),

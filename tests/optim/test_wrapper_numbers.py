@@ -118,6 +118,7 @@ SCHEDULED = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("make_scheduler", "base", "make_lr"), SCHEDULED)
 def test_schedulers_do_what_they_do_to_torch(make_scheduler, base, make_lr, device):
     base = base._replace(override={**base.override, "lr": make_lr(0.02)})

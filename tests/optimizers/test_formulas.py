@@ -414,6 +414,7 @@ def changes(options):
             yield name, 0.95 * value
 
 
+@pytest.mark.sampled(size=64)
 @pytest.mark.parametrize(
     ("case", "name", "value"),
     [

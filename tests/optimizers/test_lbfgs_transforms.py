@@ -80,6 +80,7 @@ def central_difference(function, args, direction, h=1e-6):
     return (plus - minus) / (2 * h)
 
 
+@pytest.mark.sampled(pool="long")
 @few
 def test_derivatives_equal_finite_differences(options):
     """With respect to where training begins, to the learning rate, and to data of the loss: after two updates."""
@@ -119,6 +120,7 @@ def test_autograd_goes_through_as_torch_func_does(options):
         assert not trained(leaf).requires_grad
 
 
+@pytest.mark.sampled(size=4)
 @few
 @pytest.mark.parametrize("batched", [False, True])
 def test_at_a_minimum_nothing_moves_and_derivatives_are_finite(options, batched):
@@ -134,6 +136,7 @@ def test_at_a_minimum_nothing_moves_and_derivatives_are_finite(options, batched)
         assert grads[1] == 0
 
 
+@pytest.mark.sampled(pool="long")
 def test_those_of_a_batch_that_have_ended_are_not_led_out_of_the_domain():
     """Another step as long as the last would make x negative, where loss and gradient are NaN."""
 

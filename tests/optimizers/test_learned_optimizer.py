@@ -152,6 +152,7 @@ def test_vmap_over_weights_and_tasks_equals_a_loop(in_dims):
         assert_close(fo.tree.map(lambda t: t[i], gradients), torch.func.grad_and_value(outer)(*each))
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiles_whole_and_once():
     def meta(weights, params, xs):
         some = partial(outer, steps=2)
@@ -300,6 +301,7 @@ def meta_train(weights, rounds=30, tasks=32):
     return weights
 
 
+@pytest.mark.sampled(pool="long")
 def test_meta_training_beats_the_best_learning_rates_on_new_tasks():
     """With other seeds the result is between 0.0007 and 0.003; 0.03, 0.011 and 0.004 are the least of the others."""
     before = {**random_weights(units=16, dtype=torch.float32), "hidden": torch.zeros(16, 2)}

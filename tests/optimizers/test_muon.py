@@ -174,6 +174,7 @@ def test_normuon_equals_another_program():
     assert np.abs(ours - p).max() > 0.1
 
 
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize("name", PRESETS)
 def test_derivatives_through_the_iteration_are_exact(name):
     torch.manual_seed(0)

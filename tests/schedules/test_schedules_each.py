@@ -303,6 +303,7 @@ def test_second_derivatives(case):
         assert torch.autograd.gradgradcheck(function, values)
 
 
+@pytest.mark.sampled(size=64)
 @of_each_argument
 def test_derivative_of_the_whole_course_is_the_sum_over_its_steps(case, name):
     x = double(case.arguments[name]).requires_grad_()
@@ -331,6 +332,7 @@ def test_a_parameter_may_be_trained_in_place(case, name, dtype):
 # Transformed functions. -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(size=64)
 @of_each_argument
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vmap_over_an_argument_equals_a_loop(case, name, dtype):
@@ -351,6 +353,7 @@ def test_vmap_over_the_step_equals_a_vector_of_steps(case):
     torch.testing.assert_close(torch.vmap(schedule)(steps), schedule(steps), rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.sampled(size=4)
 @of_each
 def test_compiles_once_for_all_steps(case):
     """A schedule that is there before, and one that is made inside."""

@@ -160,12 +160,14 @@ RIGHT_CLASSES = {
 }
 
 
+@pytest.mark.sampled(size=2)
 @pytest.mark.parametrize("name", RIGHT_CLASSES)
 def test_right_classes_pass(name):
     make, numbers, transformation = RIGHT_CLASSES[name]
     testing.check_optimizer_class(make, numbers, transformation=transformation)
 
 
+@pytest.mark.sampled(pool="long")
 def test_an_optimizer_without_hyperparameters_passes():
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1))
     skip = {"schedulers", "add_param_group"}  # a norm over all parameters is not that of two optimizers

@@ -93,6 +93,7 @@ def test_what_is_wrong_is_found(make, name, message):
     assert "This was found with\nparams = " in str(caught.value)
 
 
+@pytest.mark.sampled(pool="long")
 @pytest.mark.parametrize("make", [in_place, with_item, detached_momentum], ids=name_of)
 def test_the_whole_check_finds_it_too(make):
     expected = next(name for other, name, _ in WRONG if other is make)
@@ -128,6 +129,7 @@ def test_the_smallest_tree_is_reported():
     assert len(caught.value.on.history) == 1
 
 
+@pytest.mark.sampled(pool="long")
 def test_derivatives_are_of_parameters_that_have_numbers():
     """And of gradients that finite differences can tell: those of very different sizes are rounded to nothing."""
     params = st.dictionaries(

@@ -114,8 +114,8 @@ def test_the_sample_stays_until_it_passes(run, pytester):
 
 
 def test_tests_of_a_pool_share_a_sample(run):
-    runs = [run(f"--sample-seed={seed}", "-k", "long").long for seed in range(8)]
-    assert {len(numbers) for numbers in runs} == {3, 4}
+    runs = [run(f"--sample-seed={seed}", "-k", "long").long for seed in range(6)]
+    assert {len(numbers) for numbers in runs} == {5}
     assert set().union(*runs) == ALL
 
 

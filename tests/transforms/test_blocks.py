@@ -101,6 +101,7 @@ def trained(rule):
     return reference
 
 
+@pytest.mark.sampled(size=4)
 @of_each_rule
 def test_it_is_the_formula(make, rule, numbers):
     testing.check_against(make, trained(rule), numbers, as_array=np.asarray, tolerance=1e-10)

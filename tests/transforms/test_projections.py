@@ -93,6 +93,7 @@ def test_what_is_projected_stays(name):
     np.testing.assert_allclose(flat(project(once)), flat(once), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.sampled(size=4)
 @each
 def test_derivatives_equal_finite_differences_in_both_modes_and_under_vmap(name):
     project = projection_of(name)

@@ -463,6 +463,7 @@ def test_trained_parameters_of_another_model_are_refused(wrong):
     assert not torch.equal(own[0], before)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_steps_of_averages_compile_to_one_kernel():
     params, history = make(4)
     for tx in (fo.lookahead(fo.sgd(RATE), 2), fo.swa(fo.sgd(RATE), 1, every=2), fo.gpa(fo.sgd(RATE))):

@@ -166,6 +166,7 @@ def test_save_and_load():
     assert_equal(train(tx, again)[0], train(tx, state)[0])
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_one_compiled_step_serves_all_values():
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.inject_hyperparams(fo.adamw)(lr=0.1))
     counter = torch._dynamo.testing.CompileCounter()

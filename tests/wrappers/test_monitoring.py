@@ -101,6 +101,7 @@ def test_derivatives_are_those_of_finite_differences():
     assert zero.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_under_vmap_and_compiled():
     tx = fo.monitor(fo.adam(0.1))
 
