@@ -65,7 +65,7 @@ def public_names():
     return sorted({*fo.__all__, *names} - torchs)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(size=10)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_in_documents_runs(path, monkeypatch):
     examples = blocks(path)

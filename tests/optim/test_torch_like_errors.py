@@ -8,10 +8,8 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch_like_cases import (
     MODULES,
-    NAMES,
     WITH_FUSED,
     assert_same,
     draw_gradient,
@@ -22,15 +20,20 @@ from torch_like_cases import (
     parameters,
 )
 
-DB = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in NAMES}
-
-
 # torch's own tables. --------------------------------------------------------------------------------------------------
+
+
+def info_of(name):
+    """Look an optimizer up in torch's tests, which take seconds to import."""
+    from torch.testing._internal.common_optimizers import optim_db
+
+    [info] = [info for info in optim_db if info.optim_cls.__name__ == name]
+    return info
 
 
 @each
 def test_error_inputs_of_torchs_own_tests(name):
-    cases = DB[name].optim_error_inputs_func(device="cpu", dtype=torch.float64)
+    cases = info_of(name).optim_error_inputs_func(device="cpu", dtype=torch.float64)
     assert len(cases) >= 6
     for case in cases:
         given = case.optimizer_error_input
@@ -38,7 +41,7 @@ def test_error_inputs_of_torchs_own_tests(name):
         def run(module, given=given):
             params = make_params(name) if given.params is None else given.params
             optimizer = getattr(module, name)(copy.deepcopy(params), **given.kwargs)
-            if case.error_on is OptimizerErrorEnum.STEP_ERROR:
+            if case.error_on.name == "STEP_ERROR":
                 for p, q in zip(parameters(optimizer), params, strict=True):
                     p.grad = q.grad
                 optimizer.step()
@@ -54,7 +57,7 @@ def test_error_inputs_of_torchs_own_tests(name):
 @each
 @pytest.mark.parametrize("flag", [None, "foreach", "differentiable", "fused"])
 def test_inputs_of_torchs_own_tests(name, flag, double):
-    info = DB[name]
+    info = info_of(name)
     if flag == "fused" and "cpu" not in info.supports_fused_on:
         pytest.skip("torch has no fused kernel for this")
     if flag not in (None, *info.supported_impls):
