@@ -120,7 +120,7 @@ def _of_module(module: nn.Module) -> _Parameters:
 
 
 def _terms(matcher: Any, parameters: _Parameters) -> list[Any]:
-    """List what a matcher is made of: any of these may match.
+    """List the terms of a matcher: any of them may match.
 
     Raises:
         TypeError: one is nothing to match by.
@@ -180,7 +180,7 @@ def _matched(matchers: Sequence[Any], parameters: _Parameters) -> list[list[_Par
 
 
 def _hint(pattern: Any, paths: Sequence[str]) -> str:
-    """Say what a pattern without a match may have meant: a part of a sentence, or nothing."""
+    """Guess the meaning of a pattern without a match: a part of a sentence, or nothing."""
     if not isinstance(pattern, str):
         return ""
     wider = [f"{pattern}.*", f"*.{pattern}", f"*{pattern}*", pattern.removeprefix("*.")]
@@ -205,14 +205,14 @@ def label(module_or_tree: Any, rules: Any, default: Any = _ERROR) -> Tree:
 
     Args:
         module_or_tree: module; or tree of tensors.
-        rules: dict from what to match by to the label, or a list of such pairs. The first that matches wins. What to
-            match by is one of these, or a tuple of them, any of which may match:
+        rules: dict from a matcher to a label, or a list of such pairs. The first that matches wins. A matcher is one
+            of these, or a tuple of them, any of which may match:
             text: a glob for the whole path: `"*.bias"`, `"encoder.*"`; `*` stands for dots too.
             regular expression: `re.compile(r"\.bias$")`, searched for in the path.
             int or range: the number of dimensions: `1`, `range(0, 2)`.
             type of modules, or one of them: `nn.LayerNorm`, `model.head`: parameters in it, at any depth.
             function: `function(path, tensor) -> bool`.
-        default: label of what no rule matches. Left out, that is an error.
+        default: label of parameters that no rule matches. Without it they are an error.
 
     Returns:
         Tree of labels. That of a module is a dict by name, as `dict(module.named_parameters())`; parameters that do not
@@ -259,13 +259,13 @@ def _pairs(rules: Any) -> list[tuple[Any, Any]]:
         isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
     ):
         raise TypeError(
-            f"Rules are a dict or pairs of what to match and the label, got {shown(rules)}; write "
+            f"Rules are a dict or pairs of a matcher and a label, got {shown(rules)}; write "
             "label(model, {'*.bias': 'no_decay'}, default='decay')"
         )
     return [(matcher, name) for matcher, name in pairs]
 
 
-# What is made of them. ------------------------------------------------------------------------------------------------
+# Masks, rates, groups and tables. -------------------------------------------------------------------------------------
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -303,12 +303,12 @@ def weight_decay_mask(
         module_or_tree: module; or tree of tensors, whose paths are all that tells norms and embeddings.
         rule: None: all but parameters of less than two dimensions, of torch's norms and embeddings, and those whose
             last name has "bias" or "embed" in it or ends in "token": a position embedding or class token. In a tree
-            also the weight of what has "embed" in its name.
-            "timm": all but parameters of less than two dimensions, and those whose name ends in ".bias"; and but for
-            what the module's method `no_weight_decay()` names, if it has one.
+            also a weight that has "embed" in its name.
+            "timm": all but parameters of less than two dimensions, and those whose name ends in ".bias"; and those
+            that the module's method `no_weight_decay()` names, if it has one.
             "huggingface": all but parameters of `nn.LayerNorm`, and those with "bias", "layernorm" or "rmsnorm" in
             their name, or with a part of it that is "norm" or ends in "_norm".
-        exclude: what else shall not decay: what `fo.label` can match by.
+        exclude: further parameters that do not decay: a matcher of `fo.label`.
 
     Returns:
         Tree of bools, True where a parameter decays, for `fo.masked`, `adamw(mask=...)` and `add_decayed_weights`. See
@@ -349,7 +349,7 @@ def layer_decay(
     Args:
         module_or_tree: module, all of whose parameters count for the depth, those that do not require grad too; or tree
             of tensors.
-        layers: from the input to the output, what each layer is matched by, as in `fo.label`. A regular expression with
+        layers: from the input to the output, a matcher of `fo.label` for each layer. A regular expression with
             groups, such as `re.compile(r"^blocks\.(\d+)\.")`, makes a layer for each number that its groups find. The
             first that matches wins.
         decay: factor from a layer to the one before it, in (0, 1].
@@ -398,7 +398,7 @@ def _numbers(terms: Sequence[Any], p: _Parameter) -> tuple[int, ...]:
         if group is not None and not group.isdecimal():
             raise ValueError(
                 f"The groups of {term.pattern!r} are to find the numbers of layers, and in {found.string!r} one finds "
-                rf"{group!r}; write (\d+) for a number, and (?:...) for what is none"
+                rf"{group!r}; write (\d+) for a number, and (?:...) for others"
             )
     return tuple([int(group) for group in found.groups() if group is not None])
 
@@ -412,7 +412,7 @@ def frozen(tx: GradientTransformation, module_or_tree: Any, matcher: Any) -> Gra
     Args:
         tx: the transformation of those that are trained. Reductions such as a global norm see these alone.
         module_or_tree: module; or tree of tensors.
-        matcher: what is frozen: what `fo.label` can match by, `"encoder.*"` say; or a tuple of these. `()`: nothing.
+        matcher: of the frozen parameters, as in `fo.label`: `"encoder.*"`; or a tuple of these. `()`: none.
 
     Returns:
         Transformation whose state is a dict: "train" -> the state of `tx`, "frozen" -> nothing.
@@ -442,8 +442,8 @@ def param_groups(module_or_tree: Any, **hyperparameters: Tree) -> list[dict[str,
 
     Args:
         module_or_tree: module, whose parameters that do not require grad are left out; or tree of tensors.
-        **hyperparameters: by name, a tree built like the parameters, or a prefix of one: what `fo.label`,
-            `fo.layer_decay` or `fo.weight_decay_mask` return. Where a value is None, the group has none.
+        **hyperparameters: by name, a tree built like the parameters, or a prefix of one: a result of
+            `fo.label`, `fo.layer_decay` or `fo.weight_decay_mask`. Where a value is None, the group has none.
 
     Returns:
         List of dicts for `fo.Optimizer` and all of torch.optim: `"params"` is a list of pairs of name and parameter.
@@ -476,12 +476,12 @@ def param_groups(module_or_tree: Any, **hyperparameters: Tree) -> list[dict[str,
 
 
 def _key(value: Any) -> Any:
-    """Return what tells values apart: of numbers and text their value, of tensors and schedules what they are."""
+    """Return a key that tells values apart: numbers and text by value, tensors and schedules by identity."""
     return value if isinstance(value, int | float | str) else id(value)
 
 
 def label_table(module_or_tree: Any, **trees: Tree) -> str:
-    """Show what got which label: a line for each parameter.
+    """Show the labels: a line for each parameter.
 
     Args:
         module_or_tree: module; or tree of tensors.

@@ -24,7 +24,7 @@ def learning_rate(of: Any, state: Tree = None, path: str = "") -> Any:
 
     Args:
         of: transformation; or an optimizer, of this library or of torch.optim.
-        state: what `tx.init` or the last step returned; None for an optimizer.
+        state: the result of `tx.init` or of the last step; None for an optimizer.
         path: which one, where there are several: dotted path in the state, `"body"`; with hyperparameters in
             `param_groups`, the index of the group, `"1"`.
 

@@ -22,13 +22,13 @@ _WIDTH = 40  # of the drawing
 
 
 class LRSweep(NamedTuple):
-    """What `lr_sweep` returns. It prints as a drawing of the curve.
+    """The result of `lr_sweep`. It prints as a drawing of the curve.
 
     Attributes:
         lrs: the learning rates: (rates,), float64, on the CPU like all tensors here.
         losses: loss of each batch before its step, for each rate: (steps, rates).
         smoothed: the curve: mean of losses for each rate, the last ones count most: (rates,).
-        untrained: what that mean is without any training.
+        untrained: that mean without any training.
         suggestion: rate with the lowest smoothed loss; None where no rate lowers the loss.
         steepest: rate at which the curve falls fastest by log lr, a cautious choice; None where it does not fall.
         diverging: smallest rate above the best that diverges: its loss is not finite, or more than without training

@@ -1,4 +1,4 @@
-"""Transformations by name, and from what configuration files hold: lines of text and dicts."""
+"""Transformations by name, and from the lines of text and the dicts of configuration files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from functorch_optim.optim._factories import meant
 
 _PLACES = ("functorch_optim.optimizers.", "functorch_optim.transforms.", "functorch_optim.wrappers.")
 _COMBINE = "functorch_optim._core.combine"
-_ANY = ("Any", "typing.Any")  # what wrappers return, which take factories too
+_ANY = ("Any", "typing.Any")  # the annotation of wrappers, which take factories too
 _EXAMPLE = "clip_by_global_norm(1.0) | adamw(lr=warmup_cosine(1e-3, 100, 1000))"
 
 
@@ -35,7 +35,7 @@ def _makes_transformations(name: str, thing: Any) -> bool:
 
 
 def _library() -> dict[str, Callable[..., Any]]:
-    """Return all that has a name: what makes transformations, and schedules.
+    """Return the functions that have a name: those that make transformations, and schedules.
 
     A schedule that is called as a transformation is has `schedules.` before its name.
     """
@@ -48,7 +48,7 @@ def _library() -> dict[str, Callable[..., Any]]:
 
 
 class _Names(list[str]):
-    """A list of names that prints with what they stand for."""
+    """A list of names that prints with signatures and descriptions."""
 
     def __repr__(self) -> str:
         known = _library()
@@ -65,7 +65,7 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def names(pattern: str = "*") -> list[str]:
-    """List what `fo.get` knows: optimizers, transformations, wrappers and schedules.
+    """List the names that `fo.get` knows: optimizers, transformations, wrappers and schedules.
 
     Args:
         pattern: a glob for the name: `"*adam*"`, `"clip*"`.
@@ -85,7 +85,7 @@ def names(pattern: str = "*") -> list[str]:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """Find what a name stands for.
+    """Find the function of a name.
 
     Raises:
         KeyError: nothing has the name; the message has the nearest.
@@ -101,7 +101,7 @@ def _find(name: str) -> Callable[..., Any]:
     raise KeyError(f"No optimizer, transformation or schedule has the name {name!r}; {hint}fo.names() lists all")
 
 
-# What configuration files hold. ---------------------------------------------------------------------------------------
+# Configuration files. -------------------------------------------------------------------------------------------------
 
 
 def get(spec: Any) -> Any:
@@ -114,7 +114,7 @@ def get(spec: Any) -> Any:
 
     Args:
         spec: a name, see `fo.names`, gives the function of the library.
-            A line of text with calls gives what they return; `|` makes a chain. Arguments are numbers, text in quotes,
+            A line of text with calls gives their results; `|` makes a chain. Arguments are numbers, text in quotes,
             True, False, None, tuples, lists, dicts, names of the library, and calls. `schedules.swa` is the schedule
             where a transformation has that name, too. Nothing else is read, and nothing is executed but functions of
             this library.
@@ -131,7 +131,7 @@ def get(spec: Any) -> Any:
     Raises:
         KeyError: a name is unknown; the message has the nearest.
         ValueError: the text cannot be read, or a hyperparameter is out of range.
-        TypeError: an argument is unknown or missing, or what stands between `|` is no transformation.
+        TypeError: an argument is unknown or missing, or a part between `|` is no transformation.
 
     The text of a transformation, `repr(tx)`, makes the transformation again, as far as its arguments are numbers, text,
     schedules and transformations, and no schedule has the name of a transformation.
@@ -161,12 +161,12 @@ def get(spec: Any) -> Any:
 
 
 def _made(spec: Mapping[str, Any]) -> Any:
-    """Call what a dict names with its other entries."""
+    """Call the function that a dict names with its other entries."""
     return _called(_find(str(spec["name"])), [], {key: _value(value) for key, value in spec.items() if key != "name"})
 
 
 def _with(name: Any, arguments: Any) -> Any:
-    """Call what has a name with arguments as a dict has them."""
+    """Call the function of a name with arguments as a dict has them."""
     function, value = _find(str(name)), _value(arguments)
     if isinstance(arguments, Mapping) and "name" not in arguments:
         return _called(function, [], value)
@@ -176,7 +176,7 @@ def _with(name: Any, arguments: Any) -> Any:
 
 
 def _value(value: Any) -> Any:
-    """Make of an argument in a dict what it stands for."""
+    """Evaluate an argument in a dict."""
     if isinstance(value, Mapping):
         return _made(value) if "name" in value else {key: _value(item) for key, item in value.items()}
     if isinstance(value, str):
@@ -229,7 +229,7 @@ def _read(text: str) -> Any:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Return what an expression stands for; the same reading of Python as `ast.literal_eval`, and calls by name.
+    """Return the value of an expression; the same reading of Python as `ast.literal_eval`, and calls by name.
 
     Raises:
         ValueError: it is of another kind.
@@ -266,7 +266,7 @@ def _evaluated(node: ast.expr) -> Any:
 
 
 def _piped(node: ast.expr) -> list[ast.expr]:
-    """List what stands between | in order."""
+    """List the parts between | in order."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return [*_piped(node.left), *_piped(node.right)]
     return [node]

@@ -1,6 +1,6 @@
 """Checks of trees, shapes and dtypes, whose errors name the path."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,3 +106,13 @@ def check_kept(what: str, new: Sequence[Tensor], old: Sequence[Tensor], path: Pa
                 f"{what} has shape {tuple(after.shape)} at {path(i)!r}, but the one before has {tuple(before.shape)}. "
                 "A rule must keep shapes"
             )
+
+
+def check_is_dict(what: str, saved: Any) -> None:
+    """Raise when a saved part, which the message names, is no dict.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"The saved {what} is of type {type(saved).__name__}, where a dict belongs")

@@ -242,7 +242,7 @@ class Prepared:
 
 
 def _where_open(is_open: Tensor, new: tuple[list[Any], Any], old: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
-    """Choose between the results of a function of the whole tree and what there was; left-out updates are zero."""
+    """Choose between the results of a function of the whole tree and the former ones; left-out updates are zero."""
     updates = [
         u if u is before or u is None else torch.where(is_open, u, torch.zeros_like(u))
         for u, before in zip(new[0], old[0], strict=True)

@@ -49,7 +49,7 @@ class Extras(NamedTuple):
 
 
 OF_TREE = frozenset({"updates", "params", "states"})
-"""What scalars may ask for by keyword that is no extra: all tensors that the rule is about to be run on."""
+"""Keyword arguments of scalars that are no extras: all tensors that the rule is about to be run on."""
 
 _NO_EXTRAS = Extras(frozenset(), False, frozenset())
 
@@ -94,7 +94,7 @@ class Rule:
     evaluate: Callable[[Any, Any], Any] | None = None  # (p, state) -> the parameters to evaluate with
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
-    turns: bool = False  # whether its update goes against what it is given, as descent does
+    turns: bool = False  # whether its update goes against the given one, as descent does
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
 

@@ -256,10 +256,10 @@ def leafwise(
             is known, and a 0-dim float64 tensor under transforms and where something is compiled. Functions that take
             only tensors are given tensors: where scalars raise with a float, they are called again with a tensor. Use
             `fo.at(hyperparameter, step)` to evaluate hyperparameters. Its keyword-only parameters are extras that the
-            rule declares. Three names are no extras but what the rule is about to be run on, for numbers like a global
-            norm: `updates` and `params` are lists of tensors, and `states` is a NamedTuple with a list in each field,
-            all in one order, as they are: complex ones complex, halves in half precision. A number may be a function of
-            the dtype of the parameter, as machine epsilon is. None: the rule needs no numbers.
+            rule declares. Three names are no extras but the tensors that the rule is about to be run on, for numbers
+            like a global norm: `updates` and `params` are lists of tensors, and `states` is a NamedTuple with a list in
+            each field, all in one order, as they are: complex ones complex, halves in half precision. A number may be a
+            function of the dtype of the parameter, as machine epsilon is. None: the rule needs no numbers.
         carry: `carry() -> numbers` makes numbers that `scalars` carries from step to step: a NamedTuple of numbers or
             0-dim tensors, float64 in the state. It is then called as `scalars(step, carried) -> (s, carried)`.
         elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened

@@ -12,9 +12,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from functorch_optim import tree
-from functorch_optim._core import saving
+from functorch_optim._core import checks, saving
+from functorch_optim._core.places import REST
 from functorch_optim._core.rule import check_extras, with_loss
-from functorch_optim._core.saving import REST
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.choose import way_of
 from functorch_optim.optim import _factories as factories
@@ -77,7 +77,7 @@ class OptimizerBase(torch.optim.Optimizer):
                 a transformation that declares the extra `value` is given. One that declares `value_fn` or `grad_fn`,
                 the loss or its gradient as a function of the parameters, has the closure evaluated there; not with
                 `differentiable=True`, where a closure cannot tell how its gradients depend on the parameters.
-            **extra: by name, what some transformation declares.
+            **extra: keyword arguments that a transformation declares.
 
         Returns:
             The result of the closure, or None.
@@ -255,7 +255,7 @@ class OptimizerBase(torch.optim.Optimizer):
         # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
         candidate = type(self).__new__(type(self))
         candidate.__dict__.update({**self.__dict__, "_plans": {}, "_steps": {}})
-        # The classes of torch.optim fill in what older param groups lack. Their care for older states is ours.
+        # The classes of torch.optim complete older param groups. Their care for older states is ours.
         super(OptimizerBase, candidate).__setstate__({**state, "state": defaultdict(dict)})
         for old, new in zip(self.param_groups, candidate.param_groups, strict=True):
             for name, value in old.items():
@@ -269,7 +269,7 @@ class OptimizerBase(torch.optim.Optimizer):
     def load_state_dict(  # type: ignore[override]
         self, state_dict: dict[str, Any], *, strict: bool = True, cast: bool = False
     ) -> saving.Loaded | None:
-        """Load what `state_dict` returned, or that of torch.optim's class; see there.
+        """Load a result of `state_dict`, or that of torch.optim's class; see there.
 
         Where the saved groups and these have `param_names`, parameters are found by name, in whatever order. Names may
         differ by the parts that torch.compile, DDP and FSDP add, such as `_orig_mod.` and `module.`. The optimizer
@@ -292,7 +292,7 @@ class OptimizerBase(torch.optim.Optimizer):
         Raises:
             ValueError: groups, names, keys, shapes or values are not those of this optimizer.
         """
-        saving.check_is_dict("state dict", state_dict)
+        checks.check_is_dict("state dict", state_dict)
         state_dict, evaluating = matching.without_mode(state_dict)
         if evaluating and not self._evaluates:
             raise ValueError(
@@ -325,7 +325,7 @@ class OptimizerBase(torch.optim.Optimizer):
             raise ValueError(f"The saved state has one for parameter {stray[0]}, but no saved param group has that")
         saved = self.state.get(REST, {})
         for name, one in [(REST, saved), *(saved.items() if isinstance(saved, dict) else ())]:
-            saving.check_is_dict(f"state of functions of the whole tree, {name!r},", one)
+            checks.check_is_dict(f"state of functions of the whole tree, {name!r},", one)
         saved, tree_states = dict(saved), {}
         for index in range(self._number_of_trees):
             plan = self._plan(index)

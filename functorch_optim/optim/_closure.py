@@ -84,7 +84,7 @@ class Closure:
 def _buffers_put_back() -> Iterator[None]:
     """Let the buffers of all modules that are called here, the statistics of BatchNorm say, be as they were.
 
-    What torch.compile traces is not looked into: a module that it has wrapped is noted when it is called.
+    Code that torch.compile traces is not looked into: a module that it has wrapped is noted when it is called.
     """
     seen: set[Module] = set()
     before: list[tuple[Module, str, Tensor, Tensor]] = []

@@ -257,7 +257,7 @@ def _lbfgs_to_torch(optimizer: torch.optim.LBFGS, state: Any) -> dict[Any, Any]:
     [group] = optimizer.param_groups
     if not isinstance(state, LBFGSState) or state.d.numel() != len(_order(optimizer)):
         raise ValueError(
-            "The state is not one of lbfgs for these parameters; give what from_torch returned, or updated"
+            "The state is not one of lbfgs for these parameters; give the state from from_torch, or from an update"
         )
     back = torch.argsort(_order(optimizer))
     memory = _arranged(unpack(state, group["max_iter"]), back)

@@ -243,7 +243,7 @@ _LIVE = object()  # stands for a live number in a snapshot
 
 
 class Snapshot:
-    """What param groups hold, for edits to be noticed: numbers and text by value, all else by identity.
+    """The contents of param groups, to notice edits: numbers and text by value, all else by identity.
 
     Args:
         groups: the param groups.

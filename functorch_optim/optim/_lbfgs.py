@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._core import saving
+from functorch_optim._core import checks
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._closure import check_closure
@@ -179,7 +179,7 @@ class LBFGS(torch.optim.LBFGS):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, cast: bool = False) -> None:
-        """Load what `state_dict` returned; see `fo.Optimizer`.
+        """Load a result of `state_dict`; see `fo.Optimizer`.
 
         Args:
             state_dict: checked before anything is changed. Its names, where both have some, must come in this order:
@@ -198,7 +198,7 @@ class LBFGS(torch.optim.LBFGS):
             states, manner = matching.unwrapped(state["state"])
             p = group["params"][0]
             if p in states:
-                saving.check_is_dict("state", states[p])
+                checks.check_is_dict("state", states[p])
                 dtype = p.dtype if manner.cast else common_dtype(group["params"])
                 states[p] = _cast(states[p], p.device, None if manner.cast and p.is_complex() else dtype)
             state = {**state, "state": defaultdict(dict, states)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._core import saving
+from functorch_optim._core import checks, places, saving
 from functorch_optim._core.rule import DECLARED
 from functorch_optim.optim._plan import Plan, State
 
@@ -49,7 +49,7 @@ def checked_state(
         ValueError: a key is another optimizer's or missing, a shape is wrong, or a value is no tensor.
     """
     p, part = plan.params[i], plan.parts[i]
-    saving.check_is_dict(f"state of parameter {plan.path(i)!r}", state)
+    checks.check_is_dict(f"state of parameter {plan.path(i)!r}", state)
     # torch.optim.SGD used to save None for a buffer that was not there yet.
     state = {key: value for key, value in state.items() if value is not None}
     foreign = [key for key in state if key not in part.known | known and is_of_rules(key)]
@@ -173,14 +173,14 @@ def exported_state(plan: Plan, i: int, state: State) -> State:
 
 
 def fitting_state(plan: Plan, i: int, state: Mapping[str, Any]) -> tuple[State, list[str]]:
-    """Pick from the saved state of a parameter what fits; and name what begins anew."""
+    """Pick the fitting entries of a parameter's saved state; and name those that begin anew."""
     part, initial = plan.parts[i], initial_state(plan, i)
     kept: State = {key: value for key, value in state.items() if key not in part.known and not is_of_rules(key)}
     begun: list[str] = []
     going: set[str | None] = set()  # steps of rules whose state was taken
     fresh: set[str | None] = set()
     for keys, carried, step in zip(part.keys, part.carried, part.steps, strict=True):
-        tensors = all(saving.fits(state.get(key), initial[key]) for key in keys)
+        tensors = all(places.fits(state.get(key), initial[key]) for key in keys)
         fits = tensors and all(isinstance(state.get(key), Tensor | int | float) for key in carried)
         if fits:
             kept.update({key: state[key] for key in (*keys, *carried)})

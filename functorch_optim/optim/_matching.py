@@ -1,13 +1,14 @@
-"""State dicts brought into the form of an optimizer: parameters found by name, and what fits picked out."""
+"""State dicts brought into the form of an optimizer: parameters found by name, and fitting entries picked."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from functorch_optim._core import saving
+from functorch_optim._core import checks, saving
 from functorch_optim._core.naming import indices_of, names_of, same_names
-from functorch_optim._core.saving import REST
+from functorch_optim._core.places import REST
+from functorch_optim._core.places import fits as fits_in
 from functorch_optim.optim._loading import fitting_state
 from functorch_optim.optim._plan import Plan, tree_keys
 
@@ -44,7 +45,7 @@ def as_saved(
         manner: for `unwrapped` to return.
         takes_names: see `arranged`.
     """
-    saving.check_is_dict("state", state_dict["state"])
+    checks.check_is_dict("state", state_dict["state"])
     groups = arranged(optimizer.param_groups, state_dict["param_groups"], takes_names)
     states = renamed(optimizer.param_groups, state_dict)
     wrapped = {key: _AsSaved(value, manner) for key, value in states.items()}
@@ -164,13 +165,13 @@ def _with_names(state: Any, found: Mapping[str, str]) -> Any:
     return paths
 
 
-# What fits. -----------------------------------------------------------------------------------------------------------
+# Entries that fit. ----------------------------------------------------------------------------------------------------
 
 
 def fitting(
     groups: Sequence[Mapping[str, Any]], plans: Sequence[Plan], saved: Mapping[str, Any]
 ) -> tuple[dict[str, Any], saving.Loaded]:
-    """Pick from a state dict what fits an optimizer.
+    """Pick the entries of a state dict that fit an optimizer.
 
     Args:
         groups: of the optimizer.
@@ -183,7 +184,7 @@ def fitting(
     Raises:
         ValueError: there are other numbers of parameters than were saved, and no names to tell which are which.
     """
-    saving.check_is_dict("state", saved["state"])
+    checks.check_is_dict("state", saved["state"])
     states, params = renamed(groups, saved), indices_of(groups)
     places, theirs = _places(groups, saved["param_groups"])
     names = names_of(groups) or [str(number) for number in range(len(params))]
@@ -195,19 +196,19 @@ def fitting(
         for i, p in enumerate(plan.params):
             number = numbers[p]
             own = states.get(places[number], {})
-            saving.check_is_dict(f"state of parameter {names[number]!r}", own)
+            checks.check_is_dict(f"state of parameter {names[number]!r}", own)
             kept, anew = fitting_state(plan, i, own)
             if kept:
                 new[number] = kept
             taken += [f"{names[number]}.{key}" for key in kept]
             begun += [f"{names[number]}.{key}" for key in anew]
     trees, known = states.get(REST, {}), {}
-    saving.check_is_dict(f"state of functions of the whole tree, {REST!r},", trees)
+    checks.check_is_dict(f"state of functions of the whole tree, {REST!r},", trees)
     for index, plan in enumerate(plans):
         for k, key in tree_keys(index, plan).items():
             initial, tree_state = saving.state_dict(plan.initial_tree_state(k)), trees.get(key, {})
             fits = initial.keys() == tree_state.keys() and all(
-                saving.fits(tree_state[path], leaf) for path, leaf in initial.items()
+                fits_in(tree_state[path], leaf) for path, leaf in initial.items()
             )
             known[key] = tree_state if fits else initial
             (taken if fits else begun).extend([f"{REST}.{key}.{path}" for path in initial])

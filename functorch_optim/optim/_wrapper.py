@@ -13,7 +13,7 @@ from functorch_optim import tree
 from functorch_optim._core import saving
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.links import nest
-from functorch_optim._core.saving import REST
+from functorch_optim._core.places import REST
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options
@@ -249,7 +249,7 @@ class Optimizer(OptimizerBase):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """What `monitor` keeps: name -> 0-dim tensor, as `fo.metrics` returns it; zeros before the first step.
+        """The metrics of `monitor`: name -> 0-dim tensor, as `fo.metrics` returns it; zeros before the first step.
 
         With a factory and several groups, each name begins with the index of the group: "1.grad_norm".
 
@@ -269,14 +269,14 @@ class Optimizer(OptimizerBase):
 
     @property
     def hyperparams(self) -> dict[str, Tensor]:
-        """What `inject_hyperparams` keeps in `state[p]`: name -> 0-dim tensor; empty without it.
+        """The hyperparameters that `inject_hyperparams` keeps in `state[p]`: name -> 0-dim tensor; empty without it.
 
         A name that several parts of a transformation have is preceded by their paths: "body.lr".
         """
         return {name: self._kept_at(k, j)[0] for name, (k, j) in self._injected().items()}
 
     def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
-        """Set what `inject_hyperparams` keeps, from the next step on.
+        """Set hyperparameters that `inject_hyperparams` keeps, from the next step on.
 
         Args:
             values: numbers or 0-dim tensors by name, as in `hyperparams`.
@@ -368,7 +368,7 @@ class Optimizer(OptimizerBase):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Write to the parameters what they are to be evaluated with: an average that a wrapper keeps.
+        """Write the average that a wrapper keeps to the parameters, to evaluate with it.
 
         `step` is an error until `train` has put back those that are trained, bit for bit. They are in `state[p]` until
         then, so that a checkpoint has both; it says the mode, as `train_mode` in its groups, and loading it restores

@@ -45,7 +45,7 @@ def descent(
 
 
 def _scale_by(factor: Callable[[Any], Any], lr: Hyperparameter, weight_decay: Hyperparameter) -> GradientTransformation:
-    """Scale by a function of what decay shrinks the parameters by in a step, lr weight_decay."""
+    """Scale by a function of lr weight_decay, the part of the parameters that decays in a step."""
 
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
         return s * g, state

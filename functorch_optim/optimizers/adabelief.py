@@ -1,4 +1,4 @@
-"""AdaBelief: Adam that divides by how far gradients are from what was expected."""
+"""AdaBelief: Adam that divides by the distance of gradients from their mean."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ScaleByBeliefState(NamedTuple):
 
 
 class BeliefScalars(NamedTuple):
-    """What AdaBelief needs at a step.
+    """The numbers of AdaBelief at a step.
 
     Attributes:
         weight1: 1 - beta1.
@@ -38,7 +38,7 @@ class BeliefScalars(NamedTuple):
         trusted: whether to divide by the root of s.
         rate: sqrt(1 - beta2^t) / (1 - beta1^t), times r_t if it is to be rectified; 1 / (1 - beta1^t) if not trusted.
         eps: eps, added to s.
-        root_eps: what is added to its root: eps, times sqrt(1 - beta2^t) if it is not to be rectified.
+        root_eps: added to its root: eps, times sqrt(1 - beta2^t) if it is not to be rectified.
     """
 
     weight1: Any

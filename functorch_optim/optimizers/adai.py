@@ -15,7 +15,7 @@ from functorch_optim.optimizers._descent import descent
 
 
 class AdaiCarried(NamedTuple):
-    """What Adai's scalars carry on: the mean of v over all elements of all parameters."""
+    """The number that Adai carries on: the mean of v over all elements of all parameters."""
 
     mean_exp_avg_sq: Any
 
@@ -38,7 +38,7 @@ leaf_state(ScaleByAdaiState, AdaiCarried)
 
 
 class AdaiScalars(NamedTuple):
-    """What Adai needs at a step: beta2, 1 - beta2; beta0 / mean(v); 1 - eps."""
+    """The numbers of Adai at a step: beta2, 1 - beta2; beta0 / mean(v); 1 - eps."""
 
     beta2: Any
     weight2: Any

@@ -29,7 +29,7 @@ class ScaleByAdamAtan2State(NamedTuple):
 
 
 class AdamAtan2Scalars(NamedTuple):
-    """What Adam-atan2 needs at a step.
+    """The numbers of Adam-atan2 at a step.
 
     Attributes:
         weight1: 1 - beta1.

@@ -40,7 +40,7 @@ class SGDPState(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What the projection needs at a step."""
+    """The numbers of the projection at a step."""
 
     delta: Any
     wd_ratio: Any
@@ -48,7 +48,7 @@ class Projection(NamedTuple):
 
 
 class AdamPScalars(NamedTuple):
-    """What AdamP needs at a step: beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), lr / (1 - beta1^t), lr wd."""
+    """AdamP at a step: beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), lr / (1 - beta1^t), lr wd."""
 
     beta1: Any
     weight1: Any
@@ -61,7 +61,7 @@ class AdamPScalars(NamedTuple):
 
 
 class SGDPScalars(NamedTuple):
-    """What SGDP needs at a step: mu, 1 - dampening, lr, lr wd / (1 - mu)."""
+    """The numbers of SGDP at a step: mu, 1 - dampening, lr, lr wd / (1 - mu)."""
 
     momentum: Any
     weight: Any
@@ -101,7 +101,7 @@ def adamp(
         eps: added to the root and to norms, >= 0.
         weight_decay: decoupled, >= 0.
         delta: threshold of the cosine, >= 0.
-        wd_ratio: factor >= 0 of the decay of what is projected.
+        wd_ratio: factor >= 0 of the decay of projected tensors.
         nesterov: look ahead.
         maximize: ascend instead; parameters still shrink.
 

@@ -32,7 +32,7 @@ class ScaleByAdanState(NamedTuple):
 
 
 class AdanScalars(NamedTuple):
-    """What Adan needs at a step.
+    """The numbers of Adan at a step.
 
     Attributes:
         weight1: 1 - beta1.

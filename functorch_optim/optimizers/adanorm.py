@@ -30,7 +30,7 @@ class ScaleByAdaNormState(NamedTuple):
 
 
 class AdaNormScalars(NamedTuple):
-    """What AdaNorm needs at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t) / (1 - beta1^t); eps; 1 - r."""
+    """The numbers of AdaNorm at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t) / (1 - beta1^t); eps; 1 - r."""
 
     weight1: Any
     beta2: Any

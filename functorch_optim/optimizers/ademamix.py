@@ -32,7 +32,7 @@ class ScaleByAdEMAMixState(NamedTuple):
 
 
 class AdEMAMixScalars(NamedTuple):
-    """What AdEMAMix needs at a step.
+    """The numbers of AdEMAMix at a step.
 
     Attributes:
         weight1: 1 - beta1.
@@ -193,7 +193,7 @@ class ScaleBySimplifiedAdEMAMixState(NamedTuple):
 
 
 class SimplifiedAdEMAMixScalars(NamedTuple):
-    """What simplified AdEMAMix needs at a step: beta1_t, beta2, 1 - beta2; alpha, root and eps root as in AdEMAMix."""
+    """Simplified AdEMAMix at a step: beta1_t, beta2, 1 - beta2; alpha, root and eps root as in AdEMAMix."""
 
     beta1: Any
     beta2: Any

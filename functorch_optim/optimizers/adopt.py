@@ -1,4 +1,4 @@
-"""ADOPT: Adam that divides by what it knew before the gradient came."""
+"""ADOPT: Adam that divides by the second moment of the step before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScaleByADOPTState(NamedTuple):
 
 
 class ADOPTScalars(NamedTuple):
-    """What ADOPT needs at a step.
+    """The numbers of ADOPT at a step.
 
     Attributes:
         first: whether t = 1.
@@ -51,7 +51,7 @@ class ADOPTScalars(NamedTuple):
 
 
 def fourth_root(count: Tensor) -> Any:
-    """Return what ADOPT's authors clip by: the fourth root of the number of updates done."""
+    """Return the bound of ADOPT's authors: the fourth root of the number of updates done."""
     return count**0.25
 
 

@@ -22,7 +22,7 @@ class COCOBState(NamedTuple):
         p0: the parameter at the start: like p.
         max_grad: L, largest |g| so far: like p.
         grad_norm_sum: G, sum of |g|: like p.
-        reward: R, what was won so far: like p.
+        reward: R, the sum won so far: like p.
         theta: C, sum of -g: like p.
     """
 
@@ -42,7 +42,7 @@ def cocob(
     weight_decay: Hyperparameter = 0.0,
     maximize: bool = False,
 ) -> GradientTransformation:
-    """COCOB: each element bets on its next gradient a fraction of what it has won.
+    """COCOB: each element bets a fraction of its winnings on its next gradient.
 
         g <- g + weight_decay p
         L <- max(L, |g|),  eps at first

@@ -18,7 +18,7 @@ from functorch_optim.transforms.decay import add_decayed_weights
 
 
 class DAdaptAdamCarried(NamedTuple):
-    """What D-Adapt Adam carries on: d, the numerator r, and the number of steps that moved."""
+    """The numbers that D-Adapt Adam carries on: d, the numerator r, and the number of steps that moved."""
 
     d: Any
     numerator_weighted: Any
@@ -45,7 +45,7 @@ leaf_state(DAdaptAdamState, DAdaptAdamCarried)
 
 
 class DAdaptSGDCarried(NamedTuple):
-    """What D-Adapt SGD carries on: d, the numerator r, and the norm of the first gradient."""
+    """The numbers that D-Adapt SGD carries on: d, the numerator r, and the norm of the first gradient."""
 
     d: Any
     numerator_weighted: Any
@@ -70,7 +70,7 @@ leaf_state(DAdaptSGDState, DAdaptSGDCarried)
 
 
 class DAdaptAdamScalars(NamedTuple):
-    """What D-Adapt Adam needs at a step: decay rates and weights of s, m and v; eps; the factors of m and of p."""
+    """The numbers of D-Adapt Adam at a step: decay rates and weights of s, m and v; eps; the factors of m and of p."""
 
     q: Any
     weight3: Any

@@ -17,7 +17,7 @@ from functorch_optim.optimizers._whole import differences, norm, squares, wide
 
 
 class DoGCarried(NamedTuple):
-    """What DoG carries on: the largest distance, and the sum of squared gradients."""
+    """The numbers that DoG carries on: the largest distance, and the sum of squared gradients."""
 
     rbar: Any
     G: Any
@@ -52,7 +52,7 @@ class LDoGState(NamedTuple):
 
 
 class DoWGCarried(NamedTuple):
-    """What DoWG carries on: the largest squared distance, and the weighted sum of squared gradients."""
+    """The numbers that DoWG carries on: the largest squared distance, and the weighted sum of squared gradients."""
 
     r2: Any
     v: Any

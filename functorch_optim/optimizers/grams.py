@@ -28,7 +28,7 @@ class ScaleByGramsState(NamedTuple):
 
 
 class GramsScalars(NamedTuple):
-    """What Grams needs at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t) / (1 - beta1^t); eps."""
+    """The numbers of Grams at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t) / (1 - beta1^t); eps."""
 
     weight1: Any
     beta2: Any

@@ -28,7 +28,7 @@ class ScaleByLaPropState(NamedTuple):
 
 
 class LaPropScalars(NamedTuple):
-    """What LaProp needs at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t), eps times it; 1 / (1 - beta1^t)."""
+    """LaProp at a step: 1 - beta1, beta2, 1 - beta2; sqrt(1 - beta2^t), eps times it; 1 / (1 - beta1^t)."""
 
     weight1: Any
     beta2: Any

@@ -19,7 +19,7 @@ from functorch_optim.tree import Tree
 
 
 class LARSScalars(NamedTuple):
-    """What LARS needs at a step: lambda, the weight decay; eta, the trust coefficient; eps."""
+    """The numbers of LARS at a step: lambda, the weight decay; eta, the trust coefficient; eps."""
 
     weight_decay: Any
     trust_coefficient: Any

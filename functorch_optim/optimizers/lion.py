@@ -27,7 +27,7 @@ class ScaleByLionState(NamedTuple):
 
 
 class LionScalars(NamedTuple):
-    """What Lion needs at a step: beta1, 1 - beta1, 1 - beta2."""
+    """The numbers of Lion at a step: beta1, 1 - beta1, 1 - beta2."""
 
     beta1: Any
     weight1: Any

@@ -31,7 +31,7 @@ class MADGRADState(NamedTuple):
 
 
 class MADGRADScalars(NamedTuple):
-    """What MADGRAD needs at a step: l, c, eps, and the factor of decay."""
+    """The numbers of MADGRAD at a step: l, c, eps, and the factor of decay."""
 
     weight: Any
     c: Any

@@ -14,7 +14,7 @@ from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, squar
 
 
 class MoMoCarried(NamedTuple):
-    """What MoMo carries on: the running means of the loss, and of the inner product of gradient and parameters."""
+    """The numbers that MoMo carries on: running means of the loss, and of the inner product of gradient and p."""
 
     loss_avg: Any
     grad_dot_w: Any
@@ -47,7 +47,7 @@ leaf_state(MoMoAdamState, MoMoCarried)
 
 
 class MoMoScalars(NamedTuple):
-    """What MoMo needs at a step: decay rates and weights of m and v, the root of v's correction, eps; tau and lr wd."""
+    """MoMo at a step: decay rates and weights of m and v, the root of v's correction, eps; tau and lr wd."""
 
     beta1: Any
     weight1: Any

@@ -83,9 +83,10 @@ def scale_by_muon(
         adjust_lr_fn: the last factor. "original" or None: the first form, Jordan's. "match_rms_adamw": the second,
             Moonshot's, which allows the learning rate and weight decay of AdamW. "unit_rms": the third, with
             which a layer's output changes by about the learning rate, as in Scion and Dion.
-        flatten: what a tensor of more than two dimensions is. True: the dimensions after the first are the columns of
-            one matrix, as for convolutions. False: the last two are a matrix, and those before make a stack of them, as
-            for experts or heads. None: True for four dimensions and more, False for three, as in Jordan's code.
+        flatten: the meaning of a tensor of more than two dimensions. True: the dimensions after the first are the
+            columns of one matrix, as for convolutions. False: the last two are a matrix, and those before make a stack
+            of them, as for experts or heads. None: True for four dimensions and more, False for three, as in Jordan's
+            code.
         ns_dtype: dtype in which to iterate. None: that of the parameter.
 
     Raises:
@@ -261,7 +262,7 @@ def normalize_rows(
     Args:
         beta2: decay rate in [0, 1): number, 0-dim tensor, or schedule. v is not corrected for its beginning at zero.
         eps: added to roots and norms, >= 0.
-        axis: what the mean is over. -1: columns, so that each row, a neuron, has a number. -2: rows. None: the shorter
+        axis: the axis of the mean. -1: columns, so that each row, a neuron, has a number. -2: rows. None: the shorter
             side, as in nanochat.
         flatten: see `scale_by_muon`.
 

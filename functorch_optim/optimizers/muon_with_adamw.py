@@ -50,7 +50,7 @@ def muon_route(name: str, tensor: Tensor) -> Literal["muon", "adamw"]:
 
 
 def _route_in(module: nn.Module) -> Callable[[str, Tensor], str]:
-    """Route the parameters of a module by what it is made of."""
+    """Route the parameters of a module by its submodules."""
     named = list(module.named_parameters(remove_duplicate=False))
     outer = {
         p
@@ -74,7 +74,7 @@ def _route_in(module: nn.Module) -> Callable[[str, Tensor], str]:
 
 
 def _labelled(route: Route) -> Any:
-    """Make of a route what `partition` takes: labels, or a function of the parameters."""
+    """Turn a route into labels for `partition`, or into a function of the parameters."""
     if isinstance(route, nn.Module):
         route = _route_in(route)
     one: Any = muon_route if route is None else route
@@ -165,7 +165,7 @@ def muon_with_adamw(
         adamw_eps: see `scale_by_adam`.
         adamw_weight_decay: of AdamW. None: that of Muon.
         route: which parameter gets which. None: `muon_route`, by name and number of dimensions. A module: by its
-            parts, so that embeddings, the last layer and what is tied to them get AdamW too, whatever their names. A
+            parts, so that embeddings, the last layer and parameters tied to them get AdamW too, whatever their names. A
             function (name, tensor) -> "muon" or "adamw". A tree of these words like the parameters, or a prefix of one.
         flatten: see `scale_by_muon`.
         ns_dtype: see `scale_by_muon`.

@@ -30,7 +30,7 @@ class ScaleByNAdamWState(NamedTuple):
 
 
 class NAdamWScalars(NamedTuple):
-    """What NAdamW needs at a step.
+    """The numbers of NAdamW at a step.
 
     Attributes:
         weight1: 1 - beta1.

@@ -30,7 +30,7 @@ class NovoGradState(NamedTuple):
 
 
 class NovoGradScalars(NamedTuple):
-    """What NovoGrad needs at a step: the factors of m and d, of v and |g|^2, eps and weight decay."""
+    """The numbers of NovoGrad at a step: the factors of m and d, of v and |g|^2, eps and weight decay."""
 
     beta1: Any
     weight1: Any

@@ -16,7 +16,7 @@ from functorch_optim.optimizers._whole import differences, dot, like, total, wid
 
 
 class ProdigyCarried(NamedTuple):
-    """What Prodigy carries on: d, the largest estimate, the numerator r, and the number of steps that moved."""
+    """The numbers that Prodigy carries on: d, the largest estimate, the numerator r, and the steps that moved."""
 
     d: Any
     d_max: Any
@@ -46,7 +46,7 @@ leaf_state(ProdigyState, ProdigyCarried)
 
 
 class ProdigyScalars(NamedTuple):
-    """What Prodigy needs at a step: decay rates and weights of s, m and v; eps; the factors of the step and of p."""
+    """Prodigy at a step: decay rates and weights of s, m and v; eps; the factors of the step and of p."""
 
     beta3: Any
     weight3: Any

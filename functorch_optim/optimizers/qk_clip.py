@@ -1,4 +1,4 @@
-"""QK-Clip: what MuonClip adds to Muon, so that the logits of attention stay bounded."""
+"""QK-Clip: MuonClip's addition to Muon, which keeps the logits of attention bounded."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _key_heads(leaves: list[Any], found: dict[str, list[int]], gamma: Tensor, wh
 
 
 def _factors(gamma: Tensor, alpha: float, key_heads: int) -> tuple[Tensor, Tensor]:
-    """Return what queries and keys are multiplied by: for each head, gamma together."""
+    """Return the factors of queries and keys: for each head, gamma together."""
     of_group = gamma.reshape(key_heads, -1)
     least = of_group.amax(1, keepdim=True)
     return (of_group * least ** (alpha - 1)).reshape(-1), (least ** (1 - alpha)).reshape(-1)

@@ -83,8 +83,8 @@ def scale_by_lmo(
         ValueError: a number is out of range; there is no such norm; a vector is given to one of matrices.
         TypeError: a parameter is complex.
 
-    "sign" has no derivative: those with respect to gradients and momentum are zero. 1e-8 is added to what is divided
-    by, and 1e-7 to the norm from which the iteration begins.
+    "sign" has no derivative: those with respect to gradients and momentum are zero. 1e-8 is added to a norm that is
+    divided by, and 1e-7 to the norm from which the iteration begins.
 
     Source: Pethick et al., Training deep learning models with norm-constrained LMOs, arXiv:2502.07529.
 

@@ -29,7 +29,7 @@ class StableAdamWState(NamedTuple):
 
 
 class StableAdamWScalars(NamedTuple):
-    """What StableAdamW needs at a step: 1 - b1, 1 - b2, eps, the weight decay."""
+    """The numbers of StableAdamW at a step: 1 - b1, 1 - b2, eps, the weight decay."""
 
     weight1: Any
     weight2: Any

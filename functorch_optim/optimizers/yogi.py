@@ -28,7 +28,7 @@ class ScaleByYogiState(NamedTuple):
 
 
 class YogiScalars(NamedTuple):
-    """What Yogi needs at a step: 1 - beta1, 1 - beta2; rate and eps as in Adam."""
+    """The numbers of Yogi at a step: 1 - beta1, 1 - beta2; rate and eps as in Adam."""
 
     weight1: Any
     weight2: Any
@@ -51,7 +51,7 @@ def scale_by_yogi(
     Args:
         betas: decay rates of m and of v, in [0, 1): numbers, 0-dim tensors, or schedules.
         eps: added to the root, >= 0.
-        initial_accumulator_value: what m and v begin with, >= 0.
+        initial_accumulator_value: first value of m and v, >= 0.
 
     Raises:
         ValueError: a number is out of range.

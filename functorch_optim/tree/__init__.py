@@ -1,4 +1,4 @@
-"""Trees of tensors: what this library needs of pytrees, and arithmetic with them.
+"""Trees of tensors: the pytrees of this library, and arithmetic with them.
 
 A tree is a tensor, or any nesting of dicts, lists, tuples, NamedTuples, dataclasses of tensors. None is a leaf: a
 parameter that is missing, or a gradient. `MaskedNode` has no leaves.

@@ -19,7 +19,7 @@ class _Found(NamedTuple):
 
 
 def get(tree: Tree, name: str, path: str = "") -> Any:
-    """Find what bears a name in a tree: the averaged parameters in a state, or a hyperparameter.
+    """Find the part of a tree that bears a name: the averaged parameters in a state, or a hyperparameter.
 
     Args:
         tree: any tree, such as a state.
@@ -48,7 +48,7 @@ def get(tree: Tree, name: str, path: str = "") -> Any:
 
 
 def set(tree: Tree, name: str, value: Any, path: str = "") -> Tree:  # noqa: A001 - optax's name for it
-    """Exchange what bears a name in a tree for another value; the tree itself is not modified.
+    """Exchange the part of a tree that bears a name for another value; the tree itself is not modified.
 
     So a hyperparameter in a state is set, a state rewound, a buffer exchanged.
 

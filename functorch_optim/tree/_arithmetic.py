@@ -266,7 +266,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
 
 
 def _rows(function: str, tree: Tree, *others: Tree, numbers: bool = True) -> tuple[list[tuple[Any, ...]], Any]:
-    """List what stands at each place of trees, and return their structure.
+    """List the parts at each place of trees, and return their structure.
 
     Raises:
         ValueError: trees or shapes differ.

@@ -1,4 +1,4 @@
-"""What trees are built of, over optree: leaves, structures, paths."""
+"""Leaves, structures and paths of trees, over optree."""
 
 import dataclasses
 import threading
@@ -42,7 +42,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
     flat = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     others = {type(leaf) for leaf in flat[0]} - _LEAF_TYPES
     if others and any([_adopted(kind) for kind in others]):  # noqa: C419
-        return flatten(tree)  # what dataclasses hold may be dataclasses, too
+        return flatten(tree)  # the fields of dataclasses may be dataclasses, too
     return flat
 
 
@@ -103,7 +103,7 @@ def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, refer
 
 
 def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - the field's name
-    """Apply `function` to every leaf of `tree` and to what stands at the same places in `rest`; None stays None.
+    """Apply `function` to every leaf of `tree` and to the parts at the same places in `rest`; None stays None.
 
     Args:
         function: takes a leaf of `tree`, and a leaf or subtree of each of `rest`.
@@ -136,11 +136,11 @@ def stop_gradient(tree: Tree) -> Tree:
     """Cut a tree off from its history: every tensor is detached, in reverse and in forward mode.
 
     Args:
-        tree: any tree: parameters, a state, what `fo.meta.unroll` returns. Leaves that are no tensors stay as they are.
+        tree: any tree: parameters, a state, a result of `fo.meta.unroll`. Leaves that are no tensors stay as they are.
 
     Returns:
-        Tree like it. Its tensors share memory with those of `tree`: what writes to them in place, as `fo.step_` does,
-        writes to both. For the parameters of a module there is `fo.params_of`, which copies.
+        Tree like it. Its tensors share memory with those of `tree`: a function that writes to them in place, as
+        `fo.step_` does, writes to both. For the parameters of a module there is `fo.params_of`, which copies.
 
     Raises:
         TypeError: a leaf is a module, which is no tree of tensors.
@@ -223,7 +223,7 @@ class Prefixes:
     """Prefixes of one tree, each of which is broadcast to it once."""
 
     def __init__(self, tree: Tree, name: str) -> None:
-        """Hold the tree, and what to call the prefixes in messages."""
+        """Hold the tree, and the name of the prefixes in messages."""
         self._tree, self._name = tree, name
         self._known: list[tuple[Tree, list[Any]]] = []
 

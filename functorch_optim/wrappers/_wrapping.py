@@ -1,4 +1,4 @@
-"""What all wrappers share: they take factories as well as transformations."""
+"""The base of all wrappers: they take factories as well as transformations."""
 
 import functools
 import inspect
@@ -51,7 +51,7 @@ def around(
         when = link.when if before is None else (*link.when, k + 1)
         handed = hands and not link.inside and _passes(link, k, gates)
         links.append(link._replace(when=when, inside=count - k if handed else link.inside))
-    # The learning rate of what is wrapped may be a number that it keeps.
+    # The learning rate of the wrapped transformation may be a number that it keeps.
     keepers = tuple([count - k for k, link in enumerate(tx._links) if link.rule.keeps is not None])
     when = tuple([count - gate for gate in sorted(gates)])
     links += [link._replace(when=when, reads=keepers) for link in after._links] if after is not None else []
@@ -60,7 +60,7 @@ def around(
 
 
 def _gates(tx: GradientTransformation, hands: bool) -> frozenset[int]:
-    """Find the gates that leave out all that moves the parameters: what comes after then stands still too.
+    """Find the gates that leave out all that moves the parameters: later links then stand still too.
 
     A wrapper that hands parameters inside must run where they are needed.
     """

@@ -16,7 +16,7 @@ from functorch_optim.wrappers._wrapping import around, wrapped
 
 
 class AccumulateCarried(NamedTuple):
-    """What accumulation counts: the gradients that were added up since the last step, and the steps."""
+    """The counts of accumulation: gradients added up since the last step, and steps."""
 
     mini_step: Any
     gradient_step: Any

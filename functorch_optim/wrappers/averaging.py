@@ -17,7 +17,7 @@ from functorch_optim.wrappers._wrapping import around, copied, wrapped
 
 
 class AverageCarried(NamedTuple):
-    """What an average carries on: the number of parameters in it, and the sum of their weights."""
+    """The numbers that an average carries on: the number of parameters in it, and the sum of their weights."""
 
     n_averaged: Any
     weight_sum: Any
@@ -42,7 +42,7 @@ leaf_state(AverageState, AverageCarried)
 
 
 class AverageScalars(NamedTuple):
-    """What an average needs at a step: the weight of the parameters, and whether they enter it."""
+    """The numbers of an average at a step: the weight of the parameters, and whether they enter it."""
 
     weight: Any
     due: Any

@@ -26,8 +26,8 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
         u <- u k / max(mean(k), 1e-3)      "mean"
         u <- u k n / (sum(k) + 1)          "count"
 
-    For each tensor; n is the number of its elements. Of a transformation with a learning rate, u is what precedes the
-    learning rate and decoupled weight decay, which are not masked: `cautious(adamw(lr))` is
+    For each tensor; n is the number of its elements. Of a transformation with a learning rate, u is the update before
+    the learning rate and decoupled weight decay, which are not masked: `cautious(adamw(lr))` is
     `chain(cautious(scale_by_adam()), add_decayed_weights(wd), scale_by_learning_rate(lr))`. In a partition each part
     has its own u and g.
 
@@ -36,8 +36,9 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
         scaling: how the elements that are kept are enlarged. "mean" as in the authors' code for AdamW and in timm,
             "count" as in the paper and in the authors' Lion.
         descends: whether the update of `tx` goes downhill, against the gradient. None: found out. An optimizer that is
-            one rule, such as `rprop`, descends, and otherwise what precedes a learning rate, or all of a transformation
-            without one, goes with the gradient. Say so for one that descends by other means, `scale(-0.1)`.
+            one rule, such as `rprop`, descends, and otherwise the links before a learning rate, or all of a
+            transformation without one, goes with the gradient. Say so for one that descends by other means,
+            `scale(-0.1)`.
 
     Returns:
         Transformation with the state of `tx`, in which that of the last link of the direction is a pair.
@@ -46,9 +47,9 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
         ValueError: `scaling` is neither of the two.
         TypeError: `tx` is neither a transformation nor a factory.
 
-    To derivatives the mask is a constant. g is what `tx` is given at its place in the chain, after `maximize` and the
-    gates of wrappers such as `accumulate`. `muon` is masked after its orthogonalization, and not before, as in the
-    authors' code. Real and imaginary parts of complex tensors are masked separately.
+    To derivatives the mask is a constant. g is the update that `tx` is given at its place in the chain, after
+    `maximize` and the gates of wrappers such as `accumulate`. `muon` is masked after its orthogonalization, and not
+    before, as in the authors' code. Real and imaginary parts of complex tensors are masked separately.
 
     Source: Liang et al., Cautious Optimizers, arXiv:2411.16085, algorithm 1.
 
@@ -92,7 +93,7 @@ class _Direction(NamedTuple):
 
 
 def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction]:
-    """Find what precedes the learning rate of each part; all, where there is none."""
+    """Find the links before the learning rate of each part; all, where there is none."""
     found: dict[int, _Direction] = {}
     for k, link in enumerate(links if descends is None else ()):
         begin = k
@@ -103,7 +104,7 @@ def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction
         if begin in found or (rule.lr is None and not rule.turns) or (rule.lr is None and multiplies and k == begin):
             continue  # the latter is `maximize`
         end = k + 1
-        if multiplies:  # and what stands before it may be decay
+        if multiplies:  # and the link before it may be decay
             end = k
             while end > begin and links[end - 1].rule.elementwise and links[end - 1].rule.needs_params:
                 end -= 1
@@ -122,7 +123,7 @@ def _is_part(link: Link, of: Link) -> bool:
 
 
 def _after_gates(links: Sequence[Link], begin: int, k: int) -> int:
-    """Find where the gradient is what link k is about: behind the gates that it is inside of."""
+    """Find the place where link k is given the gradient: behind the gates that it is inside of."""
     return max([begin, *[k - back + 1 for back in links[k].when]])
 
 

@@ -128,7 +128,7 @@ class InjectingFactory:
         kept: _Keeper,
         scheduled: _Keeper,
     ) -> Any:
-        """Put the numbers of an argument into keepers, and return the argument with what reads them in their places."""
+        """Put the numbers of an argument into keepers, and return the argument with their readers in their places."""
         declared = _is_hyperparameter(parameter.annotation)
         if not (is_given or declared):
             return value
@@ -168,7 +168,7 @@ _KEYS = itertools.count()
 
 
 class _Keeper:
-    """What becomes a link that keeps numbers."""
+    """The numbers of a link that keeps them."""
 
     def __init__(self, state_type: type) -> None:
         self.state_type, self.key = state_type, next(_KEYS)
@@ -176,7 +176,7 @@ class _Keeper:
         self.names: list[str] = []
 
     def keep(self, name: str, number: Any) -> _Injected:
-        """Keep a number, and return what reads it."""
+        """Keep a number, and return its reader."""
         self.names.append(name)
         self.numbers[name] = number
         initial = _initial(number)
@@ -254,7 +254,7 @@ def inject_hyperparams(
 
     The factory is called when the transformation is made, and not at every step. A scheduled hyperparameter is computed
     from its schedule; `fo.tree.set` of it is an error. `fo.Optimizer` keeps the hyperparameters of a factory in
-    `param_groups`, so there `Optimizer(params, inject_hyperparams(adamw), lr=1e-3)` does what it does with `adamw`.
+    `param_groups`, so there `Optimizer(params, inject_hyperparams(adamw), lr=1e-3)` is the same as with `adamw`.
     Around a transformation, it keeps the numbers in `state[p]`; `opt.hyperparams` and `opt.set_hyperparams` read and
     set them. optax.inject_hyperparams casts to the dtype of the parameters, and overwrites an edit of a scheduled one.
 

@@ -30,7 +30,7 @@ class LookaheadState(NamedTuple):
 
 
 class LookaheadScalars(NamedTuple):
-    """What Lookahead needs at a step: alpha, and whether slow and fast weights meet."""
+    """The numbers of Lookahead at a step: alpha, and whether slow and fast weights meet."""
 
     alpha: Any
     due: Any

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.combine import named_chain
-from functorch_optim._core.saving import state_parts
+from functorch_optim._core.places import state_parts
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.foreach import norms
@@ -18,7 +18,7 @@ from functorch_optim.wrappers._wrapping import wrapped
 
 
 class GradientMetrics(NamedTuple):
-    """What `monitor` keeps of the gradients of the last update: 0-dim tensors, zero before the first one.
+    """The metrics of the gradients of the last update: 0-dim tensors, zero before the first one.
 
     Attributes:
         grad_norm: norm of all gradients together.
@@ -35,7 +35,7 @@ class GradientMetrics(NamedTuple):
 
 
 class UpdateMetrics(NamedTuple):
-    """What `monitor` keeps of the last update: 0-dim tensors, zero before the first one.
+    """The metrics of the last update: 0-dim tensors, zero before the first one.
 
     Attributes:
         update_norm: norm of all updates together.
@@ -93,7 +93,7 @@ def monitor(tx: Any, *, per_layer: bool = False) -> Any:
 
 
 def metrics(state: Tree) -> dict[str, Tensor]:
-    """Return what `monitor` keeps in a state, by name, ready to be logged.
+    """Return the metrics in a state by name, ready to be logged.
 
     Args:
         state: of a transformation with `monitor` in it.

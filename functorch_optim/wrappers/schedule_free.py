@@ -20,7 +20,7 @@ from functorch_optim.wrappers._wrapping import around, copied, wrapped
 
 
 class ScheduleFreeCarried(NamedTuple):
-    """What Schedule-Free carries on: the sum of the weights, and the largest learning rate."""
+    """The numbers that Schedule-Free carries on: the sum of the weights, and the largest learning rate."""
 
     weight_sum: Any
     lr_max: Any
@@ -47,12 +47,12 @@ leaf_state(ScheduleFreeState, ScheduleFreeCarried)
 
 
 class ScheduleFreeScalars(NamedTuple):
-    """What the rule needs at a step.
+    """The numbers of the rule at a step.
 
     Attributes:
         c: the weight of z in x.
         gain: 1 - b (1 - c), the weight of z in y.
-        decay: what z loses of y.
+        decay: the part of y that z loses.
     """
 
     c: Any
@@ -115,7 +115,7 @@ def schedule_free(
         weight_lr_power: power of the largest learning rate so far in the weights. It is 1 for a `tx` without a learning
             rate, or with several.
         r: power of the step in the weights.
-        weight_decay_at_y: decay >= 0 of z by what y is.
+        weight_decay_at_y: decay >= 0: z loses this part of y.
 
     Returns:
         Transformation whose state is a tuple: the state of `tx`, and a `ScheduleFreeState`.

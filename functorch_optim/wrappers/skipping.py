@@ -20,7 +20,7 @@ from functorch_optim.wrappers._wrapping import around, wrapped
 
 
 class SkipCarried(NamedTuple):
-    """What skipping counts: updates, and those that were left out."""
+    """The counts of skipping: updates, and those that were left out."""
 
     seen: Any
     skipped: Any
@@ -41,7 +41,7 @@ class SkipState(NamedTuple):
 
 
 class ApplyIfFiniteCarried(NamedTuple):
-    """What is counted of gradients that are not finite: how many in a row, and how many in all."""
+    """The counts of gradients that are not finite: in a row, and in all."""
 
     notfinite_count: Any
     total_notfinite: Any

@@ -49,6 +49,7 @@ LAYERS = [
     "_core.transformation",
     "_core.stepping",
     "_core.naming",
+    "_core.places",
     "_core.saving",
     "_core.combine",
     "_core.parts",
