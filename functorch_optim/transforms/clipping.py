@@ -221,8 +221,10 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     if not tensors:
         return 0.0 * step
     taken = norms(tensors, norm_type)
-    if any(norm.device != taken[0].device or norm.dtype != taken[0].dtype for norm in taken):
-        taken = [norm.to(device=taken[0].device, dtype=torch.float64) for norm in taken]
+    if any(norm.dtype != taken[0].dtype for norm in taken):  # float64 gradients keep their digits beside float32 ones
+        taken = norms([tensor.to(torch.promote_types(tensor.dtype, torch.float64)) for tensor in tensors], norm_type)
+    if any(norm.device != taken[0].device for norm in taken):
+        taken = [norm.to(taken[0].device) for norm in taken]
     [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
     return known(norm, step)
 

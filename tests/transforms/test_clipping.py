@@ -73,3 +73,16 @@ def test_raising_is_refused_where_values_are_not_known():
     tx = fo.clip_by_global_norm(1.0, nonfinite="raise")
     with pytest.raises(RuntimeError, match="vmap"):
         torch.vmap(lambda g: updated(tx, g))(torch.ones(2, 3))
+
+
+def test_float64_gradients_beside_float32_ones_are_clipped_to_their_own_precision():
+    narrow, wide = torch.randn(40, 30), torch.randn(6, dtype=torch.float64)
+    tx = fo.clip_by_global_norm(0.5)
+
+    def clipped(narrow, wide):
+        return tx.update((narrow, wide), tx.init((narrow, wide)))[0][1]
+
+    expected = 0.5 * wide / torch.cat([narrow.double().flatten(), wide]).norm()
+    torch.testing.assert_close(clipped(narrow, wide), expected, rtol=1e-14, atol=0)
+    batched = torch.vmap(clipped)(torch.stack([narrow, 2 * narrow]), torch.stack([wide, 2 * wide]))
+    torch.testing.assert_close(batched[0], expected, rtol=1e-14, atol=0)
