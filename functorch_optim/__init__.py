@@ -14,7 +14,9 @@ from functorch_optim._core.transformation import (
     leafwise,
     stateless,
 )
-from functorch_optim._labels import frozen, label, label_table, layer_decay, param_groups, weight_decay_mask
+from functorch_optim._labels.groups import label_table, param_groups
+from functorch_optim._labels.matching import label
+from functorch_optim._labels.uses import frozen, layer_decay, weight_decay_mask
 from functorch_optim._learning_rate import learning_rate
 from functorch_optim._lr_sweep import LRSweep, lr_sweep
 from functorch_optim._minimize import Minimized, minimize
