@@ -1,6 +1,7 @@
 """Optimizers for PyTorch as pure (init, update) pairs over trees of tensors, and as torch.optim classes."""
 
 from functorch_optim import meta, optim, projections, schedules, tree
+from functorch_optim._control import cond
 from functorch_optim._core.combine import chain, masked, named_chain, partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at
 from functorch_optim._core.rule import EmptyState, StepState, leaf_state
@@ -175,6 +176,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "cocob",
+    "cond",
     "dadapt_adam",
     "dadapt_sgd",
     "debias",

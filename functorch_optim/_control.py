@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from functorch_optim import tree
+
 Carry = TypeVar("Carry")
 """A tensor, or a tuple or NamedTuple of them, nested."""
 
@@ -90,23 +92,80 @@ def _where(condition: Any, chosen: Any, otherwise: Any) -> Any:
 def cond(
     condition: Tensor | bool, on_true: Callable[[Carry], Carry], on_false: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
-    """Apply one of two functions.
+    """Apply one of two functions: in a rule, to compute something only at the steps where it is due.
+
+    Where the value of the condition is known, one function runs: eagerly, and under `torch.func.grad` and `jvp`. On a
+    GPU that waits for the value. Inside of `torch.vmap`, where each member of the batch has its own value, and while
+    torch.compile or make_fx traces, both functions run and `torch.where` picks the results, with the same numbers.
 
     Args:
         condition: 0-dim tensor of bool, or a bool.
-        on_true: function of the carry.
-        on_false: function of the carry, whose result is built like that of `on_true`.
-        carry: tensor, or tuples of them.
+        on_true: carry -> result.
+        on_false: carry -> result, a tree like that of `on_true`, with tensors of the same shapes and dtypes. Where both
+            functions run, the one that is not taken must be finite, and so must its derivative: 0 * inf is NaN.
+        carry: what the functions are given: any tree of tensors.
+
+    Returns:
+        The result of the function that is taken.
+
+    Raises:
+        TypeError: the condition is neither a tensor nor a bool; or both functions run, and a result is no tensor.
+        ValueError: the condition has more than one element; or both functions run, and their results differ in
+            structure, shape or dtype.
+
+    Differs from torch.cond: that traces both functions always, and refuses what dynamo cannot trace. The idea is
+    `jax.lax.cond`.
 
     Example:
-        >>> import torch
-        >>> torch.vmap(lambda x: cond(x > 0, torch.neg, torch.exp, x))(torch.tensor([2.0, 0.0]))
+        >>> import functorch_optim as fo, torch
+        >>> fo.cond(torch.tensor(True), torch.neg, torch.exp, torch.tensor(2.0))
+        tensor(-2.)
+        >>> torch.vmap(lambda x: fo.cond(x > 0, torch.neg, torch.exp, x))(torch.tensor([2.0, 0.0]))
         tensor([-2.,  1.])
     """
+    if isinstance(condition, bool):
+        return on_true(carry) if condition else on_false(carry)
+    if not isinstance(condition, Tensor):
+        raise TypeError(
+            f"The condition of cond is {condition!r}, a {type(condition).__name__}; give a bool or a 0-dim tensor of "
+            "bool, as in cond(step == 0, on_true, on_false, carry)"
+        )
+    if condition.ndim > 0:
+        raise ValueError(
+            f"The condition of cond has shape {tuple(condition.shape)}, and one value is needed; to choose for each "
+            "element, write torch.where(condition, x, y)"
+        )
     if is_known(condition):
         return on_true(carry) if condition else on_false(carry)
-    picked: Carry = _where(condition, on_true(carry), on_false(carry))
+    chosen, otherwise = on_true(carry), on_false(carry)
+    leaves, structure = tree.flatten(chosen)
+    others = tree.flatten_up_to(structure, otherwise, "the result of on_false", chosen, "the result of on_true")
+    pairs = list(zip(leaves, others, strict=True))
+    for i, (one, other) in enumerate(pairs):
+        if one is not other and not _is_alike(one, other):
+            raise _unlike(one, other, tree.paths(chosen)[i])
+    picked: Carry = tree.unflatten(structure, [_where(condition, one, other) for one, other in pairs])
     return picked
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.shape == other.shape and one.dtype == other.dtype
+
+
+def _unlike(one: Any, other: Any, path: str) -> Exception:
+    """Make the error of two results that torch.where cannot pick from."""
+    where = f" at {path!r}" if path else ""
+    for value in (one, other):
+        if not isinstance(value, Tensor):
+            return TypeError(
+                f"cond picks from two results with torch.where here, and one of them has {value!r}, a "
+                f"{type(value).__name__},{where} where a tensor is needed; write torch.as_tensor({value!r})"
+            )
+    return ValueError(
+        f"The results of on_true and on_false differ{where}: {tuple(one.shape)} of {one.dtype} and "
+        f"{tuple(other.shape)} of {other.dtype}; both functions must return tensors of one shape and dtype"
+    )
 
 
 def while_loop(
