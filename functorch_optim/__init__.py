@@ -33,6 +33,7 @@ from functorch_optim.optimizers.adagrad import adagrad, scale_by_rss
 from functorch_optim.optimizers.adai import adai, scale_by_adai
 from functorch_optim.optimizers.adam import adam, adamw, scale_by_adam, sparse_adam
 from functorch_optim.optimizers.adam_atan2 import adam_atan2, scale_by_adam_atan2
+from functorch_optim.optimizers.adam_mini import adam_mini
 from functorch_optim.optimizers.adamax import adamax, scale_by_adamax
 from functorch_optim.optimizers.adamp import adamp, sgdp
 from functorch_optim.optimizers.adan import adan, scale_by_adan
@@ -45,6 +46,7 @@ from functorch_optim.optimizers.ademamix import (
 )
 from functorch_optim.optimizers.adopt import adopt, scale_by_adopt
 from functorch_optim.optimizers.asgd import asgd
+from functorch_optim.optimizers.came import came
 from functorch_optim.optimizers.cocob import cocob
 from functorch_optim.optimizers.dadaptation import dadapt_adam, dadapt_sgd
 from functorch_optim.optimizers.dog import dog, dowg, ldog
@@ -66,6 +68,7 @@ from functorch_optim.optimizers.polyak import polyak
 from functorch_optim.optimizers.prodigy import prodigy
 from functorch_optim.optimizers.qk_clip import qk_clip
 from functorch_optim.optimizers.radam import radam, scale_by_radam
+from functorch_optim.optimizers.ranger import ranger
 from functorch_optim.optimizers.rmsprop import rmsprop, scale_by_rms
 from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.scion import scale_by_lmo, scion
@@ -152,6 +155,7 @@ __all__ = [
     "adai",
     "adam",
     "adam_atan2",
+    "adam_mini",
     "adamax",
     "adamp",
     "adamw",
@@ -168,6 +172,7 @@ __all__ = [
     "at",
     "autoclip",
     "buffers_of",
+    "came",
     "cautious",
     "centralize",
     "chain",
@@ -246,6 +251,7 @@ __all__ = [
     "projections",
     "qk_clip",
     "radam",
+    "ranger",
     "reduce_on_plateau",
     "rmsprop",
     "rprop",

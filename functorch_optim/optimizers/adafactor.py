@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_optim._core.combine import partition
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.hyperparameters import (
+    Hyperparameter,
+    at,
+    check,
+    check_choice,
+    check_integer,
+    is_zero,
+)
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
 from functorch_optim._numerics import clamped_from_below, minimum, rms
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
+from functorch_optim.optimizers._factored import LAST, estimate, normalized, running_means
+from functorch_optim.transforms.momentum import ema
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
 
@@ -32,7 +42,7 @@ class FactoredState(NamedTuple):
 
 @leaf_state
 class UnfactoredState(NamedTuple):
-    """Adafactor's state for a vector or a scalar.
+    """Adafactor's state for a vector or a scalar, and for other parameters that are not factored.
 
     Attributes:
         variance: V, running mean of g^2: like p.
@@ -46,11 +56,10 @@ class AdafactorScalars(NamedTuple):
 
     Attributes:
         weight: 1 - beta2_t = t^beta2_decay.
-        rho: min(lr, 1 / sqrt(t)).
+        rho: relative step.
         eps1: of the estimate.
         eps2: smallest size of the parameters.
         d: clipping threshold.
-        decay: lr weight_decay.
     """
 
     weight: Any
@@ -58,17 +67,24 @@ class AdafactorScalars(NamedTuple):
     eps1: Any
     eps2: Any
     d: Any
-    decay: Any
 
 
 @factory
 def adafactor(
-    lr: Hyperparameter = 1e-2,
+    lr: Hyperparameter | None = 1e-2,
     beta2_decay: Hyperparameter = -0.8,
     eps: tuple[Hyperparameter | None, Hyperparameter] = (None, 1e-3),
     d: Hyperparameter = 1.0,
     weight_decay: Hyperparameter = 0.0,
     *,
+    beta1: Hyperparameter | None = None,
+    scale_parameter: bool = True,
+    relative_step: bool = True,
+    warmup_init: bool = False,
+    factored: bool = True,
+    min_dim_size_to_factor: int | None = None,
+    add_eps: bool = False,
+    decay: Literal["lr", "step", "independent"] | None = None,
     maximize: bool = False,
 ) -> GradientTransformation:
     """Adafactor: adaptive as Adam, with the memory of a row and a column for each matrix.
@@ -78,20 +94,34 @@ def adafactor(
         V = R C / max(mean(R), eps1)        for vectors and scalars: V <- beta2_t V + (1 - beta2_t) g^2
         w = g / sqrt(max(V, eps1^2))
         w <- w / max(1, RMS(w) / d)
-        u = -min(lr, 1 / sqrt(t)) max(eps2, RMS(p)) w - lr weight_decay p
+        alpha = min(lr, 1 / sqrt(t)) max(eps2, RMS(p))
+        u = -alpha w - lr weight_decay p
 
     Tensors of more than two dimensions are stacks of matrices, whose dimensions are the last two.
 
     Args:
-        lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule.
+        lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule. None: 1e-2,
+            and weight decay is multiplied by alpha instead, as in T5.
         beta2_decay: exponent <= 0.
-        eps: (eps1, eps2), >= 0. eps1 None: machine epsilon of the parameter's dtype.
-        d: clipping threshold of the root mean square of a step, >= 1.
+        eps: (eps1, eps2), >= 0. eps1 None: machine epsilon of the parameter's dtype; 1e-30 with `add_eps`.
+        d: clipping threshold of the root mean square of a step, >= 1. math.inf: none.
         weight_decay: decoupled, >= 0.
+        beta1: decay rate in [0, 1) of momentum, M <- beta1 M + (1 - beta1) alpha w in the place of alpha w. None: no
+            momentum, and no memory for it.
+        scale_parameter: multiply steps by the size of the parameter. False: alpha is the relative step.
+        relative_step: bound the relative step by 1 / sqrt(t). False: it is lr, which must be given.
+        warmup_init: bound the relative step by 1e-6 t, too.
+        factored: False: keep V for matrices, too.
+        min_dim_size_to_factor: None: factor the last two dimensions. An integer, as in optax: factor the two largest
+            dimensions, if both are at least this; otherwise keep V.
+        add_eps: add eps1 to g^2, as T5 and optax do, in place of both maxima with eps1.
+        decay: what weight decay is multiplied by: "lr"; "step", alpha, as in T5; or "independent", nothing, as in
+            optax. None: "lr" if there is one, else "step".
         maximize: ascend instead; parameters still shrink.
 
     Raises:
-        ValueError: a number is out of range; `update` is called without parameters.
+        ValueError: a number is out of range; `lr` is missing without `relative_step`; `warmup_init` comes without
+            `relative_step`; `update` is called without parameters and needs them.
         TypeError: a parameter is complex.
 
     The derivative of a maximum is that of its larger argument. At ties it is that of V, of RMS(w) / d and of RMS(p),
@@ -101,8 +131,17 @@ def adafactor(
     A NaN in the gradient of a vector stays in its element: if RMS(w) or RMS(p) is NaN, the maxima above are 1 and
     eps2. In a matrix it spreads, through the mean of R.
 
-    Same numbers as torch.optim.Adafactor, with one exception: with eps1 None, torch uses the machine epsilon of the
-    first parameter's dtype for all parameters. Differs from the paper as torch does: see its note on eps1 and lr.
+    Same numbers as torch.optim.Adafactor, with two exceptions: with eps1 None, torch uses the machine epsilon of the
+    first parameter's dtype for all parameters; and where eps1^2 is too small for the dtype, zero gradients make torch's
+    steps NaN. Differs from the paper as torch does: see its note on eps1 and lr. Other packages have other defaults:
+
+        transformers (T5)     adafactor(None, eps=(1e-30, 1e-3), add_eps=True)
+        the same with an lr   adafactor(lr, eps=(1e-30, 1e-3), add_eps=True, relative_step=False, scale_parameter=False)
+        optax                 adafactor(lr, eps=(1e-30, 1e-3), add_eps=True, relative_step=False,
+                                        min_dim_size_to_factor=128, decay="independent")
+
+    Momentum is the mean of steps with their learning rates, as in both of these: a changed lr acts only after some
+    steps.
 
     Source: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5.
 
@@ -113,55 +152,111 @@ def adafactor(
         >>> updates[0], fo.tree.get(state, "row_var").shape, fo.tree.get(state, "col_var").shape
         (tensor([-0.1000, -0.1000, -0.1000]), torch.Size([2, 1]), torch.Size([1, 3]))
     """
-    if not isinstance(eps, tuple | list) or len(eps) != 2:
-        raise ValueError(f"Invalid eps: {eps!r}; give a pair, as in eps=(None, 1e-3)")
-    eps1, eps2 = eps
-    check("learning rate", lr)
+    eps1, eps2 = _pair(eps, add_eps)
+    check("learning rate", 0.0 if lr is None else lr)
     check("beta2_decay", beta2_decay, "value <= 0")
-    check("epsilon1", 0.0 if eps1 is None else eps1)
-    check("epsilon2", eps2)
     check("clipping threshold d", d, "value >= 1")
     check("weight_decay value", weight_decay)
+    check("beta1", 0.0 if beta1 is None else beta1, "0 <= value < 1")
+    check_choice("decay", decay, "lr", "step", "independent", None)
+    if min_dim_size_to_factor is not None:
+        check_integer("min_dim_size_to_factor", min_dim_size_to_factor, 0)
+    if not relative_step and (lr is None or warmup_init):
+        what = "lr" if lr is None else "no warmup_init"
+        raise ValueError(f"With relative_step=False adafactor needs {what}; write adafactor(1e-3, relative_step=False)")
+    largest = 1e-2 if lr is None else lr
+    dims_of = functools.partial(_dims_of, factored, min_dim_size_to_factor)
+
+    def relative(step: Tensor) -> Any:
+        """Return the relative step, rho."""
+        bound = at(largest, step)
+        if not relative_step:
+            return bound
+        return minimum(step**-0.5, minimum(bound, 1e-6 * step) if warmup_init else bound)
+
+    def scaled(rho: Any, p: Any, least: Any) -> Any:
+        """Return rho, times the size of the parameter if so asked."""
+        return rho * clamped_from_below(rms(p), least) if scale_parameter else rho
 
     def scalars(step: Tensor) -> AdafactorScalars:
         return AdafactorScalars(
             weight=step ** at(beta2_decay, step),
-            rho=minimum(step**-0.5, at(lr, step)),
+            rho=relative(step),
             eps1=_machine_epsilon if eps1 is None else at(eps1, step),
             eps2=at(eps2, step),
             d=at(d, step),
-            decay=at(lr, step) * at(weight_decay, step),
         )
 
-    def step(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Any:
-        w = g * torch.rsqrt(torch.clamp_min(v, s.eps1 * s.eps1))
-        w = w / clamped_from_below(rms(w) / s.d, 1)
-        return -s.rho * clamped_from_below(rms(p), s.eps2) * w - s.decay * p
+    def squares(g: Tensor, s: AdafactorScalars) -> Tensor:
+        return g * g + s.eps1 if add_eps else g * g
 
-    def factored(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
-        r = torch.lerp(state.row_var, _mean(g * g, -1), s.weight)
-        c = torch.lerp(state.col_var, _mean(g * g, -2), s.weight)
-        v = (r / torch.clamp_min(_mean(r, -2), s.eps1)) @ c  # in this order nothing overflows
-        return step(g, v, p, s), FactoredState(r, c)
+    def moved(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Tensor:
+        w = normalized(g, v if add_eps else torch.clamp_min(v, s.eps1 * s.eps1), s.d)
+        step: Tensor = scaled(-s.rho, p, s.eps2) * w
+        return step
 
-    def unfactored(g: Tensor, state: UnfactoredState, p: Any, s: AdafactorScalars) -> Any:
-        v = torch.lerp(state.variance, g * g, s.weight)
-        return step(g, v, p, s), UnfactoredState(v)
+    def of_matrix(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
+        dims = dims_of(g) or LAST
+        r, c = running_means(*state, squares(g, s), s.weight, dims)
+        return moved(g, estimate(r, c, 0.0 if add_eps else s.eps1, dims), p, s), FactoredState(r, c)
 
+    def of_vector(g: Tensor, state: UnfactoredState, p: Any, s: AdafactorScalars) -> Any:
+        v = torch.lerp(state.variance, squares(g, s), s.weight)
+        return moved(g, v, p, s), UnfactoredState(v)
+
+    def kinds(params: Tree) -> Tree:
+        return tree_map(lambda p: "factored" if dims_of(p) else "unfactored", params)
+
+    def init_factored(p: Tensor) -> FactoredState:
+        check_real("Adafactor", p)
+        return FactoredState(*[torch.zeros_like(p.sum(dim, keepdim=True)) for dim in reversed(dims_of(p) or LAST)])
+
+    options: Any = {"needs_params": scale_parameter, "turns": True}
     rules = {
-        "factored": of_rule(_init_factored, factored, scalars, needs_params=True, turns=True),
-        "unfactored": of_rule(_init_unfactored, unfactored, scalars, needs_params=True, turns=True),
+        "factored": of_rule(init_factored, of_matrix, scalars, **options),
+        "unfactored": of_rule(_init_unfactored, of_vector, scalars, **options),
     }
-    return uphill_or_down(partition(rules, _kinds), maximize=maximize)
+    links = [partition(rules, kinds)]
+    if beta1 is not None:
+        links.append(ema(beta1, debias=False))
+    if is_zero(weight_decay):
+        return uphill_or_down(*links, maximize=maximize)
+
+    by = decay or ("step" if lr is None else "lr")
+
+    def parts(step: Tensor) -> Any:
+        part = at(largest, step) if by == "lr" else relative(step) if by == "step" else 1.0
+        return part * at(weight_decay, step), at(eps2, step)
+
+    def shrink(u: Tensor, state: Any, p: Any, s: Any) -> Any:
+        part, least = s
+        return u - (scaled(part, p, least) if by == "step" else part) * p, state
+
+    whole = by == "step" and scale_parameter
+    links.append(leafwise(None, shrink, parts, elementwise=not whole, needs_params=True))
+    return uphill_or_down(*links, maximize=maximize)
 
 
-def _kinds(params: Tree) -> Tree:
-    return tree_map(lambda p: "factored" if p.ndim > 1 else "unfactored", params)
+def _pair(eps: Any, add_eps: bool) -> tuple[Any, Any]:
+    """Return both eps; None: the machine epsilon of a dtype."""
+    if not isinstance(eps, tuple | list) or len(eps) != 2:
+        raise ValueError(f"Invalid eps: {eps!r}; give a pair, as in eps=(None, 1e-3)")
+    eps1, eps2 = eps
+    if eps1 is None and add_eps:
+        eps1 = 1e-30
+    check("epsilon1", 0.0 if eps1 is None else eps1)
+    check("epsilon2", eps2)
+    return eps1, eps2
 
 
-def _init_factored(p: Tensor) -> FactoredState:
-    check_real("Adafactor", p)
-    return FactoredState(*[torch.zeros_like(p.sum(dim, keepdim=True)) for dim in (-1, -2)])
+def _dims_of(factored: bool, min_dim_size_to_factor: int | None, p: Tensor) -> tuple[int, int] | None:
+    """Return the dimensions of the rows and columns of a parameter; None: it is not factored."""
+    if not factored or p.ndim < 2:
+        return None
+    if min_dim_size_to_factor is None:
+        return LAST
+    small, large = sorted(range(p.ndim), key=lambda dim: p.shape[dim])[-2:]
+    return (min(small, large), max(small, large)) if p.shape[small] >= min_dim_size_to_factor else None
 
 
 def _init_unfactored(p: Tensor) -> UnfactoredState:
@@ -171,7 +266,3 @@ def _init_unfactored(p: Tensor) -> UnfactoredState:
 
 def _machine_epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
-
-
-def _mean(x: Tensor, dim: int) -> Tensor:
-    return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)  # of nothing: 0

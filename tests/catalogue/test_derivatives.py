@@ -20,8 +20,11 @@ INACTIVE = {
         "scale_by_radam": {"eps"},  # is rectified from the sixth step on
         "radam": {"eps"},
         "radam_decoupled": {"eps"},
+        "ranger": {"eps"},
         "rprop": {"smallest"},
         "lion": {"beta1"},  # of which only a sign depends
+        "adafactor_t5": {"eps2"},
+        "adafactor_optax": {"d"},
         "adafactor": {"eps1", "eps2"},  # see adafactor_large_eps
         "muon": {"eps"},  # see muon_large_eps
     },
@@ -30,6 +33,8 @@ INACTIVE = {
         "rprop": {"prev"},
         "lion": {"beta1"},
         "adafactor": {"eps1", "eps2"},
+        "adafactor_t5": {"eps2"},
+        "adafactor_optax": {"d"},
         "muon": {"eps"},
         "lbfgs": {"H_diag", "prev_loss"},  # computed anew in every iteration
         "lbfgs_search": {"H_diag", "prev_loss"},

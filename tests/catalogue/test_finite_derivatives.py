@@ -26,7 +26,7 @@ from functorch_optim.testing._derivatives import assert_finite
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 # Whose means or norms, of which they take a part, are over dead units too; or noise is by place.
-MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "monitor"))} | {
+MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "adam_mini", "came", "monitor"))} | {
     # Dead weights are in norms, and decay at a rate that live ones make.
     *("dog", "ldog", "dowg", "dadapt_adam", "dadapt_sgd", "prodigy_options", "adamp_projected", "sgdp", "fromage"),
     *("lamb", "lars", "lars_nesterov", "adai"),
@@ -40,6 +40,7 @@ MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "mo
     "normuon",
     "orthogonalize_against_params",
     "project",
+    "ranger",
     "scale_by_trust_ratio",
     "scion",
 }
@@ -154,6 +155,7 @@ JUMPING = (
     "sam_adaptive",  # whose point of evaluation lies in the direction of the gradient
 )
 STEEP = (
+    "came_corrected",  # whose means of equal numbers depend on decay rates by rounding
     *("adafactor_epsilon", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),
     *("chain", "inject_hyperparams_chain", "partition"),
 )

@@ -123,6 +123,11 @@ def adafactor(eps1: Any, eps2: Any, **hyperparameters: Any) -> fo.GradientTransf
     return fo.adafactor(eps=(eps1, eps2), **hyperparameters)
 
 
+def came(eps1: Any, eps2: Any, **hyperparameters: Any) -> fo.GradientTransformation:
+    """Make CAME with its two eps apart."""
+    return with_three_betas(fo.came, eps=(eps1, eps2))(**hyperparameters)
+
+
 def matrices(params: Any) -> Any:
     """Label parameters by whether they are matrices."""
     return fo.tree.map(lambda p: p.ndim == 2, params)
@@ -248,6 +253,7 @@ INITIAL_SUM = ("initial_accumulator_value",)
 DECAYED = {"lr": 0.1, "weight_decay": 0.1}
 FREE = {"lr": 1.0, "weight_decay": 0.1, "d0": 0.1}
 LAMB = {**DECAYED, **ADAM}
+CAME = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.9, "eps1": 1e-2, "eps2": 1e-2, "clip_threshold": 0.7}
 ADOPT = {**DECAYED, **ADAM, "eps": 0.3}
 LARS = {**DECAYED, "momentum": 0.9, "trust_coefficient": 0.5, "eps": 1e-3}
 WARMUPS = {"alpha_warmup": 8.5, "beta3_warmup": 9.5}
@@ -404,6 +410,30 @@ CATALOGUE = [
         complex=False,
     ),
     Row("adafactor_epsilon", fo.adafactor, {"lr": 0.1}, elementwise=False, complex=False),
+    Row(
+        "adafactor_t5",
+        partial(adafactor, relative_step=False, add_eps=True, decay="step"),
+        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-5, "eps2": 1e-3, "d": 1.01, "beta1": 0.9},
+        complex=False,
+    ),
+    Row(
+        "adafactor_optax",
+        partial(adafactor, relative_step=False, add_eps=True, min_dim_size_to_factor=2, decay="independent"),
+        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-5, "eps2": 2.0, "d": 1.01},
+        complex=False,
+    ),
+    Row(
+        "came",
+        partial(came, maximize=True),
+        {**DECAYED, **CAME},
+        complex=False,
+    ),
+    Row(
+        "came_corrected",
+        partial(came, bias_correction=True),
+        {"lr": 0.1, **CAME},
+        complex=False,
+    ),
     Row("muon", muon, {**DECAYED, "momentum": 0.9, "eps": 1e-7}, complex=False),
     Row("muon_large_eps", muon, {**DECAYED, "momentum": 0.9, "eps": 10.0}, complex=False),
     Row(
@@ -460,6 +490,10 @@ CATALOGUE = [
     Row("novograd", with_betas(fo.novograd, maximize=True), {**DECAYED, **ADAM}),
     Row("novograd_averaging", with_betas(fo.novograd, grad_averaging=True), {"lr": 0.1, **ADAM}),
     Row("sm3", fo.sm3, {**DECAYED, "momentum": 0.5, "eps": 0.1}, complex=False),
+    Row("adam_mini", with_betas(fo.adam_mini), {**DECAYED, **ADAM}, complex=False),
+    Row(
+        "adam_mini_tensor", with_betas(fo.adam_mini, block="tensor", maximize=True), {**DECAYED, **ADAM}, complex=False
+    ),
     Row("adamp", with_betas(fo.adamp), {**DECAYED, **ADAM}, elementwise=False, complex=False),
     Row(
         "adamp_projected",
@@ -534,6 +568,11 @@ CATALOGUE = [
         "lookahead",
         lambda lr, eps, slow_step_size: fo.lookahead(fo.adam(lr, eps=eps), 2, slow_step_size),
         {"lr": 0.1, "eps": 1e-3, "slow_step_size": 0.7},
+    ),
+    Row(
+        "ranger",
+        with_betas(fo.ranger, k=2, use_gc=True),
+        {**DECAYED, **ADAM, "alpha": 0.7},
     ),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]

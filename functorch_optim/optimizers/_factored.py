@@ -1,0 +1,46 @@
+"""Means of squares in factored form: a row and a column in the place of a matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_optim._numerics import clamped_from_below, rms
+
+LAST = (-2, -1)
+"""The dimensions of a matrix, its rows and its columns; a tensor with further ones is a stack of matrices."""
+
+
+def running_means(r: Tensor, c: Tensor, x: Tensor, weight: Any, dims: tuple[int, int] = LAST) -> tuple[Tensor, Tensor]:
+    """Update the running means of x over its columns, R, and over its rows, C.
+
+    Args:
+        r: R so far: like x, and of one column.
+        c: C so far: like x, and of one row.
+        x: matrix, or a stack of them.
+        weight: of x in the new means.
+        dims: those of the rows and of the columns.
+    """
+    of_rows, of_columns = dims
+    return torch.lerp(r, _mean(x, of_columns), weight), torch.lerp(c, _mean(x, of_rows), weight)
+
+
+def estimate(r: Tensor, c: Tensor, least: Any = 0.0, dims: tuple[int, int] = LAST) -> Tensor:
+    """Return R C / max(mean(R), least), the matrix of rank one with these means; 0 where they are."""
+    mean = torch.clamp_min(_mean(r, dims[0]), least)
+    return r / mean.masked_fill(mean == 0, 1) * c  # in this order nothing overflows
+
+
+def inverse_root(v: Tensor) -> Tensor:
+    """Return 1 / sqrt(v), and 1 where v is 0: there has been no gradient."""
+    return torch.rsqrt(v.masked_fill(v == 0, 1))
+
+
+def normalized(g: Tensor, v: Tensor, d: Any) -> Tensor:
+    """Return g / sqrt(v), scaled down to a root mean square of d."""
+    w = g * inverse_root(v)
+    return w / clamped_from_below(rms(w) / d, 1)
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)  # of nothing: 0
