@@ -26,6 +26,7 @@ from functorch_optim._names import get, names
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt
 from functorch_optim.optim._convert import from_torch, to_torch
 from functorch_optim.optim._wrapper import Optimizer
+from functorch_optim.optimizers._curvature import gauss_newton_bartlett, hutchinson
 from functorch_optim.optimizers.adabelief import adabelief, scale_by_belief
 from functorch_optim.optimizers.adadelta import adadelta, scale_by_adadelta
 from functorch_optim.optimizers.adafactor import adafactor
@@ -49,6 +50,7 @@ from functorch_optim.optimizers.asgd import asgd
 from functorch_optim.optimizers.came import came
 from functorch_optim.optimizers.cocob import cocob
 from functorch_optim.optimizers.dadaptation import dadapt_adam, dadapt_sgd
+from functorch_optim.optimizers.dion import dion
 from functorch_optim.optimizers.dog import dog, dowg, ldog
 from functorch_optim.optimizers.fromage import fromage
 from functorch_optim.optimizers.grams import grams, scale_by_grams
@@ -76,6 +78,7 @@ from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.optimizers.sgld import sgld
 from functorch_optim.optimizers.signum import sign_sgd, signum
 from functorch_optim.optimizers.sm3 import sm3
+from functorch_optim.optimizers.sophia import SophiaState, sophia
 from functorch_optim.optimizers.stable_adamw import stable_adamw
 from functorch_optim.optimizers.yogi import scale_by_yogi, yogi
 from functorch_optim.transforms.clipping import (
@@ -145,6 +148,7 @@ __all__ = [
     "ScheduleFreeState",
     "ScheduledHyperparamsState",
     "SkipState",
+    "SophiaState",
     "StepState",
     "UpdateMetrics",
     "accumulate",
@@ -185,6 +189,7 @@ __all__ = [
     "dadapt_adam",
     "dadapt_sgd",
     "debias",
+    "dion",
     "dog",
     "dowg",
     "ema",
@@ -195,9 +200,11 @@ __all__ = [
     "from_torch",
     "fromage",
     "frozen",
+    "gauss_newton_bartlett",
     "get",
     "gpa",
     "grams",
+    "hutchinson",
     "identity",
     "inject_hyperparams",
     "keep_params_nonnegative",
@@ -301,6 +308,7 @@ __all__ = [
     "simplified_ademamix",
     "skip",
     "sm3",
+    "sophia",
     "sparse_adam",
     "stable_adamw",
     "state_dict",

@@ -12,6 +12,7 @@ from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._numerics import double, safe_sqrt
+from functorch_optim._random import at_step, key_of, mixed, normal
 from functorch_optim.tree import Tree
 
 
@@ -69,14 +70,7 @@ def add_noise(
         >>> bool((first != 0).all()), torch.equal(first, again)
         (True, True)
     """
-    if generator is None or isinstance(generator, torch.Generator):
-        device = None if generator is None else generator.device
-        generator = torch.randint(1 << 62, (), generator=generator, device=device)
-    key = generator
-    if type(key) is not int and not (isinstance(key, Tensor) and key.dtype == torch.int64):
-        raise TypeError(
-            f"Invalid generator: {key!r}; give a torch.Generator, or an integer as in add_noise(0.1, generator=0)"
-        )
+    key = key_of(generator, "add_noise(0.1, generator=0)")
     check("eta", eta, trees=False)
     check("gamma", gamma, trees=False)
 
@@ -91,9 +85,9 @@ def add_noise(
         step = state.step + 1
         t = double(step)
         spread = safe_sqrt(at(eta, t) * t ** -at(gamma, t))
-        key = _mixed(_mixed(state.key) + step)
+        key = at_step(state.key, step)
         leaves, structure = tree.flatten(updates)
-        noisy = [None if g is None else _noisy(g, spread, _mixed(key + i)) for i, g in enumerate(leaves)]
+        noisy = [None if g is None else _noisy(g, spread, mixed(key + i)) for i, g in enumerate(leaves)]
         return tree.unflatten(structure, noisy), AddNoiseState(step, state.key)
 
     made = GradientTransformation(init, update)
@@ -105,32 +99,5 @@ def _noisy(g: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     if g.is_complex():
         return torch.view_as_complex(_noisy(torch.view_as_real(g.resolve_conj()), spread, key))
     wide = g.float() if g.dtype in HALF else g
-    noise = _normal(key.to(g.device), g.shape).to(wide.dtype)
+    noise = normal(key.to(g.device), g.shape).to(wide.dtype)
     return (wide + spread.to(g.device, wide.dtype) * noise).to(g.dtype)
-
-
-# Random numbers as a function of a key: element i is a hash of key + i golden ratios. ---------------------------------
-
-
-def _normal(key: Tensor, shape: torch.Size) -> Tensor:
-    """Make numbers of the standard normal distribution, float64."""
-    places = torch.arange(shape.numel(), device=key.device).reshape(shape)
-    bits = (_mixed(key + places * _GOLDEN) >> 12) & ((1 << 52) - 1)
-    # The middles of 2^52 intervals are neither -1 nor 1.
-    noise: Tensor = 2**0.5 * torch.special.erfinv((bits.to(torch.float64) + 0.5) * 2.0**-51 - 1)
-    return noise
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Hash an integer by SplitMix64: each bit changes each bit of the result."""
-    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """Shift an integer right without its sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-_GOLDEN = -0x61C8864680B583EB

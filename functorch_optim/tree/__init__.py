@@ -25,6 +25,7 @@ from functorch_optim.tree._structure import (
     is_leaf,
     map,  # noqa: A004
     paths,
+    present,
     stop_gradient,
     unflatten,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "map",
     "norm",
     "paths",
+    "present",
     "ravel",
     "scale",
     "set",

@@ -102,6 +102,18 @@ def flatten_up_to(structure: Any, other: Tree, name: str, reference: Tree, refer
     return leaves
 
 
+def present(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
+    """List the leaves of a tree that are not None, and return a function that puts such a list in their places."""
+    leaves, structure = flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+    def arranged(some: list[Any]) -> Tree:
+        given = dict(zip(places, some, strict=True))
+        return unflatten(structure, [given.get(i) for i in range(len(leaves))])
+
+    return [leaves[i] for i in places], arranged
+
+
 def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - the field's name
     """Apply `function` to every leaf of `tree` and to the parts at the same places in `rest`; None stays None.
 

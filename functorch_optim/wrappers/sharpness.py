@@ -133,11 +133,5 @@ def _there() -> GradientTransformation:
 
 
 def _gradient(value_fn: Callable[[Tree], Tensor], params: Tree) -> Tree:
-    leaves, structure = tree.flatten(params)
-    present = [i for i, leaf in enumerate(leaves) if leaf is not None]
-
-    def arranged(tensors: list[Tensor]) -> Tree:
-        given = dict(zip(present, tensors, strict=True))
-        return tree.unflatten(structure, [given.get(i) for i in range(len(leaves))])
-
-    return arranged(torch.func.grad(lambda tensors: value_fn(arranged(tensors)))([leaves[i] for i in present]))
+    leaves, arranged = tree.present(params)
+    return arranged(torch.func.grad(lambda tensors: value_fn(arranged(tensors)))(leaves))

@@ -36,6 +36,7 @@ MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "ad
     "cautious_count",
     "centralize",
     "clip_by_block_rms",
+    "dion",
     "muon_polar_express",
     "normuon",
     "orthogonalize_against_params",
@@ -43,6 +44,7 @@ MIXING = {row.name for row in CATALOGUE if row.name.startswith(("adafactor", "ad
     "ranger",
     "scale_by_trust_ratio",
     "scion",
+    "sophia",
 }
 
 
@@ -156,7 +158,7 @@ JUMPING = (
 )
 STEEP = (
     "came_corrected",  # whose means of equal numbers depend on decay rates by rounding
-    *("adafactor_epsilon", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),
+    *("adafactor_epsilon", "dion", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),
     *("chain", "inject_hyperparams_chain", "partition"),
 )
 
@@ -202,7 +204,7 @@ def test_where_eps_is_zero(row):
     for start in (begun, continued):
         function = OfVector(*start(with_numbers(row, eps=0.0)))
         gradient = gradient_of(function)
-        if row.name.startswith("adabelief"):  # whose differences are so small that a step of eps is large
+        if row.name.startswith(("adabelief", "sophia")):  # whose differences are small: a step of eps is large
             assert_right(function, gradient, 1e-5, 1e-5, ["eps"])
         elif "adadelta" not in row.name:
             assert_right(function, gradient, 1e-5, 1e-5)

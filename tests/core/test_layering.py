@@ -10,6 +10,7 @@ import functorch_optim
 ROOT = pathlib.Path(functorch_optim.__file__).parent
 LAYERS = [
     "_numerics",
+    "_random",
     "tree._structure",
     "tree._access",
     "tree._arithmetic",
@@ -74,6 +75,7 @@ LAYERS = [
     "optimizers._whole",
     "optimizers._rectified",
     "optimizers._factored",
+    "optimizers._curvature",
     "optimizers.adam",
     "optimizers._line_search",
     "optimizers._limited_memory",

@@ -154,6 +154,11 @@ def routed(lr: Any, adamw_lr: Any, weight_decay: Any, momentum: Any, adamw_eps: 
     return fo.muon_with_adamw(lr, adamw_lr, weight_decay, momentum, adamw_eps=adamw_eps, ns_dtype=None)
 
 
+def dion(lr: Any, **hyperparameters: Any) -> fo.GradientTransformation:
+    """Make Dion of rank one for matrices, and SGD for the rest."""
+    return fo.partition({True: fo.dion(lr, rank=1, **hyperparameters), False: fo.sgd(lr)}, matrices)
+
+
 def descending_trace(momentum: Any) -> fo.GradientTransformation:
     """Make momentum that looks ahead, and goes downhill: uphill, rounding errors grow as fast as the parameters."""
     return fo.chain(fo.trace(momentum, nesterov=True), fo.scale(-0.1))
@@ -455,6 +460,7 @@ CATALOGUE = [
         complex=False,
     ),
     Row("scion", for_matrices(fo.scion), {"lr": 0.1, "momentum": 0.5, "scale": 2.0}, complex=False),
+    Row("dion", dion, {**DECAYED, "momentum": 0.5, "eps": 0.1}, complex=False),
     Row("lbfgs", partial(fo.lbfgs, max_iter=2, history_size=2), {"lr": 0.1}, elementwise=False, tolerance=1e-9),
     Row("lbfgs_search", searching, {"lr": 0.2}, elementwise=False, tolerance=1e-9),
     Row("prodigy", with_betas(fo.prodigy), {**FREE, **ADAM, "d0": 0.01, "lr": 0.3, "d_coef": 2.0}),
@@ -493,6 +499,12 @@ CATALOGUE = [
     Row("adam_mini", with_betas(fo.adam_mini), {**DECAYED, **ADAM}, complex=False),
     Row(
         "adam_mini_tensor", with_betas(fo.adam_mini, block="tensor", maximize=True), {**DECAYED, **ADAM}, complex=False
+    ),
+    Row(
+        "sophia",
+        with_betas(fo.sophia, every=2, at_first=True),
+        {**DECAYED, "beta1": 0.9, "beta2": 0.5, "rho": 1.0, "eps": 0.3},
+        complex=False,
     ),
     Row("adamp", with_betas(fo.adamp), {**DECAYED, **ADAM}, elementwise=False, complex=False),
     Row(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import functorch_optim as fo
+from functorch_optim._random import mixed, normal
 from functorch_optim.testing._copies import through_pickle
-from functorch_optim.transforms.noise import _mixed, _normal
 
 
 def noise_of(tx, shape=(), state=None, dtype=torch.float64):
@@ -53,7 +53,7 @@ def test_the_hash_is_that_of_its_paper():
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
     keys = [(k * golden) & mask for k in (1, 2, 3)]
     signed = torch.tensor([key - (1 << 64) if key >> 63 else key for key in keys])
-    assert [number & mask for number in _mixed(signed).tolist()] == [
+    assert [number & mask for number in mixed(signed).tolist()] == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,
@@ -63,7 +63,7 @@ def test_the_hash_is_that_of_its_paper():
 def test_no_number_is_infinite():
     extremes = torch.special.erfinv(((torch.tensor([0, (1 << 52) - 1]).double() + 0.5) * 2.0**-51) - 1)
     assert extremes.isfinite().all()
-    assert _normal(torch.tensor(3), torch.Size([10**6])).isfinite().all()
+    assert normal(torch.tensor(3), torch.Size([10**6])).isfinite().all()
 
 
 def test_generators_give_keys_which_are_reproducible_and_not_given_twice():
