@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._numerics import clamped_from_below, rms
+from functorch_optim._numerics import at_least, clamped_from_below, rms
 
 LAST = (-2, -1)
 """The dimensions of a matrix, its rows and its columns; a tensor with further ones is a stack of matrices."""
@@ -31,14 +31,14 @@ def estimate(r: Tensor, c: Tensor, least: Any = 0.0, dims: tuple[int, int] = LAS
     return r / mean.masked_fill(mean == 0, 1) * c  # in this order nothing overflows
 
 
-def inverse_root(v: Tensor) -> Tensor:
-    """Return 1 / sqrt(v), and 1 where v is 0: there has been no gradient."""
-    return torch.rsqrt(v.masked_fill(v == 0, 1))
+def inverse_root(v: Tensor, least: Any = 0.0) -> Tensor:
+    """Return 1 / sqrt(max(v, least)), finite where there has been no gradient."""
+    return torch.rsqrt(torch.clamp_min(v, at_least(least, torch.finfo(v.dtype).tiny)))
 
 
-def normalized(g: Tensor, v: Tensor, d: Any) -> Tensor:
-    """Return g / sqrt(v), scaled down to a root mean square of d."""
-    w = g * inverse_root(v)
+def normalized(g: Tensor, v: Tensor, d: Any, least: Any = 0.0) -> Tensor:
+    """Return g / sqrt(max(v, least)), scaled down to a root mean square of d."""
+    w = g * inverse_root(v, least)
     return w / clamped_from_below(rms(w) / d, 1)
 
 

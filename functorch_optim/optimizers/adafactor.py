@@ -100,8 +100,8 @@ def adafactor(
     Tensors of more than two dimensions are stacks of matrices, whose dimensions are the last two.
 
     Args:
-        lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule. None: 1e-2,
-            and weight decay is multiplied by alpha instead, as in T5.
+        lr: largest relative step, >= 0, and the factor of weight decay: number, 0-dim tensor, or schedule. None: 1e-2;
+            see `decay`.
         beta2_decay: exponent <= 0.
         eps: (eps1, eps2), >= 0. eps1 None: machine epsilon of the parameter's dtype; 1e-30 with `add_eps`.
         d: clipping threshold of the root mean square of a step, >= 1. math.inf: none.
@@ -115,8 +115,8 @@ def adafactor(
         min_dim_size_to_factor: None: factor the last two dimensions. An integer, as in optax: factor the two largest
             dimensions, if both are at least this; otherwise keep V.
         add_eps: add eps1 to g^2, as T5 and optax do, in place of both maxima with eps1.
-        decay: what weight decay is multiplied by: "lr"; "step", alpha, as in T5; or "independent", nothing, as in
-            optax. None: "lr" if there is one, else "step".
+        decay: what weight decay is multiplied by: "lr", as in torch; "step", alpha, as in T5; or "independent",
+            nothing, as in optax. None: "lr" where there is one and a relative step, as in torch, and else "step".
         maximize: ascend instead; parameters still shrink.
 
     Raises:
@@ -191,7 +191,7 @@ def adafactor(
         return g * g + s.eps1 if add_eps else g * g
 
     def moved(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Tensor:
-        w = normalized(g, v if add_eps else torch.clamp_min(v, s.eps1 * s.eps1), s.d)
+        w = normalized(g, v, s.d, 0.0 if add_eps else s.eps1 * s.eps1)
         step: Tensor = scaled(-s.rho, p, s.eps2) * w
         return step
 
@@ -222,7 +222,7 @@ def adafactor(
     if is_zero(weight_decay):
         return uphill_or_down(*links, maximize=maximize)
 
-    by = decay or ("step" if lr is None else "lr")
+    by = decay or ("lr" if lr is not None and relative_step else "step")
 
     def parts(step: Tensor) -> Any:
         part = at(largest, step) if by == "lr" else relative(step) if by == "step" else 1.0

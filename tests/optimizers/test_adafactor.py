@@ -52,7 +52,7 @@ def adafactor(
     """The means of squares are kept in full here: factoring them is linear, and so is averaging."""
     dims = dims_of(p.shape, **factoring)
     eps1 = (1e-30 if add_eps else np.finfo(float).eps) if eps[0] is None else eps[0]
-    decay = decay or ("step" if lr is None else "lr")
+    decay = decay or ("lr" if lr is not None and relative_step else "step")
     x, m = np.zeros_like(p), np.zeros_like(p)
     for t, g in enumerate(grads, 1):
         beta2 = 1 - t**beta2_decay
