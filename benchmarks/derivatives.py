@@ -60,6 +60,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "adafactor_large_eps": ("Adafactor", {"maximize": True}),
     "adafactor_t5": None,
     "muon": ("Muon", {}),
+    "shampoo": None,
+    "soap": None,
     "lion": None,
     "sign_sgd": None,
     "signum": None,

@@ -76,8 +76,10 @@ from functorch_optim.optimizers.rprop import rprop, scale_by_rprop
 from functorch_optim.optimizers.scion import scale_by_lmo, scion
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.optimizers.sgld import sgld
+from functorch_optim.optimizers.shampoo import scale_by_shampoo, shampoo
 from functorch_optim.optimizers.signum import sign_sgd, signum
 from functorch_optim.optimizers.sm3 import sm3
+from functorch_optim.optimizers.soap import scale_by_soap, soap
 from functorch_optim.optimizers.sophia import SophiaState, sophia
 from functorch_optim.optimizers.stable_adamw import stable_adamw
 from functorch_optim.optimizers.yogi import scale_by_yogi, yogi
@@ -290,8 +292,10 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_rss",
     "scale_by_schedule",
+    "scale_by_shampoo",
     "scale_by_sign",
     "scale_by_simplified_ademamix",
+    "scale_by_soap",
     "scale_by_trust_ratio",
     "scale_by_yogi",
     "schedule_free",
@@ -303,11 +307,13 @@ __all__ = [
     "sgd",
     "sgdp",
     "sgld",
+    "shampoo",
     "sign_sgd",
     "signum",
     "simplified_ademamix",
     "skip",
     "sm3",
+    "soap",
     "sophia",
     "sparse_adam",
     "stable_adamw",

@@ -82,6 +82,11 @@ def rms(x: Tensor) -> Tensor:
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
 
 
+def or_one(x: Tensor) -> Tensor:
+    """Return what may be divided by: 1 where x is 0."""
+    return x.masked_fill(x == 0, 1)
+
+
 def clamped_from_below(x: Tensor, least: Any) -> Tensor:
     """Return the larger one. NaN is not larger, as in Python's max, so that it stays in the elements that have it."""
     return torch.clamp_min(x.masked_fill(x.isnan(), 0), least)

@@ -30,8 +30,8 @@ def inverse_root(a: Tensor, root: int, eps: Any) -> Tensor:
     """Compute (a + eps)^(-1 / root).
 
     Args:
-        a: symmetric positive semi-definite matrices, (..., n, n). The symmetric part is taken. Where the least
-            eigenvalue is less than -eps / 2, by rounding, all are shifted so that it is 0.
+        a: symmetric positive semi-definite matrices, (..., n, n). The symmetric part is taken. Eigenvalues of a + eps
+            that are less than the rounding of the largest are noise, some of it negative, and are taken for it.
         root: integer >= 1.
         eps: added to eigenvalues, > 0: float or 0-dim tensor.
 
@@ -41,8 +41,7 @@ def inverse_root(a: Tensor, root: int, eps: Any) -> Tensor:
     a = (a + a.mT) / 2
     damping = eps.detach() if isinstance(eps, Tensor) else eps
     w, q = _eigh(a.detach())
-    least = w[..., :1]
-    z = (w - least.masked_fill(least >= -damping / 2, 0) + damping) ** (1 / root)
+    z = torch.maximum(w + damping, _rounding(w).unsqueeze(-1)) ** (1 / root)
     if is_plain(current(), (a, eps)):
         return (q / z.unsqueeze(-2)) @ q.mT
     # In the basis q, with D = diag(z): (D + x)^root - D^root = h, and of its terms linear in x, S divides.

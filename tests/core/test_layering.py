@@ -80,6 +80,7 @@ LAYERS = [
     "optimizers._line_search",
     "optimizers._limited_memory",
     "optimizers._newton_schulz",
+    "optimizers._sides",
     "optimizers._spectral",
     "optimizers",
     "optimizers.muon_with_adamw",

@@ -210,6 +210,26 @@ def autoclip(percentile: Any, eps: Any) -> fo.GradientTransformation:
     return growing(fo.autoclip(percentile, eps=eps))
 
 
+def grafted(beta1: Any, beta2: Any, lr: Any, **options: Any) -> fo.GradientTransformation:
+    """Make Shampoo with the norm of another method, and SGD for single elements, whose steps are then that method's."""
+    several = fo.shampoo(lr, (beta1, beta2), **options)
+    return fo.partition({True: several, False: fo.sgd(lr, maximize=options.get("maximize", False))}, not_single)
+
+
+def soap(beta1: Any, beta2: Any, **options: Any) -> fo.GradientTransformation:
+    """Make SOAP of gradients that change from step to step, also where the parameters stay, as after its first step.
+
+    In the bases of the first gradient the same one is diagonal but for rounding, of which differences know nothing.
+    """
+    return fo.chain(fo.add_decayed_weights(lambda count: 0.2 * count), fo.soap(betas=(beta1, beta2), **options))
+
+
+def soap_normalized(lr: Any, **options: Any) -> fo.GradientTransformation:
+    """Make SOAP with normalized updates, and SGD for single elements, whose updates are then signs."""
+    several = soap(lr=lr, normalize_grads=True, max_dim=2, maximize=True, **options)
+    return fo.partition({True: several, False: fo.sgd(lr, maximize=True)}, not_single)
+
+
 def growing(tx: fo.GradientTransformation) -> fo.GradientTransformation:
     """Let what a transformation is given grow from step to step."""
     return fo.chain(fo.scale(lambda count: 3.0**count), tx)
@@ -259,6 +279,8 @@ DECAYED = {"lr": 0.1, "weight_decay": 0.1}
 FREE = {"lr": 1.0, "weight_decay": 0.1, "d0": 0.1}
 LAMB = {**DECAYED, **ADAM}
 CAME = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.9, "eps1": 1e-2, "eps2": 1e-2, "clip_threshold": 0.7}
+MOMENTS = {"beta1": 0.5, "beta2": 0.9}
+SOAP = {**MOMENTS, "eps": 0.1, "shampoo_beta": 0.8}
 ADOPT = {**DECAYED, **ADAM, "eps": 0.3}
 LARS = {**DECAYED, "momentum": 0.9, "trust_coefficient": 0.5, "eps": 1e-3}
 WARMUPS = {"alpha_warmup": 8.5, "beta3_warmup": 9.5}
@@ -461,6 +483,37 @@ CATALOGUE = [
     ),
     Row("scion", for_matrices(fo.scion), {"lr": 0.1, "momentum": 0.5, "scale": 2.0}, complex=False),
     Row("dion", dion, {**DECAYED, "momentum": 0.5, "eps": 0.1}, complex=False),
+    Row(
+        "shampoo",
+        with_betas(fo.shampoo, frequency=2, start=1, max_dim=2),
+        {**DECAYED, **MOMENTS, "eps": 0.1},
+        complex=False,
+    ),
+    Row(
+        "shampoo_grafted",
+        partial(grafted, frequency=2, grafting="adam", maximize=True),
+        {**DECAYED, **MOMENTS, "eps": 0.1, "grafting_beta2": 0.9, "grafting_eps": 0.1},
+        complex=False,
+    ),
+    Row(
+        "shampoo_kl",
+        partial(grafted, kl=True, grafting="rmsprop", decoupled_weight_decay=False),
+        {**DECAYED, **MOMENTS, "eps": 0.1, "grafting_beta2": 0.9, "grafting_eps": 0.1},
+        complex=False,
+    ),
+    Row(
+        "shampoo_one_sided",
+        partial(grafted, one_sided=True, frequency=2, grafting="adagrad"),
+        {**DECAYED, **MOMENTS, "eps": 0.1, "grafting_eps": 0.1},
+        complex=False,
+    ),
+    Row("soap", partial(soap, frequency=2), {**DECAYED, **SOAP}, complex=False),
+    Row(
+        "soap_normalized",
+        partial(soap_normalized, frequency=1),
+        {**DECAYED, **SOAP},
+        complex=False,
+    ),
     Row("lbfgs", partial(fo.lbfgs, max_iter=2, history_size=2), {"lr": 0.1}, elementwise=False, tolerance=1e-9),
     Row("lbfgs_search", searching, {"lr": 0.2}, elementwise=False, tolerance=1e-9),
     Row("prodigy", with_betas(fo.prodigy), {**FREE, **ADAM, "d0": 0.01, "lr": 0.3, "d_coef": 2.0}),
