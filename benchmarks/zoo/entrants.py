@@ -151,12 +151,12 @@ EXCLUDED = {
 
 
 def public_optimizers() -> list[str]:
-    """List the optimizers of the library: what has a name, and takes a learning rate first."""
-    return [name for name in fo.names() if "." not in name and _is_optimizer(name)]
+    """List the optimizers of the library: what has a name, is no part of a rule, and takes a learning rate first."""
+    return [name for name in fo.names() if _is_optimizer(name, getattr(fo, name, None))]
 
 
-def _is_optimizer(name: str) -> bool:
-    factory = fo.get(name)
-    first = next(iter(inspect.signature(factory).parameters), None)
+def _is_optimizer(name: str, factory: Any) -> bool:
     places = ("functorch_optim.optimizers.", "functorch_optim.wrappers.")
-    return factory.__module__.startswith(places) and first in ("lr", "max_lr") and not name.startswith("scale_by_")
+    if name.startswith("scale_by_") or not getattr(factory, "__module__", "").startswith(places):
+        return False
+    return next(iter(inspect.signature(factory).parameters), None) in ("lr", "max_lr")

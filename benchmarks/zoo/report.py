@@ -207,7 +207,8 @@ def published(page: str, book: Book) -> str:
 
 
 def publish(book: Book, docs: pathlib.Path) -> None:
-    """Write the page and its pictures."""
+    """Write the tables of a page that there is, and its picture."""
     page = docs / "zoo.md"
-    page.write_text(published(page.read_text(encoding="utf-8"), book), encoding="utf-8")
-    pictures.draw(book, docs / "pictures" / "zoo.png")
+    if page.exists():
+        page.write_text(published(page.read_text(encoding="utf-8"), book), encoding="utf-8")
+        pictures.draw(book, docs / "pictures" / "zoo.png")

@@ -68,7 +68,7 @@ def resumed(path: pathlib.Path, fresh: Book) -> Book:
             f"{path} has results of another run: it differs in {', '.join(differing)}. Delete the file, or write "
             "another: --json FILE"
         )
-    return book
+    return book._replace(about={**book.about, "tasks": fresh.tasks})
 
 
 def read(path: pathlib.Path) -> Book:

@@ -174,6 +174,7 @@ def of_characters(logits: Tensor, following: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, -2), following.flatten())
 
 
+@functools.cache
 def all_tasks() -> dict[str, Task]:
     """Return the tasks by name."""
     classification: dict[str, Any] = {"error": wrong, "measured": "digits not recognized"}

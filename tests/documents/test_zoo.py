@@ -39,10 +39,9 @@ def test_the_public_optimizers_are_neither_rules_nor_schedules_nor_wrappers():
 @pytest.mark.parametrize("name", NAMED)
 def test_every_entrant_takes_steps(name):
     lr = NAMED[name].default
-    result = compete(TASKS["quadratic"], NAMED[name], TINY._replace(lrs=(lr / 10, lr)))
-    assert result.steps == 10
-    assert result.losses[0][0] != result.losses[0][1]
-    assert all(math.isfinite(loss) for loss in result.losses[0])
+    [losses] = compete(TASKS["quadratic"], NAMED[name], TINY._replace(lrs=(lr, 1e4 * lr))).losses
+    assert math.isfinite(losses[0])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.sampled(size=3)
@@ -81,8 +80,8 @@ def losses_of_torch(task, lr, decay):
 
 
 def test_averages_are_judged_where_they_evaluate():
-    task = TASKS["rosenbrock"]
-    averaged, raw = [compete(task, NAMED["schedule_free_sgd"]._replace(averages=on), TINY) for on in (True, False)]
+    free, effort = NAMED["schedule_free_sgd"], TINY._replace(lrs=(1.0,))
+    averaged, raw = [compete(TASKS["quadratic"], free._replace(averages=on), effort) for on in (True, False)]
     assert averaged.losses != raw.losses
 
 
@@ -155,6 +154,24 @@ def test_the_page_has_the_results_of_the_file():
     assert report.published(page, book) == page
     other = book._replace(results=dict(list(book.results.items())[1:]))
     assert report.published(page, other) != page
+
+
+def test_tables_and_a_picture_are_written_where_there_is_a_page(tmp_path):
+    book = book_of(sgd=made([2.0, 2.0, math.inf]), adam=made([0.5, 0.9, 3.0], [50, 40, math.inf]))
+    report.publish(book, tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "zoo.md").write_text(
+        "# Zoo\n\n<!-- medals -->\nold\n<!-- end -->\n\nText.\n<!-- range -->\n<!-- end -->\n"
+    )
+    for _ in range(2):  # the second time changes nothing
+        report.publish(book, tmp_path)
+    lines = (tmp_path / "zoo.md").read_text().splitlines()
+    assert "| `adam` | 3 | 0 | 0 | 1 | 1 |" in lines
+    assert "| `adam` | 2 🥇 | 1.0 |" in lines
+    assert "old" not in lines
+    assert lines.count("Text.") == lines.count("# Zoo") == 1
+    assert (tmp_path / "pictures" / "zoo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_choose_contests():
