@@ -36,8 +36,14 @@ class Book(NamedTuple):
 
     @property
     def entrants(self) -> list[str]:
-        """The names of the optimizers, in the order of their first contests."""
-        return list(dict.fromkeys(name for _, name in self.results))
+        """The names of the optimizers, in alphabetical order."""
+        return sorted({name for _, name in self.results})
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What results depend on, by name: versions, the effort, and each task."""
+        versions = {name: self.about["environment"].get(name) for name in VERSIONS}
+        return {**versions, "effort": self.about["effort"], **self.tasks}
 
 
 def new(tasks: Iterable[Task], effort: Effort) -> Book:
@@ -58,11 +64,8 @@ def resumed(path: pathlib.Path, fresh: Book) -> Book:
     if not path.exists():
         return fresh
     book = read(path)
-    differing = [
-        *[name for name in VERSIONS if book.about["environment"].get(name) != fresh.about["environment"].get(name)],
-        *["effort" for _ in range(1) if book.about["effort"] != fresh.about["effort"]],
-        *[name for name, task in book.tasks.items() if task != fresh.tasks.get(name, task)],
-    ]
+    now = fresh.conditions
+    differing = [name for name, condition in book.conditions.items() if now.get(name, condition) != condition]
     if differing:
         raise ValueError(
             f"{path} has results of another run: it differs in {', '.join(differing)}. Delete the file, or write "
