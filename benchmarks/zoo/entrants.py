@@ -93,6 +93,7 @@ ENTRANTS = [
     Entrant("adamax", fo.adamax, L2),
     Entrant("adabelief", fo.adabelief, DECOUPLED),
     Entrant("adam_atan2", fo.adam_atan2, DECOUPLED),
+    Entrant("adam_mini", fo.adam_mini, DECOUPLED),
     Entrant("adamp", fo.adamp, DECOUPLED),
     Entrant("adan", fo.adan, DECOUPLED),
     Entrant("adanorm", fo.adanorm, DECOUPLED),
@@ -110,6 +111,7 @@ ENTRANTS = [
     Entrant("rmsprop", fo.rmsprop, L2),
     Entrant("madgrad", fo.madgrad, L2),
     Entrant("adafactor", fo.adafactor, DECOUPLED),
+    Entrant("came", fo.came, DECOUPLED),
     Entrant("sm3", fo.sm3, L2),
     # By tensor.
     Entrant("lamb", fo.lamb, DECOUPLED),
@@ -136,6 +138,7 @@ ENTRANTS = [
     # Averages and wrappers.
     Entrant("schedule_free_sgd", fo.schedule_free_sgd, L2, averages=True, anneals=False),
     Entrant("schedule_free_adamw", fo.schedule_free_adamw, DECOUPLED, averages=True, anneals=False),
+    Entrant("ranger", fo.ranger, DECOUPLED, averages=True),
     Entrant("cautious(adamw)", wrapped(fo.cautious, fo.adamw, 1e-3), DECOUPLED),
     Entrant("lookahead(adamw)", wrapped(fo.lookahead, fo.adamw, 1e-3), DECOUPLED, averages=True),
     Entrant("mars(adamw)", wrapped(fo.mars, fo.adamw, 1e-3), DECOUPLED),

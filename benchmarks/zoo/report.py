@@ -123,16 +123,16 @@ def discipline_table(book: Book, discipline: Discipline) -> list[str]:
     """Lay out a discipline: a row for each optimizer, a column for each task; the best on average come first."""
     places = placed(book, discipline)
     last = len(book.entrants)
-    mean = {name: statistics.fmean([places.get((task, name), last) for task in book.tasks]) for name in book.entrants}
+    mean = {name: statistics.fmean([places.get((task, name), last) for task in book.contested]) for name in book.entrants}
     rows = []
     for name in sorted(book.entrants, key=lambda name: (mean[name], name)):
         cells = []
-        for task, said in book.tasks.items():
+        for task, said in book.contested.items():
             place, result = places.get((task, name)), book.results.get((task, name))
             medal = f" {MEDALS[place]}" if place is not None and place < len(MEDALS) else ""
             cells.append("" if place is None or result is None else discipline.written(result, said["target"]) + medal)
         rows.append([f"`{name}`", *cells, f"{mean[name] + 1:.1f}"])
-    return table(["", *[f"`{task}`" for task in book.tasks], "mean place"], rows)
+    return table(["", *[f"`{task}`" for task in book.contested], "mean place"], rows)
 
 
 def task_table(book: Book) -> list[str]:

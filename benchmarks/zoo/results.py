@@ -35,6 +35,11 @@ class Book(NamedTuple):
         return tasks
 
     @property
+    def contested(self) -> dict[str, dict[str, Any]]:
+        """Those of the tasks that there are results of."""
+        return {name: said for name, said in self.tasks.items() if any(name == task for task, _ in self.results)}
+
+    @property
     def entrants(self) -> list[str]:
         """The names of the optimizers, in alphabetical order."""
         return sorted({name for _, name in self.results})

@@ -25,10 +25,13 @@ def held(wanted: list[Pair], effort: Effort, workers: int) -> Iterator[tuple[Pai
         return
     os.environ.update({**KEEP_MEMORY, **os.environ})
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, prepare) as pool:
-        futures = {pool.submit(contest, pair, effort): pair for pair in wanted}
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, prepare)
+    futures = {pool.submit(contest, pair, effort): pair for pair in wanted}
+    try:
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # when somebody stops the run, only the contests that have begun are ended
 
 
 def contest(pair: Pair, effort: Effort) -> Result | Exception:
