@@ -122,6 +122,7 @@ ENTRANTS = [
     Entrant("muon", for_matrices(fo.muon, 1e-3, 1.0, adjust_lr_fn="match_rms_adamw", ns_dtype=None), DECOUPLED),
     Entrant("muon_with_adamw", muon_with_adamw, DECOUPLED),
     Entrant("normuon", for_matrices(fo.normuon, 0.02, 0.015, ns_dtype=None), DECOUPLED),
+    Entrant("dion", for_matrices(fo.dion, 0.01, 0.015), DECOUPLED),
     Entrant("scion", partial(fo.scion, momentum=0.1, unconstrained=True, ns_dtype=None)),
     # Without a learning rate to tune; here it is a factor.
     Entrant("prodigy", fo.prodigy, DECOUPLED),
@@ -144,6 +145,7 @@ ENTRANTS = [
     Entrant("mars(adamw)", wrapped(fo.mars, fo.adamw, 1e-3), DECOUPLED),
     Entrant("sam(adamw)", wrapped(fo.sam, fo.adamw, 1e-3), DECOUPLED),
     # With a model of the curvature.
+    Entrant("sophia", fo.sophia, DECOUPLED),
     Entrant("lbfgs", partial(fo.lbfgs, max_iter=1, history_size=10)),
 ]
 NAMED = {entrant.name: entrant for entrant in ENTRANTS}

@@ -77,11 +77,11 @@ DISCIPLINES = (
 
 
 def placed(book: Book, discipline: Discipline) -> dict[tuple[str, str], int]:
-    """Return the places 0, 1, 2, ... by task and optimizer; those with equal values share a place."""
+    """Return the places 0, 1, 2, ... by task and optimizer; those whose values are written alike share a place."""
     places = {}
     for task, said in book.tasks.items():
         values = {
-            name: value
+            name: float(number(value))
             for (other, name), result in book.results.items()
             if other == task and math.isfinite(value := discipline.value(result, said["target"]))
         }
@@ -123,7 +123,9 @@ def discipline_table(book: Book, discipline: Discipline) -> list[str]:
     """Lay out a discipline: a row for each optimizer, a column for each task; the best on average come first."""
     places = placed(book, discipline)
     last = len(book.entrants)
-    mean = {name: statistics.fmean([places.get((task, name), last) for task in book.contested]) for name in book.entrants}
+    mean = {
+        name: statistics.fmean([places.get((task, name), last) for task in book.contested]) for name in book.entrants
+    }
     rows = []
     for name in sorted(book.entrants, key=lambda name: (mean[name], name)):
         cells = []
