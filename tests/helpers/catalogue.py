@@ -217,11 +217,12 @@ def grafted(beta1: Any, beta2: Any, lr: Any, **options: Any) -> fo.GradientTrans
 
 
 def soap(beta1: Any, beta2: Any, **options: Any) -> fo.GradientTransformation:
-    """Make SOAP of gradients that change from step to step, also where the parameters stay, as after its first step.
+    """Make SOAP of gradients of full rank, that change from step to step, also where the parameters stay.
 
-    In the bases of the first gradient the same one is diagonal but for rounding, of which differences know nothing.
+    Of a gradient of less rank the bases depend on rounding, of which differences know nothing. So do the numbers of the
+    second step where its gradient is the first one: in the bases of that it is diagonal but for rounding.
     """
-    return fo.chain(fo.add_decayed_weights(lambda count: 0.2 * count), fo.soap(betas=(beta1, beta2), **options))
+    return fo.chain(fo.add_decayed_weights(lambda count: 0.2 * (count + 1)), fo.soap(betas=(beta1, beta2), **options))
 
 
 def soap_normalized(lr: Any, **options: Any) -> fo.GradientTransformation:
