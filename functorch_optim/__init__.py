@@ -113,6 +113,14 @@ from functorch_optim.wrappers.lookahead import LookaheadState, lookahead
 from functorch_optim.wrappers.mars import MarsState, mars
 from functorch_optim.wrappers.monitoring import GradientMetrics, UpdateMetrics, metrics, monitor
 from functorch_optim.wrappers.projecting import project
+from functorch_optim.wrappers.rounding import (
+    KahanState,
+    MasterWeightsState,
+    StochasticRoundingState,
+    kahan,
+    master_weights,
+    stochastic_rounding,
+)
 from functorch_optim.wrappers.schedule_free import (
     ScheduleFreeState,
     gpa,

@@ -10,6 +10,8 @@ from functorch_optim._core.stand_in import StandIn
 
 Path = Callable[[int], str]
 HALF = (torch.float16, torch.bfloat16)
+SINGLE = (torch.float32, *HALF)
+"""At most single precision."""
 
 
 def check_params(leaves: Sequence[Any], path: Path) -> None:
@@ -22,6 +24,17 @@ def check_params(leaves: Sequence[Any], path: Path) -> None:
             raise TypeError(
                 f"The parameter at {path(i)!r} has dtype {leaf.dtype}, which cannot be optimized; "
                 "convert it with .float(), or leave it out of the tree"
+            )
+    check_precision(leaves, path)
+
+
+def check_precision(params: Sequence[Any], path: Path) -> None:
+    """Raise when a parameter is complex in half precision, for which torch lacks most functions."""
+    for i, p in enumerate(params):
+        if isinstance(p, Tensor) and p.dtype == torch.complex32:
+            raise TypeError(
+                f"The parameter at {path(i)!r} has dtype {p.dtype}, which cannot be optimized; "
+                "convert it with .to(torch.complex64)"
             )
 
 
@@ -40,8 +53,12 @@ def check_updates(
     path: Path,
     name: str = "the updates",
     other_name: str = "the parameter",
+    wide: bool = False,
 ) -> None:
-    """Raise unless every update is None or a tensor with the shape and dtype of its parameter, or of another update."""
+    """Raise unless every update is None or a tensor with the shape and dtype of its parameter, or of another update.
+
+    Where they may be wide, those of parameters in half precision may be float32.
+    """
     for i, leaf in enumerate(leaves):
         if leaf is None:
             continue
@@ -53,7 +70,8 @@ def check_updates(
         if not isinstance(other, Tensor):
             what = "None" if other is None else f"a {type(other).__name__}"
             raise ValueError(f"{name} have a tensor at {path(i)!r}, but {other_name} there is {what}")
-        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+        same = leaf.dtype == other.dtype or (wide and leaf.dtype == torch.float32 and other.dtype in HALF)
+        if leaf.shape != other.shape or not same:
             raise ValueError(
                 f"{name} have shape {tuple(leaf.shape)} and dtype {leaf.dtype} at {path(i)!r}, but {other_name} there "
                 f"has shape {tuple(other.shape)} and dtype {other.dtype}; they must be the same"
@@ -86,10 +104,15 @@ def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> 
             )
 
 
-def check_state(name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path) -> None:
-    """Raise unless the state of an elementwise rule has the shapes of the updates, and their dtypes or float32."""
+def check_state(
+    name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path, cast: bool = False
+) -> None:
+    """Raise unless the state of an elementwise rule has the shapes of the updates, and their dtypes or float32.
+
+    A state that was cast may have any of at most single precision, if the update has.
+    """
     for i, (tensor, update) in enumerate(zip(tensors, updates, strict=True)):
-        precise = tensor.dtype == torch.float32 and update.dtype in HALF
+        precise = tensor.dtype in (SINGLE if cast else (torch.float32,)) and update.dtype in (SINGLE if cast else HALF)
         if tensor.shape != update.shape or not (tensor.dtype == update.dtype or precise):
             raise ValueError(
                 f"The state's {field} for {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} at "

@@ -12,7 +12,7 @@ from functorch_optim._core.checks import check_is_param, check_params, check_upd
 from functorch_optim._core.links import Link, select, unnest
 from functorch_optim._core.numbers import Bucket
 from functorch_optim._core.prepare import Leaves, Outcome, Prepared
-from functorch_optim._core.rule import ADD, Rule, TreeRule, check_extras, tree_state_type
+from functorch_optim._core.rule import ADD, TreeRule, check_extras, tree_state_type
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.choose import Way
 from functorch_optim._numerics import wide_device
@@ -36,7 +36,7 @@ def init(links: Sequence[Link], params: Tree) -> list[Any]:
             states.append(rule.init(tree.unflatten(structure, masked) if link.where else params))
             continue
         leaf_states = [
-            init_leaf(rule, p, functools.partial(_path, params, i)) if on and p is not None else None
+            init_leaf(link, p, functools.partial(_path, params, i)) if on and p is not None else None
             for i, (p, on) in enumerate(zip(leaves, active, strict=True))
         ]
         state_type = next((type(state) for state in leaf_states if state is not None), rule.state_type or tuple)
@@ -61,10 +61,10 @@ def _path(params: Tree, i: int) -> str:
     return tree.paths(params)[i]
 
 
-def init_leaf(rule: Rule, p: Tensor, path: Callable[[], str]) -> Any:
-    """Make a rule's state for one parameter; let errors name it."""
+def init_leaf(link: Link, p: Tensor, path: Callable[[], str]) -> Any:
+    """Make the state of a link for one parameter; let errors name it."""
     try:
-        return rule.init_leaf(p)
+        return link.init_leaf(p)
     except (TypeError, ValueError) as error:
         raise type(error)(f"At {path()!r}: {error}") from error
 
@@ -249,7 +249,8 @@ def _prepared(
     for i, p in enumerate(leaves.params or ()):
         if p is not None and leaves.updates[i] is not None:
             check_is_param(p, i, path)
-    check_updates(leaves.updates, leaves.params, path)
+    only_added = all([link.rule is ADD for link in transformation._links])  # noqa: C419
+    check_updates(leaves.updates, leaves.params, path, wide=only_added)
     _check_counters(transformation._links, numbers)
     links = (*transformation._links, Link(ADD)) if adds else transformation._links
     active = select(links, like)

@@ -1,6 +1,7 @@
 """Leaves that are run together: by the same links, with the same numbers, of one dtype and device."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.checks import Path
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Numbers, Shares
-from functorch_optim._core.rule import ADD, TreeRule
+from functorch_optim._core.rule import ADD, LAND, Rule, TreeRule
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.reference import Held, Stage
 from functorch_optim._execution.representation import make
@@ -24,6 +25,7 @@ class LeafGroups:
         links: of the transformation.
         active: for each link, whether it is for each leaf.
         numbers: computes their numbers.
+        dtypes: of the parameters; None where there is none.
         path: names a leaf, for messages.
         make_group: makes a group of stages, a sample, its path, and whether nothing moves.
     """
@@ -33,10 +35,11 @@ class LeafGroups:
         links: Sequence[Link],
         active: list[list[bool]],
         numbers: Numbers,
+        dtypes: Sequence[torch.dtype | None],
         path: Path,
         make_group: Callable[..., Group],
     ) -> None:
-        self.links, self.active, self.path, self.make_group = links, active, path, make_group
+        self.links, self.active, self.dtypes, self.path, self.make_group = links, active, dtypes, path, make_group
         self.differs = numbers.differs
         self.last = [_is_last(links, k) for k in range(len(links))]
         self.vanishing = any(isinstance(link.rule, TreeRule) or link.rule.hold is not None for link in links)
@@ -87,7 +90,7 @@ class LeafGroups:
     def _parted(
         self, running: Sequence[tuple[int, bool]], members: Sequence[int], updates: list[Any]
     ) -> list["LeafGroup"]:
-        """Part leaves by the links that apply to them, and by dtype and device."""
+        """Part leaves by the links that apply to them, and by dtypes and device."""
         parts: dict[Any, list[int]] = {}
         for i in members:
             u = updates[i]
@@ -98,10 +101,11 @@ class LeafGroups:
                     applying = tuple([one for one in applying if self.links[one[0]].rule is not ADD])
                 alone = i if u.layout != torch.strided else None
                 if applying:
-                    parts.setdefault((applying, still, u.device, u.dtype, alone), []).append(i)
+                    key = (applying, still, self.dtypes[i], u.device, u.dtype, alone)
+                    parts.setdefault(key, []).append(i)
         return [
-            LeafGroup(self.links, [k for k, _ in applying], indices, updates, still, self.path, self.make_group)
-            for (applying, still, *_), indices in parts.items()
+            LeafGroup(self.links, [k for k, _ in applying], dtype, indices, updates, still, self.path, self.make_group)
+            for (applying, still, dtype, *_), indices in parts.items()
         ]
 
 
@@ -111,6 +115,7 @@ class LeafGroup:
     Args:
         links: of the transformation.
         applying: those that are run, by index.
+        dtype: of the parameters.
         indices: of the leaves.
         updates: of all leaves.
         still: whether nothing moves.
@@ -122,6 +127,7 @@ class LeafGroup:
         self,
         links: Sequence[Link],
         applying: list[int],
+        dtype: torch.dtype | None,
         indices: list[int],
         updates: list[Any],
         still: bool,
@@ -131,7 +137,8 @@ class LeafGroup:
         self.applying, self.indices = applying, indices
         self.whole = indices == list(range(len(updates)))
         own = [links[k] for k in applying]
-        stages = [Stage(link.rule, _source(own, applying, n)) for n, link in enumerate(own)]  # type: ignore[arg-type]
+        rules = _rules(own, dtype)
+        stages = [Stage(rule, _source(own, rules, applying, n)) for n, rule in enumerate(rules)]
         first = updates[indices[0]]
         self.is_sparse = first.layout != torch.strided
         self.to_dense = self.is_sparse and wants_dense(
@@ -185,12 +192,23 @@ class LeafGroup:
         return placed
 
 
-def _source(links: Sequence[Link], applying: list[int], n: int) -> tuple[int, str] | None:
-    """Find the wrapper whose state holds the parameters of a link, where it is among these links."""
-    if not links[n].inside or applying[n] + links[n].inside > applying[-1]:
+def _rules(links: Sequence[Link], dtype: torch.dtype | None) -> list[Rule]:
+    """Return the rules of links for parameters of a dtype."""
+    rules: list[Any] = [link.rule.of(dtype) for link in links]  # type: ignore[union-attr]
+    if rules[-1] is ADD and len(rules) > 1 and rules[-2].lands is not None and not links[-2].when:
+        rules[-2:] = [replace(rules[-2], update=rules[-2].lands), LAND]
+    return rules
+
+
+def _source(
+    links: Sequence[Link], rules: Sequence[Rule], applying: list[int], n: int
+) -> tuple[int, Any] | None:
+    """Find the wrapper that hands a link its parameters, where it is among these links; and how it makes them."""
+    holder = applying[n] + links[n].inside
+    if not links[n].inside or holder not in applying:
         return None
-    place = applying.index(applying[n] + links[n].inside)
-    return place, links[place].rule.hands or ""
+    place = applying.index(holder)
+    return place, rules[place].hands
 
 
 def wants_dense(rules: Sequence[Any], update: Tensor, path: Callable[[], str]) -> bool:

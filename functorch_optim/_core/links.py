@@ -4,12 +4,14 @@ How the states of links nest for users is a layout: an index for a link, a tuple
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import SINGLE
 from functorch_optim._core.rule import Rule, TreeRule
 from functorch_optim.tree import Tree
 
@@ -40,6 +42,8 @@ class Link(NamedTuple):
         reads: how many links before this one the keepers stand whose numbers are hyperparameters of this link.
         recalls: how many links before this one the link stands whose updates, as it was given them, a function of the
             whole tree takes for the parameters; None for the parameters.
+        widens: how many links before this one updates in half precision become float32; None for nowhere.
+        dtypes: the dtype of a state by its name, for parameters of at most single precision; None for the rule's own.
     """
 
     rule: Rule | TreeRule
@@ -48,6 +52,18 @@ class Link(NamedTuple):
     inside: int = 0
     reads: tuple[int, ...] = ()
     recalls: int | None = None
+    widens: int | None = None
+    dtypes: Callable[[str], torch.dtype] | None = None
+
+    def init_leaf(self, p: Tensor) -> Any:
+        """Make the state for one parameter."""
+        rule: Any = self.rule
+        if self.dtypes is None or p.dtype not in SINGLE:
+            return rule.init_leaf(p)
+        state = rule.init_leaf(p.to(torch.float32))
+        fields = zip(getattr(state, "_fields", ()), state, strict=True)
+        kept = [t.to(self.dtypes(name)) if t.dtype in SINGLE else t for name, t in fields]
+        return type(state)(*kept) if state else state
 
 
 def select(links: Sequence[Link], params: Tree) -> list[list[bool]]:

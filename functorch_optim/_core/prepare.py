@@ -23,7 +23,7 @@ from functorch_optim._core.rule import OF_TREE, TreeRule
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.mode import Mode, Plain, is_plain
-from functorch_optim._execution.representation import make
+from functorch_optim._execution.representation import make, row, widened
 from functorch_optim.tree import MaskedNode, Tree
 
 
@@ -93,14 +93,19 @@ class Prepared:
         self.links, self.structure, self.path, self.active = links, structure, path, active
         self.mode, self.overwrites = mode, overwrites
         self.recalled = {k - link.recalls for k, link in enumerate(links) if link.recalls is not None}
-        self.passes = _passes(links, self.recalled)
+        self.widening: dict[int, list[int]] = {}  # for each place, the links that make updates float32 from there on
+        for k, link in enumerate(links):
+            if link.widens is not None:
+                self.widening.setdefault(k - link.widens, []).append(k)
+        self.passes = _passes(links, self.recalled | self.widening.keys())
         self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(leaves))
         self.extras = [link.rule.extras for link in links]
         self.asks = any(extras.any or extras.names - OF_TREE for extras in self.extras)
         shapes = [None if u is None else u.shape for u in leaves.updates]
         self.numbers = Numbers(links, active, shapes, structure, path)
         make_group = functools.partial(Group, mode=mode, plain=self.plain, way=way, keeps=keeps)
-        self.groups = LeafGroups(links, active, self.numbers, path, make_group)
+        dtypes = [p.dtype if isinstance(p, Tensor) else None for p in leaves.params or leaves.updates]
+        self.groups = LeafGroups(links, active, self.numbers, dtypes, path, make_group)
         for p in leaves.params or () if way == "fused" else ():
             if isinstance(p, Tensor) and p.is_meta:
                 _device_dtype_check_for_fused(p)  # raises torch.optim's error
@@ -127,7 +132,7 @@ class Prepared:
                 checks.check_present(rule.name, field, tensors, path)
                 if rule.elementwise:
                     updates = [leaves.updates[i] for i in here]
-                    checks.check_state(rule.name, field, tensors, updates, path)
+                    checks.check_state(rule.name, field, tensors, updates, path, link.dtypes is not None)
 
     def run(self, leaves: Leaves, buckets: Sequence[Bucket], extras: dict[str, Any]) -> Outcome:
         """Run links one after the other; no argument is modified.
@@ -145,6 +150,8 @@ class Prepared:
         recalled: dict[int, list[Any]] = {}
         for members in self.passes:
             first, last = self.links[members[0]].rule, members is self.passes[-1]
+            for k in self.widening.get(members[0], ()):
+                updates = [u if u is None or not on else widened(u) for u, on in zip(updates, self.active[k], strict=True)]
             if members[0] in self.recalled:
                 recalled[members[0]] = list(updates)
             if isinstance(first, TreeRule):
@@ -158,7 +165,7 @@ class Prepared:
                 continue
             params, holder = leaves.params, _holder(self.links, members[0], members[-1])
             if holder is not None:
-                params = getattr(columns[holder], self.links[holder].rule.hands or "")
+                params = self._handed(holder, leaves.params, columns)
             seen = self._seen(members[0], updates, leaves.params, columns) if first.sees_tree else {}
             for number, bucket in enumerate(buckets):
                 scalars = self.numbers.compute(members, number, bucket, extras, seen, carried[number], due[number])
@@ -201,7 +208,18 @@ class Prepared:
     def _params_of(self, k: int, params: list[Any] | None, columns: list[Any]) -> list[Any] | None:
         """Return the parameters of a link: those of the user, or of the wrapper that it is inside of."""
         inside = self.links[k].inside
-        return getattr(columns[k + inside], self.links[k + inside].rule.hands or "") if inside else params
+        return self._handed(k + inside, params, columns) if inside else params
+
+    def _handed(self, holder: int, params: list[Any] | None, columns: list[Any]) -> list[Any] | None:
+        """Return the parameters that a wrapper hands inside; where it is not for a leaf, those of the user."""
+        state, rule = columns[holder], self.links[holder].rule
+        if params is None or not state:
+            return params
+        held = [isinstance(entry, Tensor) for entry in state[0]]
+        return [
+            rule.of(p.dtype).hands(p, row(state, i)) if on else p
+            for i, (p, on) in enumerate(zip(params, held, strict=True))
+        ]
 
     def _run_tree_rule(
         self,

@@ -90,13 +90,16 @@ class Rule:
     state_type: type | None = None  # the NamedTuple that holds the state of one tensor, where it was declared
     carried_type: Any = None  # the NamedTuple that `carry` makes
     hold: Callable[[Any, Any, Any, Any], Any] | None = None  # of a gate: the next state at a step that it leaves out
-    hands: str | None = None  # of a wrapper: the field of its state that the links inside take for the parameters
+    hands: Callable[[Any, Any], Any] | None = None  # of a wrapper: (p, state) -> the parameter for the links inside
     evaluate: Callable[[Any, Any], Any] | None = None  # (p, state) -> the parameters to evaluate with
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
     turns: bool = False  # whether its update goes against the given one, as descent does
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
+    of_dtype: Callable[[torch.dtype], "Rule"] | None = None  # dtype of the parameter -> the rule
+    lands: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None  # `update` that returns the next parameter
+    moves: bool = False  # whether its update is the next parameter
 
     extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all tensors of the tree, as a global norm does
@@ -119,6 +122,10 @@ class Rule:
     def name(self) -> str:
         """Return the name of the function that made the rule, for messages."""
         return _name(self.update)
+
+    def of(self, dtype: Any) -> Any:
+        """Return the rule for parameters of a dtype."""
+        return self if self.of_dtype is None else self.of_dtype(dtype)
 
     def init_leaf(self, p: Tensor) -> Any:
         """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""
@@ -158,8 +165,12 @@ class Rule:
                 )
 
 
-ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched")
+ADD = Rule(
+    None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched", moves=True
+)
 """The last rule of a step: it makes of an update the new parameter."""
+LAND = Rule(None, lambda u, state, p, s: (u, state), elementwise=True, needs_params=True, sparse="touched", moves=True)
+"""The same after a rule that lands: its update is the new parameter."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,8 @@ class TreeRule:
     turns: ClassVar[bool] = False
     keeps: ClassVar[None] = None
     of_rate: ClassVar[None] = None
+    of_dtype: ClassVar[None] = None
+    lands: ClassVar[None] = None
     counters: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False

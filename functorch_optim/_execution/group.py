@@ -10,7 +10,6 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.checks import Path, check_kept
-from functorch_optim._core.rule import ADD
 from functorch_optim._execution import choose, writing
 from functorch_optim._execution.choose import Machine, Way
 from functorch_optim._execution.foreach import Overwriting
@@ -65,7 +64,7 @@ class Group:
             for elementwise, members in groupby(range(len(stages)), key=lambda k: stages[k].rule.elementwise)
         ]
         self.one_program = plain and len(self.runs) == 1 and self.runs[0][0] and sample.layout == torch.strided
-        self.moves = stages[-1].rule is ADD
+        self.moves = stages[-1].rule.moves
         self.like = widened(
             torch.empty(0, dtype=sample.real.dtype if self.is_complex else sample.dtype, device=sample.device)
         )
@@ -231,7 +230,8 @@ class Group:
         if eagerly and versions != _versions(given):
             names = ", ".join([stage.rule.name for stage in self.stages])
             raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
-        updated = [narrowed(new, old) for new, old in zip(new_updates, updates, strict=True)]
+        likes = params if self.moves and params is not None else updates  # updates may be wider than parameters
+        updated = [narrowed(new, old) for new, old in zip(new_updates, likes, strict=True)]
         new_states = [zip_columns(narrowed, new, old) for new, old in zip(new_states, states, strict=True)]
         return None if self.still else updated, new_states
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.rule import ADD, Rule
+from functorch_optim._core.rule import Rule
 from functorch_optim._core.stand_in import StandIn
 from functorch_optim._execution.reference import Stage, applied
 
@@ -92,8 +92,9 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     """
     leaves, structure = tree.flatten(list(scalars))
     kinds = tuple([_kind(scalar) for scalar in leaves])
-    algorithms = [_identity(stage.rule.update) for stage in stages]
-    sources = tuple([stage.source for stage in stages])
+    handing = [stage.source[1] for stage in stages if stage.source]
+    algorithms = [_identity(function) for function in [*[stage.rule.update for stage in stages], *handing]]
+    sources = tuple([stage.source and stage.source[0] for stage in stages])
     key = (tuple(algorithms), sources, tuple(map(len, states)), with_params, structure, kinds, like.dtype, like.device)
     known = None if None in algorithms else _recorded.get(key)
     if known is not None:
@@ -126,7 +127,7 @@ compute the same."""
 
 def _identity(value: Any, depth: int = 3) -> Any:
     """Return a key that functions share which have the same code and close over the same things; None if unsure."""
-    if isinstance(value, bool | int | float | str | NoneType):
+    if isinstance(value, bool | int | float | str | NoneType | torch.dtype):
         return type(value), value
     if not isinstance(value, FunctionType) or depth == 0:
         return None
@@ -280,7 +281,7 @@ class _Recording:
             tuple(names),
             self.like.dtype,
             self.like.device,
-            rule is ADD,
+            rule.moves,
         )
 
 

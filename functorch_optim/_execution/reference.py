@@ -1,6 +1,6 @@
 """Tensor by tensor: right everywhere, and the reference of all other ways."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,12 @@ class Stage(NamedTuple):
 
     Attributes:
         rule: the rule.
-        source: the stage whose state holds the parameters of this one, and the field; None for the parameters.
+        source: the stage that hands this one its parameters, and the function of parameter and state that makes them;
+            None for the parameters.
     """
 
     rule: Rule
-    source: tuple[int, str] | None = None
+    source: tuple[int, Callable[[Any, Any], Any]] | None = None
 
 
 class Held(NamedTuple):
@@ -72,7 +73,8 @@ def applied(stage: Stage, g: Any, states: Sequence[Any], k: int, p: Any, s: Any)
     """
     rule, state = stage.rule, states[k]
     if stage.source is not None:
-        p = getattr(states[stage.source[0]], stage.source[1])
+        holder, hands = stage.source
+        p = hands(p, states[holder])
     scalars = s.scalars if isinstance(s, Masked) else s
     if isinstance(scalars, Held):
         returned = torch.zeros_like(g), rule.hold(g, state, p, scalars.scalars)  # type: ignore[misc]

@@ -95,8 +95,7 @@ def initial_state(plan: Plan, i: int) -> dict[str, Tensor]:
     p, part = plan.params[i], plan.parts[i]
     initial: dict[str, Tensor] = {}
     for k, keys in zip(part.links, part.keys, strict=True):
-        rule: Any = plan.links[k].rule
-        initial.update(zip(keys, rule.init_leaf(torch.empty_like(p, device="meta")), strict=True))
+        initial.update(zip(keys, plan.links[k].init_leaf(torch.empty_like(p, device="meta")), strict=True))
     return initial
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core import functional
-from functorch_optim._core.checks import HALF
+from functorch_optim._core.checks import HALF, check_precision
 from functorch_optim._core.links import numbered, select
 from functorch_optim._core.rule import OF_TREE, TreeRule, step_dtype
 from functorch_optim._core.transformation import GradientTransformation
@@ -115,6 +115,7 @@ class Plan:
         as_tree: Any = list(params) if names is None or twice else dict(zip(names, params, strict=True))
         self.params, self.structure = tree.flatten(as_tree)
         self._paths = tree.paths(as_tree)
+        check_precision(self.params, self.path)
         try:
             self.active = select(self.links, as_tree)
         except ValueError as error:
@@ -164,7 +165,8 @@ class Plan:
             steps.append((key, float(state.get(key, begun))))
         fresh, carried = [], []
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
-            rule: Any = self.links[k].rule
+            link = self.links[k]
+            rule: Any = link.rule
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
                 if rule.sees_tree and states:  # the number is the tree's: this parameter has missed some gradients
                     state.update(self._of_furthest(key, state, part, states))
@@ -172,7 +174,7 @@ class Plan:
                 carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
             missing = [key for key in keys if key not in state]
             if missing or any([state[key].dtype != p.dtype for key in keys]):  # noqa: C419
-                initial = dict(zip(keys, functional.init_leaf(rule, p, lambda: self.path(i)), strict=True))
+                initial = dict(zip(keys, functional.init_leaf(link, p, lambda: self.path(i)), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if keys and len(missing) == len(keys):
                     fresh.append(k)

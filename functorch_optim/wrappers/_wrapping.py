@@ -36,25 +36,42 @@ def wrapped(tx: Any, wrap: Callable[[GradientTransformation], GradientTransforma
 
 
 def around(
-    tx: GradientTransformation, before: GradientTransformation | None, after: GradientTransformation | None
+    tx: GradientTransformation,
+    before: GradientTransformation | None,
+    after: GradientTransformation | None,
+    *,
+    widens: bool = False,
 ) -> GradientTransformation:
     """Put the rule of a wrapper before a transformation, as a gate, or after it, where it sees the update.
 
+    Args:
+        tx: transformation.
+        before: the gate.
+        after: the rule that sees the update.
+        widens: whether updates in half precision are float32 inside, and after it.
+
     Returns:
         Transformation whose state is a tuple of those of its parts, in their order.
+
+    Raises:
+        ValueError: `after` hands parameters inside, to a wrapper that rounds.
     """
     links: list[Link] = list(before._links if before is not None else ())
     count = len(tx._links)
     hands = after is not None and after._links[0].rule.hands is not None
     gates = _gates(tx, hands) if after is not None else frozenset()
     for k, link in enumerate(tx._links):
+        if hands and link.rule.of_dtype is not None:
+            raise ValueError(f"{link.rule.name} rounds the parameters, so it goes around other wrappers, not inside")
         when = link.when if before is None else (*link.when, k + 1)
         handed = hands and not link.inside and _passes(link, k, gates)
         links.append(link._replace(when=when, inside=count - k if handed else link.inside))
     # The learning rate of the wrapped transformation may be a number that it keeps.
     keepers = tuple([count - k for k, link in enumerate(tx._links) if link.rule.keeps is not None])
     when = tuple([count - gate for gate in sorted(gates)])
-    links += [link._replace(when=when, reads=keepers) for link in after._links] if after is not None else []
+    back = count if widens else None
+    if after is not None:
+        links += [link._replace(when=when, reads=keepers, widens=back) for link in after._links]
     layout = (tx._layout, count) if before is None else (0, shift(tx._layout, 1))
     return GradientTransformation._of(links, layout)
 
@@ -94,10 +111,10 @@ def inserted(tx: GradientTransformation, at: int, link: Link) -> GradientTransfo
         def back(by: int) -> int:
             return by + (k - by < at <= k)
 
-        recalls = None if old.recalls is None else back(old.recalls)
+        recalls, widens = (None if by is None else back(by) for by in (old.recalls, old.widens))
         inside = old.inside + (k < at <= k + old.inside) if old.inside else 0
         when, reads = tuple(map(back, old.when)), tuple(map(back, old.reads))
-        return old._replace(when=when, reads=reads, inside=inside, recalls=recalls)
+        return old._replace(when=when, reads=reads, inside=inside, recalls=recalls, widens=widens)
 
     def placed(layout: Any) -> Any:
         if isinstance(layout, int):

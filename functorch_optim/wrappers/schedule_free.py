@@ -81,10 +81,14 @@ def _interpolated(
         carry=carry,
         elementwise=True,
         needs_params=True,
-        hands="z",
+        hands=_handed,
         evaluate=evaluate,
     )
     return around(tx, None, after)
+
+
+def _handed(y: Tensor, state: ScheduleFreeState) -> Tensor:
+    return state.z
 
 
 def _initial(p: Tensor) -> ScheduleFreeState:

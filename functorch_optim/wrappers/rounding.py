@@ -1,0 +1,312 @@
+"""Parameters in half precision: float32 copies, compensated sums, and stochastic rounding, for any transformation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._core.checks import HALF
+from functorch_optim._core.combine import masked
+from functorch_optim._core.links import Link
+from functorch_optim._core.rule import Rule, TreeRule, leaf_state
+from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
+from functorch_optim._random import bits_of, key_of, mixed, shifted
+from functorch_optim.tree import Tree
+from functorch_optim.wrappers._wrapping import around, copied, wrapped
+
+
+@leaf_state
+class MasterWeightsState(NamedTuple):
+    """The state of `master_weights` for one parameter in half precision.
+
+    Attributes:
+        master: the parameter in float32.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.master_weights(fo.sgd(0.1)).init(torch.ones(1, dtype=torch.bfloat16))[1].master
+        tensor([1.])
+    """
+
+    master: Tensor
+
+
+@leaf_state
+class KahanState(NamedTuple):
+    """The state of `kahan` for one parameter in half precision.
+
+    Attributes:
+        compensation: the part of the sum of all updates that the parameter lacks: like p.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.kahan(fo.sgd(0.1)).init(torch.ones(1, dtype=torch.bfloat16))[1].compensation
+        tensor([0.], dtype=torch.bfloat16)
+    """
+
+    compensation: Tensor
+
+
+class StochasticRoundingState(NamedTuple):
+    """The state of `stochastic_rounding`, once for the tree.
+
+    Attributes:
+        step: number of updates done: 0-dim int64 tensor.
+        key: seed of the random bits of all steps: 0-dim int64 tensor.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> fo.stochastic_rounding(fo.sgd(0.1), generator=5).init(torch.zeros(2))[1]
+        StochasticRoundingState(step=tensor(0), key=tensor(5))
+    """
+
+    step: Tensor
+    key: Tensor
+
+
+def master_weights(tx: Any) -> Any:
+    """Train float32 copies m of parameters in half precision: the parameters are their rounding.
+
+        m <- p where p is not round(m)
+        m <- m + tx(g, m)
+        p <- round(m)
+
+    Args:
+        tx: transformation, its learning rate included; or a factory, then the result is a factory of the same
+            hyperparameters.
+
+    Returns:
+        Transformation whose state is a tuple: the state of `tx`, all of it in float32, and a `MasterWeightsState`.
+        Parameters in float32 or wider have no copy and are trained as `tx` does.
+
+    Raises:
+        TypeError: `tx` is neither a transformation nor a factory.
+        ValueError: `tx` contains a wrapper that rounds, such as `kahan`.
+
+    The training is that of float32 parameters, with gradients at their rounding. It goes around all that changes
+    updates. An edit of the parameters from outside wins: where an element is not the rounding of its copy any more, it
+    becomes the copy, and is trained on.
+
+    `update` returns updates in float32, and `fo.apply_updates` adds them to half precision. The sum is the rounded copy,
+    unless a step takes an element to less than 2^-15 of itself: that sum is right to 2^-24 of the former value, and is
+    taken for an edit. `fo.step`, `fo.step_` and `fo.Optimizer` write the rounded copies. The copies are bit for bit a
+    float32 training that runs on the same machine; torch's fused kernels, which run Adam and others in float32, differ
+    from other machines in last digits. Derivatives pass through rounding as through the identity.
+
+    Source: Micikevicius et al., Mixed Precision Training, arXiv:1710.03740, section 3.1.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.master_weights(fo.sgd(1.0)), torch.ones(1, dtype=torch.bfloat16)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     grads = torch.full((1,), 0.001, dtype=torch.bfloat16)
+        ...     params, state = fo.step(tx, grads, state, params)
+        >>> params, state[1].master
+        (tensor([0.9961], dtype=torch.bfloat16), tensor([0.9970]))
+    """
+    return wrapped(tx, _master_weights, "master_weights(adamw(1e-3))")
+
+
+@factory
+def _master_weights(tx: GradientTransformation) -> GradientTransformation:
+    links = [link._replace(dtypes=link.dtypes or _single) for link in tx._links]
+    return _around(GradientTransformation._of(links, tx._layout), _of(_master))
+
+
+@functools.lru_cache
+def _master(dtype: torch.dtype) -> Rule:
+    def hands(p: Tensor, state: MasterWeightsState) -> Tensor:
+        return torch.where(p == rounded(state.master, dtype), state.master, p)
+
+    def lands(u: Tensor, state: MasterWeightsState, p: Tensor, s: tuple[()]) -> tuple[Tensor, MasterWeightsState]:
+        master = hands(p, state) + u
+        return master, MasterWeightsState(master)
+
+    def update(u: Tensor, state: MasterWeightsState, p: Tensor, s: tuple[()]) -> tuple[Tensor, MasterWeightsState]:
+        master, new = lands(u, state, p, s)
+        return rounded(master, dtype) - p, new
+
+    options: Any = {"elementwise": True, "needs_params": True, "sparse": "touched"}
+    return Rule(
+        lambda p: MasterWeightsState(copied(p)),
+        update,
+        state_type=MasterWeightsState,
+        hands=hands,
+        lands=lands,
+        **options,
+    )
+
+
+def kahan(tx: Any) -> Any:
+    """Add updates to parameters in half precision by compensated summation: what rounding loses is added later.
+
+        u = tx(g) + c
+        q = round(p + u),  c <- u - (q - p),  p <- q
+
+    Args:
+        tx: transformation, its learning rate included; or a factory, then the result is a factory of the same
+            hyperparameters.
+
+    Returns:
+        Transformation whose state is a tuple: the state of `tx`, and a `KahanState`. Parameters in float32 or wider are
+        trained as `tx` does.
+
+    Raises:
+        TypeError: `tx` is neither a transformation nor a factory.
+
+    c is in the precision of the parameters, so that p and c together have about twice its digits, in half the memory of
+    `master_weights`. The gradients and updates of `tx` are float32; its states are like the parameters, unless
+    `cast_states` makes them float32. The parameters may be edited from outside: c is less than the rounding of a step.
+    `update` returns updates in float32, whose sum with the parameters is exact. It goes around all that changes updates.
+    Derivatives pass through rounding as through the identity.
+
+    Source: Zamirai et al., Revisiting BFloat16 Training, arXiv:2010.06192, algorithm 3; Kahan 1965. As in the package
+    optimi, which computes u in half precision.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.kahan(fo.sgd(1.0)), torch.ones(1, dtype=torch.bfloat16)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     grads = torch.full((1,), 0.001, dtype=torch.bfloat16)
+        ...     params, state = fo.step(tx, grads, state, params)
+        >>> params, state[1].compensation
+        (tensor([0.9961], dtype=torch.bfloat16), tensor([0.0009], dtype=torch.bfloat16))
+    """
+    return wrapped(tx, _kahan, "kahan(adamw(1e-3))")
+
+
+@factory
+def _kahan(tx: GradientTransformation) -> GradientTransformation:
+    return _around(tx, _of(_compensated))
+
+
+@functools.lru_cache
+def _compensated(dtype: torch.dtype) -> Rule:
+    def update(u: Tensor, state: KahanState, p: Tensor, s: tuple[()]) -> tuple[Tensor, KahanState]:
+        u = u + state.compensation
+        moved = rounded(p + u, dtype) - p
+        return moved, KahanState(u - moved)
+
+    options: Any = {"elementwise": True, "needs_params": True, "sparse": "touched"}
+    return Rule(lambda p: KahanState(torch.zeros_like(p)), update, state_type=KahanState, **options)
+
+
+def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | None = None) -> Any:
+    """Round parameters in half precision up or down at random, so that the mean is what was to be rounded.
+
+        x = p + tx(g)
+        p <- the next number above x with probability (x - below) / (above - below), else the next below
+
+    Args:
+        tx: transformation, its learning rate included; or a factory, then the result is a factory of the same
+            hyperparameters.
+        generator: source of the key of all random bits, which is drawn once, when this function is called: a
+            `torch.Generator`, or None for torch's own. Or the key itself: an integer, or a 0-dim tensor of int64.
+
+    Returns:
+        Transformation whose state is a tuple: the state of `tx`, and a `StochasticRoundingState`. Parameters in float32
+        or wider are trained as `tx` does.
+
+    Raises:
+        TypeError: `tx` is neither a transformation nor a factory, or `generator` is of another type.
+        ValueError: `update` is called without the parameters.
+
+    x is computed in float32. In bfloat16 the probabilities are exact; in float16 they are below 2^-14 in absolute value
+    multiples of 2^-13. Numbers that need no rounding, infinite ones and NaN stay. The bits are a hash of the key in the
+    state, of the step, and of the place in the tree, so that the same state gives the same numbers, and a resumed
+    training goes on as if it had not stopped. Under `torch.vmap`, batch the key for different bits. The gradients and
+    updates of `tx` are float32; its states are like the parameters. `update` returns updates in float32, whose sum with
+    the parameters is exact. It goes around all that changes updates. Derivatives pass through rounding as through the
+    identity.
+
+    Source: Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551; Zamirai et al., Revisiting
+    BFloat16 Training, arXiv:2010.06192, algorithm 2.
+
+    Example:
+        >>> import functorch_optim as fo, torch
+        >>> tx, params = fo.stochastic_rounding(fo.sgd(1.0), generator=0), torch.ones(1000, dtype=torch.bfloat16)
+        >>> grads = torch.full((1000,), 0.001, dtype=torch.bfloat16)
+        >>> params, state = fo.step(tx, grads, tx.init(params), params)
+        >>> bool(((params == 1) | (params == 0.99609375)).all()), round(float(params.float().mean()), 3)
+        (True, 0.999)
+    """
+    key = key_of(generator, "stochastic_rounding(adamw(1e-3), generator=0)")
+    return wrapped(tx, lambda tx: _stochastic_rounding(tx, key), "stochastic_rounding(adamw(1e-3))")
+
+
+@factory
+def _stochastic_rounding(tx: GradientTransformation, key: int | Tensor) -> GradientTransformation:
+    def init(params: Tree) -> StochasticRoundingState:
+        device = tree.device_of(params)
+        return StochasticRoundingState(
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.as_tensor(key, dtype=torch.int64, device=device).clone(),
+        )
+
+    def update(updates: Tree, state: StochasticRoundingState, params: Tree) -> tuple[Tree, StochasticRoundingState]:
+        if params is None:
+            raise ValueError("stochastic_rounding needs the parameters; call tx.update(updates, state, params)")
+        step = state.step + 1
+        key = mixed(mixed(state.key) + step)
+        leaves, structure = tree.flatten(updates)
+        pairs = enumerate(zip(leaves, tree.flatten(params)[0], strict=True))
+        moved = [u if u is None else _rounded_at_random(p, u, mixed(key + i)) for i, (u, p) in pairs]
+        return tree.unflatten(structure, moved), StochasticRoundingState(step, state.key)
+
+    made = GradientTransformation(init, update)
+    return around(_with_wide_trees(tx), None, made, widens=True)
+
+
+def _rounded_at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
+    """Return the update after which a parameter is rounded up or down."""
+    if p.dtype not in HALF:
+        return u
+    x = p + u
+    wide, kept = x.detach(), 64 - DROPPED[p.dtype]
+    chance = shifted(bits_of(key.to(x.device), x.shape), kept).to(torch.int32)
+    near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
+    return rounded_to(x, cut(wide.view(torch.int32) + chance, p.dtype), near_zero, p.dtype) - p
+
+
+# The rules of wrappers that round are for parameters in half precision, and see updates in float32. --------------------
+
+
+def _of(rule: Any) -> GradientTransformation:
+    """Make a transformation of a rule that depends on the dtype of the parameters."""
+    link = Link(replace(rule(torch.float32), of_dtype=rule))
+    return masked(GradientTransformation._of((link,), 0), _are_half)
+
+
+def _are_half(params: Tree) -> Tree:
+    """Mask: parameters in half precision."""
+    return tree.map(lambda p: p.dtype in HALF, params)
+
+
+def _around(tx: GradientTransformation, after: GradientTransformation) -> GradientTransformation:
+    return around(_with_wide_trees(tx), None, after, widens=True)
+
+
+def _with_wide_trees(tx: GradientTransformation) -> GradientTransformation:
+    """Let functions of the whole tree begin with float32, as the updates that they are given are."""
+
+    def wide(rule: TreeRule) -> TreeRule:
+        return replace(rule, init=lambda params: rule.init(tree.map(_wide, params)))
+
+    links = [link._replace(rule=wide(link.rule)) if isinstance(link.rule, TreeRule) else link for link in tx._links]
+    return GradientTransformation._of(links, tx._layout)
+
+
+def _wide(p: Tensor) -> Tensor:
+    return p.float() if p.dtype in HALF else p
+
+
+def _single(name: str) -> torch.dtype:
+    return torch.float32
