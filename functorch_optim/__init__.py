@@ -107,6 +107,7 @@ from functorch_optim.transforms.zeros import freeze, set_to_zero, zero_nans
 from functorch_optim.tree import MaskedNode, stop_gradient
 from functorch_optim.wrappers.accumulation import AccumulateState, accumulate
 from functorch_optim.wrappers.averaging import AverageState, ema_weights, polynomial_average, swa
+from functorch_optim.wrappers.casting import cast_states
 from functorch_optim.wrappers.cautious import cautious
 from functorch_optim.wrappers.injection import HyperparamsState, ScheduledHyperparamsState, inject_hyperparams
 from functorch_optim.wrappers.lookahead import LookaheadState, lookahead
@@ -146,12 +147,14 @@ __all__ = [
     "GradientTransformation",
     "Hyperparameter",
     "HyperparamsState",
+    "KahanState",
     "LBFGSState",
     "LRSweep",
     "Loaded",
     "LookaheadState",
     "MarsState",
     "MaskedNode",
+    "MasterWeightsState",
     "Minimized",
     "Optimizer",
     "ReduceOnPlateauState",
@@ -160,6 +163,7 @@ __all__ = [
     "SkipState",
     "SophiaState",
     "StepState",
+    "StochasticRoundingState",
     "UpdateMetrics",
     "accumulate",
     "adabelief",
@@ -187,6 +191,7 @@ __all__ = [
     "autoclip",
     "buffers_of",
     "came",
+    "cast_states",
     "cautious",
     "centralize",
     "chain",
@@ -217,6 +222,7 @@ __all__ = [
     "hutchinson",
     "identity",
     "inject_hyperparams",
+    "kahan",
     "keep_params_nonnegative",
     "label",
     "label_table",
@@ -236,6 +242,7 @@ __all__ = [
     "madgrad",
     "mars",
     "masked",
+    "master_weights",
     "maximize",
     "meta",
     "metrics",
@@ -329,6 +336,7 @@ __all__ = [
     "stateless",
     "step",
     "step_",
+    "stochastic_rounding",
     "stop_gradient",
     "swa",
     "to_torch",

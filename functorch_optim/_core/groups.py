@@ -1,7 +1,6 @@
 """Leaves that are run together: by the same links, with the same numbers, of one dtype and device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from functorch_optim._core.checks import Path
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Numbers, Shares
-from functorch_optim._core.rule import ADD, LAND, Rule, TreeRule
+from functorch_optim._core.rule import ADD, Rule, TreeRule
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.reference import Held, Stage
 from functorch_optim._execution.representation import make
@@ -137,7 +136,7 @@ class LeafGroup:
         self.applying, self.indices = applying, indices
         self.whole = indices == list(range(len(updates)))
         own = [links[k] for k in applying]
-        rules = _rules(own, dtype)
+        rules = [link.rule.of(dtype) for link in own]  # type: ignore[union-attr]
         stages = [Stage(rule, _source(own, rules, applying, n)) for n, rule in enumerate(rules)]
         first = updates[indices[0]]
         self.is_sparse = first.layout != torch.strided
@@ -192,17 +191,7 @@ class LeafGroup:
         return placed
 
 
-def _rules(links: Sequence[Link], dtype: torch.dtype | None) -> list[Rule]:
-    """Return the rules of links for parameters of a dtype."""
-    rules: list[Any] = [link.rule.of(dtype) for link in links]  # type: ignore[union-attr]
-    if rules[-1] is ADD and len(rules) > 1 and rules[-2].lands is not None and not links[-2].when:
-        rules[-2:] = [replace(rules[-2], update=rules[-2].lands), LAND]
-    return rules
-
-
-def _source(
-    links: Sequence[Link], rules: Sequence[Rule], applying: list[int], n: int
-) -> tuple[int, Any] | None:
+def _source(links: Sequence[Link], rules: Sequence[Rule], applying: list[int], n: int) -> tuple[int, Any] | None:
     """Find the wrapper that hands a link its parameters, where it is among these links; and how it makes them."""
     holder = applying[n] + links[n].inside
     if not links[n].inside or holder not in applying:

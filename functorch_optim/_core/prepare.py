@@ -7,7 +7,7 @@ step `numbers.py` computes the numbers, and `groups.py` finds the leaves that sh
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from functorch_optim._core.checks import Path
 from functorch_optim._core.groups import LeafGroups, Ready, wants_dense
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Condition, Numbers, Step
-from functorch_optim._core.rule import OF_TREE, TreeRule
+from functorch_optim._core.rule import OF_TREE, Rule, TreeRule
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.mode import Mode, Plain, is_plain
@@ -151,7 +151,9 @@ class Prepared:
         for members in self.passes:
             first, last = self.links[members[0]].rule, members is self.passes[-1]
             for k in self.widening.get(members[0], ()):
-                updates = [u if u is None or not on else widened(u) for u, on in zip(updates, self.active[k], strict=True)]
+                updates = [
+                    u if u is None or not on else widened(u) for u, on in zip(updates, self.active[k], strict=True)
+                ]
             if members[0] in self.recalled:
                 recalled[members[0]] = list(updates)
             if isinstance(first, TreeRule):
@@ -212,7 +214,7 @@ class Prepared:
 
     def _handed(self, holder: int, params: list[Any] | None, columns: list[Any]) -> list[Any] | None:
         """Return the parameters that a wrapper hands inside; where it is not for a leaf, those of the user."""
-        state, rule = columns[holder], self.links[holder].rule
+        state, rule = columns[holder], cast(Rule, self.links[holder].rule)
         if params is None or not state:
             return params
         held = [isinstance(entry, Tensor) for entry in state[0]]

@@ -98,8 +98,6 @@ class Rule:
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
     of_dtype: Callable[[torch.dtype], "Rule"] | None = None  # dtype of the parameter -> the rule
-    lands: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None  # `update` that returns the next parameter
-    moves: bool = False  # whether its update is the next parameter
 
     extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all tensors of the tree, as a global norm does
@@ -165,12 +163,8 @@ class Rule:
                 )
 
 
-ADD = Rule(
-    None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched", moves=True
-)
+ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched")
 """The last rule of a step: it makes of an update the new parameter."""
-LAND = Rule(None, lambda u, state, p, s: (u, state), elementwise=True, needs_params=True, sparse="touched", moves=True)
-"""The same after a rule that lands: its update is the new parameter."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,6 @@ class TreeRule:
     keeps: ClassVar[None] = None
     of_rate: ClassVar[None] = None
     of_dtype: ClassVar[None] = None
-    lands: ClassVar[None] = None
     counters: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False

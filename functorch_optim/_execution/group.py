@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.checks import Path, check_kept
+from functorch_optim._core.rule import ADD
 from functorch_optim._execution import choose, writing
 from functorch_optim._execution.choose import Machine, Way
 from functorch_optim._execution.foreach import Overwriting
@@ -26,6 +27,7 @@ from functorch_optim._execution.representation import (
     make,
     map_columns,
     narrowed,
+    row,
     widened,
     zip_columns,
 )
@@ -59,12 +61,9 @@ class Group:
         self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
         self.plain = plain
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
-        self.runs = [
-            (elementwise, list(members))
-            for elementwise, members in groupby(range(len(stages)), key=lambda k: stages[k].rule.elementwise)
-        ]
-        self.one_program = plain and len(self.runs) == 1 and self.runs[0][0] and sample.layout == torch.strided
-        self.moves = stages[-1].rule.moves
+        self.runs = _runs(stages)
+        self.one_program = plain and len(self.runs) == 1 and self.runs[0].elementwise and sample.layout == torch.strided
+        self.moves = stages[-1].rule is ADD
         self.like = widened(
             torch.empty(0, dtype=sample.real.dtype if self.is_complex else sample.dtype, device=sample.device)
         )
@@ -157,7 +156,7 @@ class Group:
         """Choose the machine for a run of elementwise rules, once for each kind of numbers."""
         key = (use, run, tuple(map(type, numbers)))
         if key not in self.machines:
-            stages = [self.stages[k] for k in self.runs[run][1]]
+            stages = self.runs[run].stages
             with_params = len(inputs) > 1 + sum([len(state) for state in states])
             structure = tree.flatten(list(scalars))[1]
             program = record(stages, states, with_params, tree.unflatten(structure, numbers), self.like)
@@ -199,14 +198,18 @@ class Group:
         wide_params = each(widened, params) if params is not None else None
         given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
         versions = _versions(given) if eagerly else []
-        for run, (elementwise, members) in enumerate(self.runs):
+        for run, (elementwise, members, stages, source) in enumerate(self.runs):
             view = as_reals if elementwise and self.is_complex else as_it_is
             converted = cast(new_updates[0], self.dtype, to_number=eagerly, as_pairs=elementwise)
             own = [scalars[k] for k in members]
+            handed = wide_params
+            if source is not None and wide_params is not None:
+                holder, hands = source
+                handed = [hands(p, row(new_states[holder], i)) for i, p in enumerate(wide_params)]
             arguments = (
                 each(view, new_updates),
                 [map_columns(view, new_states[k]) for k in members],
-                each(view, wide_params) if wide_params is not None else None,
+                each(view, handed) if handed is not None else None,
             )
             if elementwise and eagerly:
                 inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
@@ -215,7 +218,6 @@ class Group:
                 outputs = iter(self._machine("new", run, inputs, arguments[1], own, numbers).new(inputs, numbers))
                 results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
             else:
-                stages = [self.stages[k] for k in members]
                 results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, own))
             names = ", ".join([self.stages[k].rule.name for k in members])
             check_kept(f"The update after {names}", results, [view(u) for u in new_updates], self.path)
@@ -293,6 +295,42 @@ class Group:
                     tensor.index_put_(indices, values)
 
         return step
+
+
+class _Run(NamedTuple):
+    """Stages that are run together, tensor by tensor or as a program.
+
+    Attributes:
+        elementwise: whether all of them are.
+        members: their indices.
+        stages: the stages; their sources are among them, and counted from the first.
+        source: the stage outside that hands all of them their parameters, and how; None where there is none.
+    """
+
+    elementwise: bool
+    members: list[int]
+    stages: list[Stage]
+    source: tuple[int, Any] | None
+
+
+def _runs(stages: Sequence[Stage]) -> list[_Run]:
+    """Part stages into runs."""
+    runs = []
+    sources = [None if stage.source is None else stage.source[0] for stage in stages]
+    for elementwise, alike in groupby(range(len(stages)), key=lambda k: stages[k].rule.elementwise):
+        together = list(alike)
+        if all(sources[k] is None or sources[k] in together for k in together):
+            runs.append(_Run(elementwise, together, [_shifted(stages[k], together[0]) for k in together], None))
+            continue
+        for _, some in groupby(together, key=sources.__getitem__):
+            members = list(some)
+            runs.append(_Run(elementwise, members, [Stage(stages[k].rule) for k in members], stages[members[0]].source))
+    return runs
+
+
+def _shifted(stage: Stage, by: int) -> Stage:
+    """Count the stage that hands parameters from another one."""
+    return stage if stage.source is None else Stage(stage.rule, (stage.source[0] - by, stage.source[1]))
 
 
 def _are_floats(numbers: Sequence[Any]) -> bool:

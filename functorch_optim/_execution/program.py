@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.rule import Rule
+from functorch_optim._core.rule import ADD, Rule
 from functorch_optim._core.stand_in import StandIn
 from functorch_optim._execution.reference import Stage, applied
 
@@ -281,7 +281,7 @@ class _Recording:
             tuple(names),
             self.like.dtype,
             self.like.device,
-            rule.moves,
+            rule is ADD,
         )
 
 

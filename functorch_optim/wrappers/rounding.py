@@ -93,11 +93,11 @@ def master_weights(tx: Any) -> Any:
     updates. An edit of the parameters from outside wins: where an element is not the rounding of its copy any more, it
     becomes the copy, and is trained on.
 
-    `update` returns updates in float32, and `fo.apply_updates` adds them to half precision. The sum is the rounded copy,
-    unless a step takes an element to less than 2^-15 of itself: that sum is right to 2^-24 of the former value, and is
-    taken for an edit. `fo.step`, `fo.step_` and `fo.Optimizer` write the rounded copies. The copies are bit for bit a
-    float32 training that runs on the same machine; torch's fused kernels, which run Adam and others in float32, differ
-    from other machines in last digits. Derivatives pass through rounding as through the identity.
+    `update` returns updates in float32, which `fo.apply_updates` adds to half precision. The sum is the rounded copy.
+    (A step that takes an element to less than 2^-12 of itself may miss it by 2^-23 of the former value, and the next
+    step takes that for an edit.) The copies are bit for bit a float32 training that runs on the same machine. By
+    default torch's fused kernels run Adam and others in float32, whose last digits differ from those of other machines.
+    Derivatives pass through rounding as through the identity.
 
     Source: Micikevicius et al., Mixed Precision Training, arXiv:1710.03740, section 3.1.
 
@@ -125,23 +125,11 @@ def _master(dtype: torch.dtype) -> Rule:
     def hands(p: Tensor, state: MasterWeightsState) -> Tensor:
         return torch.where(p == rounded(state.master, dtype), state.master, p)
 
-    def lands(u: Tensor, state: MasterWeightsState, p: Tensor, s: tuple[()]) -> tuple[Tensor, MasterWeightsState]:
-        master = hands(p, state) + u
-        return master, MasterWeightsState(master)
-
     def update(u: Tensor, state: MasterWeightsState, p: Tensor, s: tuple[()]) -> tuple[Tensor, MasterWeightsState]:
-        master, new = lands(u, state, p, s)
-        return rounded(master, dtype) - p, new
+        master = hands(p, state) + u
+        return _way(p, rounded(master, dtype)), MasterWeightsState(master)
 
-    options: Any = {"elementwise": True, "needs_params": True, "sparse": "touched"}
-    return Rule(
-        lambda p: MasterWeightsState(copied(p)),
-        update,
-        state_type=MasterWeightsState,
-        hands=hands,
-        lands=lands,
-        **options,
-    )
+    return _elementwise(lambda p: MasterWeightsState(copied(p)), update, MasterWeightsState, hands)
 
 
 def kahan(tx: Any) -> Any:
@@ -162,9 +150,9 @@ def kahan(tx: Any) -> Any:
         TypeError: `tx` is neither a transformation nor a factory.
 
     c is in the precision of the parameters, so that p and c together have about twice its digits, in half the memory of
-    `master_weights`. The gradients and updates of `tx` are float32; its states are like the parameters, unless
+    `master_weights`. The gradients and updates of `tx` are float32. Its states are like the parameters, unless
     `cast_states` makes them float32. The parameters may be edited from outside: c is less than the rounding of a step.
-    `update` returns updates in float32, whose sum with the parameters is exact. It goes around all that changes updates.
+    `update` returns updates in float32, whose sum with the parameters is q. It goes around all that changes updates.
     Derivatives pass through rounding as through the identity.
 
     Source: Zamirai et al., Revisiting BFloat16 Training, arXiv:2010.06192, algorithm 3; Kahan 1965. As in the package
@@ -192,11 +180,10 @@ def _kahan(tx: GradientTransformation) -> GradientTransformation:
 def _compensated(dtype: torch.dtype) -> Rule:
     def update(u: Tensor, state: KahanState, p: Tensor, s: tuple[()]) -> tuple[Tensor, KahanState]:
         u = u + state.compensation
-        moved = rounded(p + u, dtype) - p
+        moved = _way(p, rounded(p + u, dtype))
         return moved, KahanState(u - moved)
 
-    options: Any = {"elementwise": True, "needs_params": True, "sparse": "touched"}
-    return Rule(lambda p: KahanState(torch.zeros_like(p)), update, state_type=KahanState, **options)
+    return _elementwise(lambda p: KahanState(torch.zeros_like(p)), update, KahanState)
 
 
 def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | None = None) -> Any:
@@ -273,10 +260,20 @@ def _rounded_at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
     wide, kept = x.detach(), 64 - DROPPED[p.dtype]
     chance = shifted(bits_of(key.to(x.device), x.shape), kept).to(torch.int32)
     near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
-    return rounded_to(x, cut(wide.view(torch.int32) + chance, p.dtype), near_zero, p.dtype) - p
+    return _way(p, rounded_to(x, cut(wide.view(torch.int32) + chance, p.dtype), near_zero, p.dtype))
 
 
-# The rules of wrappers that round are for parameters in half precision, and see updates in float32. --------------------
+# The rules of wrappers that round are for parameters in half precision, and see updates in float32. -------------------
+
+
+def _way(p: Tensor, new: Tensor) -> Tensor:
+    """Return the update that leads from a parameter to its next value; an infinite one stays."""
+    return torch.where(torch.isinf(p), 0.0, new - p)
+
+
+def _elementwise(init: Any, update: Any, state_type: type, hands: Any = None) -> Rule:
+    options: Any = {"elementwise": True, "needs_params": True, "sparse": "touched"}
+    return Rule(init, update, state_type=state_type, hands=hands, **options)
 
 
 def _of(rule: Any) -> GradientTransformation:

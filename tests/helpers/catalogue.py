@@ -81,6 +81,11 @@ def parted(lr: Any, momentum: Any) -> fo.GradientTransformation:
     return fo.partition(parts, not_vectors)
 
 
+def rounded_at_random(lr: Any, momentum: Any) -> fo.GradientTransformation:
+    """Make SGD that rounds parameters in half precision at random."""
+    return fo.stochastic_rounding(fo.sgd(lr, momentum), generator=0)
+
+
 def of_whole_trees(factor: Any) -> fo.GradientTransformation:
     """Make a transformation from functions of whole trees, with a state."""
 
@@ -640,6 +645,10 @@ CATALOGUE = [
         with_betas(fo.ranger, k=2, use_gc=True),
         {**DECAYED, **ADAM, "alpha": 0.7},
     ),
+    Row("master_weights", with_betas(fo.master_weights(fo.adamw)), {**DECAYED, **ADAM}, without=("kept",)),
+    Row("kahan", fo.kahan(fo.sgd), {**DECAYED, "momentum": 0.9}, without=("kept",)),
+    Row("stochastic_rounding", rounded_at_random, {"lr": 0.1, "momentum": 0.9}, without=("kept",)),
+    Row("cast_states", with_betas(fo.cast_states(fo.adamw)), {**DECAYED, **ADAM}),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]
 
