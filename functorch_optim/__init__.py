@@ -113,7 +113,9 @@ from functorch_optim.wrappers.injection import HyperparamsState, ScheduledHyperp
 from functorch_optim.wrappers.lookahead import LookaheadState, lookahead
 from functorch_optim.wrappers.mars import MarsState, mars
 from functorch_optim.wrappers.monitoring import GradientMetrics, UpdateMetrics, metrics, monitor
+from functorch_optim.wrappers.offloading import OffloadState, offload
 from functorch_optim.wrappers.projecting import project
+from functorch_optim.wrappers.quantizing import QuantizedState, quantized
 from functorch_optim.wrappers.rounding import (
     KahanState,
     MasterWeightsState,
@@ -156,7 +158,9 @@ __all__ = [
     "MaskedNode",
     "MasterWeightsState",
     "Minimized",
+    "OffloadState",
     "Optimizer",
+    "QuantizedState",
     "ReduceOnPlateauState",
     "ScheduleFreeState",
     "ScheduledHyperparamsState",
@@ -262,6 +266,7 @@ __all__ = [
     "normalize_rows",
     "normuon",
     "novograd",
+    "offload",
     "optim",
     "optimistic_gradient",
     "orthogonalize_against_params",
@@ -274,6 +279,7 @@ __all__ = [
     "project",
     "projections",
     "qk_clip",
+    "quantized",
     "radam",
     "ranger",
     "reduce_on_plateau",

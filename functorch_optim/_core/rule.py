@@ -2,7 +2,7 @@
 
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -97,7 +97,7 @@ class Rule:
     turns: bool = False  # whether its update goes against the given one, as descent does
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
-    of_dtype: Callable[[torch.dtype], "Rule"] | None = None  # dtype of the parameter -> the rule
+    of_dtype: Mapping[torch.dtype, "Rule"] | None = field(default=None, hash=False)  # rules for parameters of a dtype
 
     extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all tensors of the tree, as a global norm does
@@ -123,7 +123,7 @@ class Rule:
 
     def of(self, dtype: Any) -> Any:
         """Return the rule for parameters of a dtype."""
-        return self if self.of_dtype is None else self.of_dtype(dtype)
+        return self if self.of_dtype is None else self.of_dtype.get(dtype, self)
 
     def init_leaf(self, p: Tensor) -> Any:
         """Make the state for one parameter; an elementwise rule sees a complex one as pairs of reals."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -120,7 +119,6 @@ def _master_weights(tx: GradientTransformation) -> GradientTransformation:
     return _around(GradientTransformation._of(links, tx._layout), _of(_master))
 
 
-@functools.lru_cache
 def _master(dtype: torch.dtype) -> Rule:
     def hands(p: Tensor, state: MasterWeightsState) -> Tensor:
         return torch.where(p == rounded(state.master, dtype), state.master, p)
@@ -176,7 +174,6 @@ def _kahan(tx: GradientTransformation) -> GradientTransformation:
     return _around(tx, _of(_compensated))
 
 
-@functools.lru_cache
 def _compensated(dtype: torch.dtype) -> Rule:
     def update(u: Tensor, state: KahanState, p: Tensor, s: tuple[()]) -> tuple[Tensor, KahanState]:
         u = u + state.compensation
@@ -278,7 +275,7 @@ def _elementwise(init: Any, update: Any, state_type: type, hands: Any = None) ->
 
 def _of(rule: Any) -> GradientTransformation:
     """Make a transformation of a rule that depends on the dtype of the parameters."""
-    link = Link(replace(rule(torch.float32), of_dtype=rule))
+    link = Link(replace(rule(torch.float32), of_dtype={dtype: rule(dtype) for dtype in HALF}))
     return masked(GradientTransformation._of((link,), 0), _are_half)
 
 

@@ -648,6 +648,8 @@ CATALOGUE = [
     Row("master_weights", with_betas(fo.master_weights(fo.adamw)), {**DECAYED, **ADAM}, without=("kept",)),
     Row("kahan", fo.kahan(fo.sgd), {**DECAYED, "momentum": 0.9}, without=("kept",)),
     Row("stochastic_rounding", rounded_at_random, {"lr": 0.1, "momentum": 0.9}, without=("kept",)),
+    Row("quantized", with_betas(fo.quantized(fo.adamw)), {**DECAYED, **ADAM}),
+    Row("offload", fo.offload(fo.sgd), {**DECAYED, "momentum": 0.9}),
     Row("cast_states", with_betas(fo.cast_states(fo.adamw)), {**DECAYED, **ADAM}),
     Row("partition", parted, {"lr": 0.1, "momentum": 0.9}),
 ]

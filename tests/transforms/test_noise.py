@@ -60,6 +60,14 @@ def test_the_hash_is_that_of_its_paper():
     ]
 
 
+def test_compiled_it_is_the_same():
+    """Of enough elements for a loop over vectors: an overflow in its index made it write past the end."""
+    tx, params = fo.add_noise(1.0, generator=3), torch.zeros(300, dtype=torch.float64)
+    state = tx.init(params)
+    found, _ = torch.compile(tx.update, fullgraph=True)(params, state)
+    torch.testing.assert_close(found, tx.update(params, state)[0], rtol=1e-12, atol=0)
+
+
 def test_no_number_is_infinite():
     extremes = torch.special.erfinv(((torch.tensor([0, (1 << 52) - 1]).double() + 0.5) * 2.0**-51) - 1)
     assert extremes.isfinite().all()
