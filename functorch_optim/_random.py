@@ -24,11 +24,19 @@ def key_of(generator: Any, example: str) -> int | Tensor:
     return generator
 
 
+def bits(key: Tensor, shape: torch.Size, count: int) -> Tensor:
+    """Make random integers of so many bits, int64."""
+    places = torch.arange(shape.numel(), device=key.device).reshape(shape)
+    # torch.compile computes with the index of a loop in C++ (torch 2.13). Where its product overflows, the loop runs
+    # past its end, and vectors of products are wrong. So the index becomes data, and the product has two halves.
+    places = (places ^ key) ^ key
+    products = places * (_GOLDEN & 0xFFFFFFFF) + ((places * (_GOLDEN >> 32)) << 32)
+    return _shifted(mixed(key + products), 64 - count)
+
+
 def uniform(key: Tensor, shape: torch.Size) -> Tensor:
     """Make numbers between 0 and 1, float64: the middles of 2^52 intervals."""
-    places = torch.arange(shape.numel(), device=key.device).reshape(shape)
-    bits = (mixed(key + places * _GOLDEN) >> 12) & ((1 << 52) - 1)
-    return (bits.to(torch.float64) + 0.5) * 2.0**-52
+    return (bits(key, shape, 52).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def normal(key: Tensor, shape: torch.Size) -> Tensor:

@@ -15,7 +15,7 @@ from functorch_optim._core.links import Link
 from functorch_optim._core.rule import Rule, TreeRule, leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
-from functorch_optim._random import bits_of, key_of, mixed, shifted
+from functorch_optim._random import at_step, bits, key_of, mixed
 from functorch_optim.tree import Tree
 from functorch_optim.wrappers._wrapping import around, copied, wrapped
 
@@ -239,7 +239,7 @@ def _stochastic_rounding(tx: GradientTransformation, key: int | Tensor) -> Gradi
         if params is None:
             raise ValueError("stochastic_rounding needs the parameters; call tx.update(updates, state, params)")
         step = state.step + 1
-        key = mixed(mixed(state.key) + step)
+        key = at_step(state.key, step)
         leaves, structure = tree.flatten(updates)
         pairs = enumerate(zip(leaves, tree.flatten(params)[0], strict=True))
         moved = [u if u is None else _rounded_at_random(p, u, mixed(key + i)) for i, (u, p) in pairs]
@@ -254,8 +254,8 @@ def _rounded_at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
     if p.dtype not in HALF:
         return u
     x = p + u
-    wide, kept = x.detach(), 64 - DROPPED[p.dtype]
-    chance = shifted(bits_of(key.to(x.device), x.shape), kept).to(torch.int32)
+    wide = x.detach()
+    chance = bits(key.to(x.device), x.shape, DROPPED[p.dtype]).to(torch.int32)
     near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
     return _way(p, rounded_to(x, cut(wide.view(torch.int32) + chance, p.dtype), near_zero, p.dtype))
 
