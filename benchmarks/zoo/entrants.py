@@ -123,6 +123,8 @@ ENTRANTS = [
     Entrant("muon_with_adamw", muon_with_adamw, DECOUPLED),
     Entrant("normuon", for_matrices(fo.normuon, 0.02, 0.015, ns_dtype=None), DECOUPLED),
     Entrant("dion", for_matrices(fo.dion, 0.01, 0.015), DECOUPLED),
+    Entrant("shampoo", fo.shampoo, DECOUPLED),
+    Entrant("soap", fo.soap, DECOUPLED),
     Entrant("scion", partial(fo.scion, momentum=0.1, unconstrained=True, ns_dtype=None)),
     # Without a learning rate to tune; here it is a factor.
     Entrant("prodigy", fo.prodigy, DECOUPLED),
