@@ -106,7 +106,7 @@ def scale_by_shampoo(
     *,
     grafting_beta2: Hyperparameter | None = None,
     grafting_eps: Hyperparameter = 1e-8,
-    exponent: float | None = None,
+    root: int | None = None,
     one_sided: bool = False,
     kl: bool = False,
     flatten: bool = False,
@@ -140,13 +140,13 @@ def scale_by_shampoo(
             its own.
         grafting_beta2: decay rate of v for "adam" and "rmsprop", in [0, 1). None: that of L; 0.999 where that is 1.
         grafting_eps: added to the root of v, >= 0.
-        exponent: e of the power -e, 1 / an integer. None: as above; 1/2 with `one_sided` or `kl`.
+        root: r of the power -1 / r, >= 1. None: as above; 2 with `one_sided` or `kl`.
         one_sided: precondition the shorter side alone, of the first of equal ones.
         kl: KL-Shampoo. L is the moment of what is preconditioned on all other sides, (g R^) (g R^)^T, with the last R^.
         flatten: whether the dimensions after the first are one, as for convolutions.
 
     Raises:
-        ValueError: a number is out of range; there is no such grafting; the exponent is not 1 / an integer.
+        ValueError: a number is out of range; there is no such grafting.
         TypeError: a parameter is complex.
 
     Roots are computed only at the steps where they are due, and at all steps under vmap and torch.compile, which pick.
@@ -176,11 +176,10 @@ def scale_by_shampoo(
     begins = frequency if start is None else start
     check_integer("start", begins, 1)
     check_integer("max_dim", max_dim, 1)
-    if grafting_beta2 is None:
-        grafting_beta2 = 0.999 if _is_one(betas[1]) else betas[1]
-    check("grafting_beta2", grafting_beta2, "0 <= value < 1")
+    check("grafting_beta2", 0.0 if grafting_beta2 is None else grafting_beta2, "0 <= value < 1")
     check("grafting_eps", grafting_eps)
-    override = None if exponent is None else _root_of(exponent)
+    if root is not None:
+        check_integer("root", root, 1)
     second = grafting in ("adam", "rmsprop", "adagrad")
 
     def init(p: Tensor) -> ScaleByShampooState:
@@ -192,8 +191,9 @@ def scale_by_shampoo(
         return ScaleByGraftedShampooState(*init(p), torch.zeros_like(p))
 
     def scalars(step: Any) -> ShampooScalars:
-        beta1, beta2, beta3 = at(betas[0], step), at(betas[1], step), at(grafting_beta2, step)
+        beta1, beta2 = at(betas[0], step), at(betas[1], step)
         sums, due = beta2 == 1, (step == begins) | ((step > begins) & (step % frequency == 0))
+        beta3 = where(sums, 0.999, beta2) if grafting_beta2 is None else at(grafting_beta2, step)
         adds = grafting == "adagrad"
         return ShampooScalars(
             weight1=1 - beta1,
@@ -215,7 +215,7 @@ def scale_by_shampoo(
         blocks, means = [cut(as_sides(x, flatten), max_dim) for x in (g, s.rate1 * m)]
         shape, shapes = as_sides(g, flatten).shape, [tuple(block.shape) for block in blocks]
         all_sizes = _sizes(shapes, one_sided)
-        root = override or (2 if one_sided or kl else 2 * len(shape))
+        power = root or (2 if one_sided or kl else 2 * len(shape))
 
         def paired(vector: Tensor) -> list[list[tuple[int, Tensor]]]:
             """Take the matrices of all blocks out of a vector, each with its dimension."""
@@ -224,7 +224,7 @@ def scale_by_shampoo(
 
         def computed(_: Tensor) -> Tensor:
             factors = parted(s.rate2 * new_factors, all_sizes)
-            return joined(by_size(lambda a: inverse_root(a, root, s.eps), factors), g)
+            return joined(by_size(lambda a: inverse_root(a, power, s.eps), factors), g)
 
         last = paired(state.inv_factor_matrices)
         moments = [
@@ -270,21 +270,6 @@ def _times_all(x: Tensor, matrices: list[tuple[int, Tensor]]) -> Tensor:
     return x
 
 
-def _is_one(beta: Hyperparameter) -> bool:
-    return isinstance(beta, int | float) and beta == 1
-
-
-def _root_of(exponent: float) -> int:
-    check("exponent", exponent, "0 < value <= 1")
-    root = round(1 / exponent)
-    if abs(root * exponent - 1) > 1e-9:
-        raise ValueError(
-            f"Invalid exponent: {exponent}; roots are computed for 1 / an integer, as 1/2 and 1/4. The nearest is "
-            f"exponent=1/{root}"
-        )
-    return root
-
-
 @factory
 def shampoo(
     lr: Hyperparameter = 1e-2,
@@ -298,7 +283,7 @@ def shampoo(
     *,
     grafting_beta2: Hyperparameter | None = None,
     grafting_eps: Hyperparameter = 1e-8,
-    exponent: float | None = None,
+    root: int | None = None,
     one_sided: bool = False,
     kl: bool = False,
     flatten: bool = False,
@@ -320,7 +305,7 @@ def shampoo(
         max_dim: see `scale_by_shampoo`.
         grafting_beta2: see `scale_by_shampoo`.
         grafting_eps: see `scale_by_shampoo`.
-        exponent: see `scale_by_shampoo`.
+        root: see `scale_by_shampoo`.
         one_sided: see `scale_by_shampoo`.
         kl: see `scale_by_shampoo`.
         flatten: see `scale_by_shampoo`.
@@ -328,7 +313,7 @@ def shampoo(
         maximize: ascend instead.
 
     Raises:
-        ValueError: a number is out of range; there is no such grafting; the exponent is not 1 / an integer.
+        ValueError: a number is out of range; there is no such grafting.
         TypeError: a parameter is complex.
 
     Source: see `scale_by_shampoo`.
@@ -349,7 +334,7 @@ def shampoo(
         max_dim,
         grafting_beta2=grafting_beta2,
         grafting_eps=grafting_eps,
-        exponent=exponent,
+        root=root,
         one_sided=one_sided,
         kl=kl,
         flatten=flatten,

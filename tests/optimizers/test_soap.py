@@ -129,6 +129,18 @@ def test_every_step_is_that_of_an_independent_package(shape, frequency):
     assert deviation(ours(p, grads, **numbers, frequency=frequency), steps) < 2e-4
 
 
+@pytest.mark.parametrize("name", ["common", "one side"])
+def test_every_step_of_an_optimizer_is_that_of_the_formula(name):
+    p, grads = make_run((4, 4))
+    params = torch.nn.Parameter(torch.tensor(p))
+    optimizer, steps = fo.Optimizer([params], fo.soap, **CASES[name]), []
+    for g in grads:
+        params.grad = torch.tensor(g)
+        optimizer.step()
+        steps.append(params.detach().numpy().copy())
+    assert deviation(steps, formula(p, grads, **CASES[name])) < 1e-11
+
+
 def test_the_first_step_moves_nothing_and_decays_nothing():
     p, grads = make_run((4, 4))
     first, second, *_ = ours(p, grads, lr=0.1, weight_decay=0.5)
