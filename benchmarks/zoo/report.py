@@ -184,7 +184,8 @@ def number(value: float) -> str:
 def sections(book: Book) -> dict[str, list[str]]:
     """Write the parts of the page that are made from results, by name."""
     around, worse = book.about["environment"], never_better(book)
-    held = [f"{len(book.results)} contests. " + ", ".join(f"{name} {value}" for name, value in around.items()) + "."]
+    machine = ", ".join([f"{name} {value}" for name, value in around.items()])
+    held = [f"{len(book.results)} contests, on {' and '.join([f'`{task}`' for task in book.contested])}. {machine}."]
     nowhere = ", ".join([f"`{name}`" for name in worse]) or "none"
     parts = {
         "tasks": task_table(book),
