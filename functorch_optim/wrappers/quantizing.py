@@ -62,7 +62,8 @@ def quantized(tx: Any, bits: int = 8, *, block_size: int | None = None, min_size
     Wrap the moments alone, and let wrappers that keep parameters go around: `master_weights(quantized(adamw(1e-3)))`,
     `ema_weights(...)`. A NaN or infinite number spoils its block: let `apply_if_finite` go around. A step holds all
     states in float32 at once, so that memory is saved between steps, and not at their peak. No derivatives flow through
-    quantized states. In `fo.Optimizer` the state is one for all parameters of a group.
+    quantized states. In `fo.Optimizer` the state is one for all parameters of a group. Sharded parameters (DTensor) are
+    not supported.
 
     Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, sections 2 and 3; Li et
     al., Memory Efficient Optimizers with 4-bit States, arXiv:2309.01507, section 3. Blocks of 256 and tensors from 4096

@@ -209,7 +209,7 @@ def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | Non
     training goes on as if it had not stopped. Under `torch.vmap`, batch the key for different bits. The gradients and
     updates of `tx` are float32; its states are like the parameters. `update` returns updates in float32, whose sum with
     the parameters is exact. It goes around all that changes updates. Derivatives pass through rounding as through the
-    identity.
+    identity. Sharded parameters (DTensor) are not supported.
 
     Source: Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551; Zamirai et al., Revisiting
     BFloat16 Training, arXiv:2010.06192, algorithm 2.

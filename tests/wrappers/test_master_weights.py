@@ -254,6 +254,27 @@ def test_masks_averages_and_copies_of_copies():
     assert copy.copy(fo.eval_params(tx, state, found))["bfloat"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("wrap", [fo.master_weights, fo.kahan, fo.cast_states, fo.offload])
+def test_sharded_parameters(wrap):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    params, history = make(3)
+    plain, grads = [{"w": tree["bfloat"]} for tree in (params, history[0])]
+    tx = wrap(fo.adamw(0.1))
+    expected, _ = train(pure, tx, plain, [grads] * 3)
+    init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded, given = [fo.tree.map(lambda p: distribute_tensor(p, mesh, [Shard(0)]), one) for one in (plain, grads)]
+        found, _ = train(pure, tx, sharded, [given] * 3)
+        torch.testing.assert_close(found["w"].full_tensor(), expected["w"], rtol=1e-2, atol=1e-2)
+        own, _ = optimize(tx, sharded, [given] * 3)
+        torch.testing.assert_close(own[0].full_tensor().detach(), expected["w"], rtol=1e-2, atol=1e-2)
+    finally:
+        destroy_process_group()
+
+
 def test_gradients_that_are_missing_leave_copies_alone():
     params, history = make(4)
     tx = fo.master_weights(fo.sgd(0.1))
