@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from functorch_optim.optimizers import _spectral
 from functorch_optim.optimizers._spectral import eigenvectors, inverse_root, orthonormalized
 from functorch_optim.testing._derivatives import differences, error
 
@@ -77,6 +78,14 @@ def test_second_derivatives_of_roots_equal_differences_in_all_modes(a, root):
     assert error(hessian, expected) < 1e-7
     for other in (torch.func.jacrev(gradient), torch.func.jacfwd(torch.func.jacfwd(number))):
         assert error(other(z), hessian) < 1e-11
+
+
+def test_second_derivatives_take_a_second_iteration(monkeypatch):
+    number, z = number_of(inverse_root, MATRICES["rank deficient by two"], 4)
+    gradient = torch.func.grad(number)
+    monkeypatch.setattr(_spectral, "ORDERS", 1)
+    assert error(gradient(z), differences(number, z)) < 1e-7
+    assert error(torch.func.jacfwd(gradient)(z), differences(gradient, z)) > 1e-3
 
 
 def test_third_derivatives_of_roots_equal_differences():
@@ -171,6 +180,13 @@ def test_derivatives_of_bases_are_finite_at_every_spectrum(a, function):
 
     assert torch.func.grad(number)(a).isfinite().all()
     assert torch.func.hessian(number)(a).isfinite().all()
+
+
+def test_the_choice_between_equal_eigenvectors_has_derivative_zero():
+    derivative = torch.func.jacrev(eigenvectors)(MATRICES["identity"])
+    assert not derivative.any()
+    assert not torch.func.jacfwd(eigenvectors)(MATRICES["identity"]).any()
+    assert torch.func.jacrev(eigenvectors)(MATRICES["repeated"]).any()  # those of different values turn
 
 
 def test_the_plane_of_equal_eigenvectors_turns_as_differences_say():
