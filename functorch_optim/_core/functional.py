@@ -9,12 +9,14 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.checks import check_is_param, check_params, check_updates
+from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link, select, unnest
 from functorch_optim._core.numbers import Bucket
-from functorch_optim._core.prepare import Leaves, Outcome, Prepared
+from functorch_optim._core.prepare import Prepared
 from functorch_optim._core.rule import ADD, TreeRule, check_extras, tree_state_type
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.choose import Way
+from functorch_optim._execution.sharded import is_sharded
 from functorch_optim._numerics import wide_device
 from functorch_optim.tree import MaskedNode, Tree
 
@@ -236,6 +238,7 @@ def _prepared(
         types = list(map(type, tensors))
         if not modes.PLAIN_TYPES.issuperset(types):  # there may be None, MaskedNode(), or anything wrong
             tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+            types += [(t.device_mesh, t.placements) for t in tensors if is_sharded(t)]
         kinds = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors]
         for known in forms.get(how, ()):
             if known.kinds == kinds and known.types == types and known.structure == structure and known.is_labelled():

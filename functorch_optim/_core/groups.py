@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import Path
+from functorch_optim._core.leaves import Ready
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Numbers, Shares
 from functorch_optim._core.rule import ADD, Rule, TreeRule
+from functorch_optim._core.shards import Shards
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.reference import Held, Stage
 from functorch_optim._execution.representation import make
-
-Ready = Callable[[], None]
 
 
 class LeafGroups:
@@ -26,7 +26,8 @@ class LeafGroups:
         numbers: computes their numbers.
         dtypes: of the parameters; None where there is none.
         path: names a leaf, for messages.
-        make_group: makes a group of stages, a sample, its path, and whether nothing moves.
+        make_group: makes a group of stages, a sample, its path, whether nothing moves, and how tensors are sharded.
+        shards: the layouts of leaves; None where none is sharded.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class LeafGroups:
         dtypes: Sequence[torch.dtype | None],
         path: Path,
         make_group: Callable[..., Group],
+        shards: Shards | None,
     ) -> None:
         self.links, self.active, self.dtypes, self.path, self.make_group = links, active, dtypes, path, make_group
+        self.shards = shards
         self.differs = numbers.differs
         self.last = [_is_last(links, k) for k in range(len(links))]
         self.vanishing = any(isinstance(link.rule, TreeRule) or link.rule.hold is not None for link in links)
@@ -99,11 +102,13 @@ class LeafGroups:
                 if still:  # nothing moves, so that there is nothing to add
                     applying = tuple([one for one in applying if self.links[one[0]].rule is not ADD])
                 alone = i if u.layout != torch.strided else None
+                kind = None if self.shards is None else self.shards.kind(i)
                 if applying:
-                    key = (applying, still, self.dtypes[i], u.device, u.dtype, alone)
+                    key = (applying, still, self.dtypes[i], u.device, u.dtype, alone, kind)
                     parts.setdefault(key, []).append(i)
+        own = (self.path, self.make_group, self.shards)
         return [
-            LeafGroup(self.links, [k for k, _ in applying], dtype, indices, updates, still, self.path, self.make_group)
+            LeafGroup(self.links, [k for k, _ in applying], dtype, indices, updates, still, *own)
             for (applying, still, dtype, *_), indices in parts.items()
         ]
 
@@ -119,7 +124,7 @@ class LeafGroup:
         updates: of all leaves.
         still: whether nothing moves.
         path: names a leaf, for messages.
-        make_group: as `LeafGroups` is given it.
+        make_group, shards: as `LeafGroups` is given them.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class LeafGroup:
         still: bool,
         path: Path,
         make_group: Callable[..., Group],
+        shards: Shards | None,
     ) -> None:
         self.applying, self.indices = applying, indices
         self.whole = indices == list(range(len(updates)))
@@ -144,7 +150,8 @@ class LeafGroup:
             [stage.rule for stage in stages], first, lambda: path(indices[0])
         )
         sample = first.to_dense() if self.to_dense else first
-        self.group = make_group(stages, sample, lambda k: path(indices[k]), still=still)
+        wholes = None if shards is None else shards.wholes(applying, indices)
+        self.group = make_group(stages, sample, lambda k: path(indices[k]), still=still, wholes=wholes)
 
     def ready(
         self, updates: list[Any], params: list[Any] | None, columns: list[Any], scalars: list[Any]

@@ -7,7 +7,7 @@ step `numbers.py` computes the numbers, and `groups.py` finds the leaves that sh
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,51 +16,17 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from functorch_optim import tree
 from functorch_optim._core import checks
 from functorch_optim._core.checks import Path
-from functorch_optim._core.groups import LeafGroups, Ready, wants_dense
+from functorch_optim._core.groups import LeafGroups, wants_dense
+from functorch_optim._core.leaves import Leaves, Outcome, Ready
 from functorch_optim._core.links import Link
-from functorch_optim._core.numbers import Bucket, Condition, Numbers, Step
+from functorch_optim._core.numbers import Bucket, Condition, Numbers
 from functorch_optim._core.rule import OF_TREE, Rule, TreeRule
+from functorch_optim._core.shards import shards_of
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.mode import Mode, Plain, is_plain
 from functorch_optim._execution.representation import make, row, widened
 from functorch_optim.tree import MaskedNode, Tree
-
-
-class Leaves(NamedTuple):
-    """The leaves that links are run over.
-
-    Attributes:
-        updates: for each leaf, a tensor or None.
-        params: the parameters; None when they were not given.
-        columns: for each link, its state: the NamedTuple of its rule with a list, an entry a leaf, in each field. For a
-            function of the whole tree, its state as it is.
-    """
-
-    updates: list[Any]
-    params: list[Any] | None
-    columns: list[Any]
-
-
-class Outcome(NamedTuple):
-    """The results of a run.
-
-    Attributes:
-        updates: for each leaf an update, or the new parameter if the last link adds; None where nothing moves, or where
-            it is left to `ready`.
-        columns: new states, as in `Leaves`.
-        carried: for each bucket and link, the numbers to carry on.
-        due: for each bucket and link, whether it was run: True, False, or a condition that is not known.
-        ready: functions that overwrite the parameters and states that were given up.
-        computed: whether there is more than that: updates, or new states.
-    """
-
-    updates: list[Any]
-    columns: list[Any]
-    carried: list[list[tuple[Step, ...]]]
-    due: list[list[Condition]]
-    ready: list[Ready]
-    computed: bool
 
 
 class Prepared:
@@ -98,14 +64,16 @@ class Prepared:
             if link.widens is not None:
                 self.widening.setdefault(k - link.widens, []).append(k)
         self.passes = _passes(links, self.recalled | self.widening.keys())
-        self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(leaves))
+        self.shards = None if mode == "compiled" else shards_of(links, leaves, keeps)
+        local = leaves if self.shards is None else self.shards.local(leaves)
+        self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(local))
         self.extras = [link.rule.extras for link in links]
         self.asks = any(extras.any or extras.names - OF_TREE for extras in self.extras)
         shapes = [None if u is None else u.shape for u in leaves.updates]
         self.numbers = Numbers(links, active, shapes, structure, path)
         make_group = functools.partial(Group, mode=mode, plain=self.plain, way=way, keeps=keeps)
         dtypes = [p.dtype if isinstance(p, Tensor) else None for p in leaves.params or leaves.updates]
-        self.groups = LeafGroups(links, active, self.numbers, dtypes, path, make_group)
+        self.groups = LeafGroups(links, active, self.numbers, dtypes, path, make_group, self.shards)
         for p in leaves.params or () if way == "fused" else ():
             if isinstance(p, Tensor) and p.is_meta:
                 _device_dtype_check_for_fused(p)  # raises torch.optim's error
@@ -142,6 +110,12 @@ class Prepared:
             buckets: all leaves that have an update, each in one bucket.
             extras: the keyword arguments of `update`.
         """
+        if self.shards is None:
+            return self._run(leaves, buckets, extras)
+        local = self.shards.local(leaves)
+        return self.shards.restored(self._run(local, buckets, extras), leaves, local)
+
+    def _run(self, leaves: Leaves, buckets: Sequence[Bucket], extras: dict[str, Any]) -> Outcome:
         updates, columns = list(leaves.updates), list(leaves.columns)
         carried = [list(bucket.carried) for bucket in buckets]
         due: list[list[Condition]] = [[True] * len(self.links) for _ in buckets]
@@ -195,6 +169,8 @@ class Prepared:
             return u.to_dense() if beside else u.coalesce().values()
 
         def listed(some: list[Tensor]) -> list[Tensor]:
+            if self.shards is not None:
+                return self.shards.joined(some, here)
             return Plain(some) if self.plain and len({(x.dtype, x.device) for x in some}) == 1 else some
 
         seen: dict[str, Any] = {}
@@ -202,7 +178,7 @@ class Prepared:
             seen["updates"] = listed([entries(i) for i in here])
         if "params" in names:
             params = self._params_of(k, params, columns)
-            seen["params"] = listed([params[i] for i in here] if params else [])
+            seen["params"] = listed([params[i] for i in here]) if params else []
         if "states" in names:
             seen["states"] = make(type(columns[k]), [listed([column[i] for i in here]) for column in columns[k]])
         return seen
@@ -238,6 +214,8 @@ class Prepared:
 
         def arranged(some: Sequence[Any]) -> Tree:
             on_all = not link.where
+            if self.shards is not None:
+                some = self.shards.joined(some, range(len(some)))
             return tree.unflatten(
                 self.structure, [leaf if on or on_all else MaskedNode() for leaf, on in zip(some, active, strict=True)]
             )
@@ -255,6 +233,8 @@ class Prepared:
         name = f"the updates from {rule.name}"
         new_leaves = tree.flatten_up_to(structure, returned, name, given, "updates")
         checks.check_updates(new_leaves, old_leaves, lambda i: tree.paths(given)[i], name, "the one it was given")
+        if self.shards is not None:
+            new_leaves = self.shards.shards(new_leaves, [i for i, on in enumerate(active) if on or not link.where])
         if not link.where:
             return list(new_leaves), new_state
         remaining = iter(new_leaves)

@@ -20,6 +20,7 @@ from functorch_optim._core.places import (
     saved_keys,
 )
 from functorch_optim._core.rule import step_dtype
+from functorch_optim._execution.sharded import placed
 from functorch_optim.tree import Tree
 
 
@@ -273,7 +274,7 @@ def _check_saved(path: str, saved: Any, leaf: Tensor) -> None:
 
 def _like(leaf: Tensor, saved: Tensor, cast: bool) -> Tensor:
     """Copy a saved tensor to where that of the state is, without loss of precision unless it is to be cast."""
-    return saved.to(leaf.device, leaf.dtype if cast else kept_dtype(saved.dtype, leaf.dtype), copy=True)
+    return placed(saved, leaf).to(leaf.device, leaf.dtype if cast else kept_dtype(saved.dtype, leaf.dtype), copy=True)
 
 
 def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:

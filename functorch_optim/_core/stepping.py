@@ -13,6 +13,7 @@ from functorch_optim._core.transformation import GradientTransformation, check_t
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options, way_of
 from functorch_optim._execution.mode import PLAIN
+from functorch_optim._execution.sharded import local
 from functorch_optim.tree import Tree
 
 
@@ -154,7 +155,8 @@ def _overwrite(made: Call, states: list[Any]) -> list[Any]:
     changed = [(old, new) for old, new in zip(old_tensors, new_tensors, strict=True) if new is not old]
     rooms = {(id(old), id(new)): (old, new) for old, new in changed if writing.is_room_for(old, new)}
     olds = [old for old, _ in rooms.values()]
-    if not writing.can_overwrite([], [[*[p for p in leaves.params or [] if p is not None], *olds]]):
+    written = [local(tensor) for tensor in [*(leaves.params or []), *olds] if tensor is not None]
+    if not writing.can_overwrite([], [written]):
         return tree.unflatten(structure, new_tensors)  # type: ignore[no-any-return]  # init gave p, or one tensor twice
     writing.copy_(olds, [new for _, new in rooms.values()])
     return tree.unflatten(  # type: ignore[no-any-return]

@@ -31,6 +31,7 @@ from functorch_optim._execution.representation import (
     widened,
     zip_columns,
 )
+from functorch_optim._execution.sharded import Wholes
 
 
 class Group:
@@ -45,6 +46,7 @@ class Group:
         way: the user's choice of how to run.
         still: whether nothing moves: the update is not needed.
         keeps: whether the tensors that are overwritten stay the same, so that the cuts of them are kept.
+        wholes: how whole tensors are made of these; None where they are whole.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Group:
         way: Way,
         still: bool,
         keeps: bool,
+        wholes: Wholes | None = None,
     ) -> None:
         self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
-        self.plain = plain
+        self.plain, self.wholes = plain, wholes
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
         self.runs = _runs(stages)
         self.one_program = plain and len(self.runs) == 1 and self.runs[0].elementwise and sample.layout == torch.strided
@@ -81,6 +84,9 @@ class Group:
         """
         if updates[0].layout == torch.sparse_coo:
             return self._compute_touched(updates[0], params, states, scalars)
+        if self.wholes is not None:
+            rules = [stage.rule for stage in self.stages]
+            scalars = [self.wholes.numbers(s, r.elementwise) for s, r in zip(scalars, rules, strict=True)]
         numbers = self._numbers(scalars)
         if self.one_program and numbers is not None:
             inputs = self._inputs(updates, params, states)
@@ -206,8 +212,15 @@ class Group:
             if source is not None and wide_params is not None:
                 holder, hands = source
                 handed = [hands(p, row(new_states[holder], i)) for i, p in enumerate(wide_params)]
+            wholes = None if elementwise else self.wholes
+            given_updates = new_updates
+            if wholes is not None:
+                given_updates = wholes.gathered(new_updates)
+                handed = None if handed is None else wholes.gathered(handed)
+                for k in members:
+                    new_states[k] = wholes.gathered_states(k, new_states[k])
             arguments = (
-                each(view, new_updates),
+                each(view, given_updates),
                 [map_columns(view, new_states[k]) for k in members],
                 each(view, handed) if handed is not None else None,
             )
@@ -220,15 +233,15 @@ class Group:
             else:
                 results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, own))
             names = ", ".join([self.stages[k].rule.name for k in members])
-            check_kept(f"The update after {names}", results, [view(u) for u in new_updates], self.path)
+            check_kept(f"The update after {names}", results, [view(u) for u in given_updates], self.path)
             if view is as_reals:
-                results = [like(new, old) for new, old in zip(results, new_updates, strict=True)]
+                results = [like(new, old) for new, old in zip(results, given_updates, strict=True)]
                 columns = [zip_columns(like, c, new_states[k]) for k, c in zip(members, columns, strict=True)]
-            new_updates = results
+            new_updates = results if wholes is None else wholes.cut(results)
             for k, column in zip(members, columns, strict=True):
-                for field, before, after in zip(getattr(column, "_fields", ()), states[k], column, strict=True):
+                for field, before, after in zip(getattr(column, "_fields", ()), new_states[k], column, strict=True):
                     check_kept(f"The state's {field} after {self.stages[k].rule.name}", after, before, self.path)
-                new_states[k] = column
+                new_states[k] = column if wholes is None else wholes.cut_states(k, column)
         if eagerly and versions != _versions(given):
             names = ", ".join([stage.rule.name for stage in self.stages])
             raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")

@@ -41,3 +41,10 @@ def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
 
 class Plain(list[Tensor]):
     """A list of tensors that may be given to foreach kernels: of one dtype, plain, and without derivatives."""
+
+
+def as_plain(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors as a list that may be given to foreach kernels, where that is so."""
+    alike = len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+    mode = current()
+    return Plain(tensors) if alike and mode in ("plain", "recorded") and is_plain(mode, tensors) else tensors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._execution.mode import PLAIN
+from functorch_optim._execution.sharded import is_sharded, layout_of, local
 
 _CreationMeta: Any = torch._C._autograd.CreationMeta
 _creation_meta: Any = torch._C._autograd._get_creation_meta
@@ -43,6 +44,8 @@ def _are_apart(tensors: Sequence[Tensor]) -> bool:
 
 def is_room_for(old: Any, new: Any) -> bool:
     """Tell whether a tensor may be overwritten by another, which holds no graph."""
+    if is_sharded(old) and is_sharded(new) and old is not new:
+        return not new.requires_grad and layout_of(old) == layout_of(new) and is_room_for(local(old), local(new))
     return (
         type(old) in PLAIN
         and type(new) in PLAIN
@@ -61,7 +64,8 @@ def is_expanded(tensor: Tensor) -> bool:
 def copy_(old: list[Tensor], new: list[Tensor]) -> None:
     """Overwrite tensors, of any dtypes and devices, by others like them."""
     if old:
-        torch._foreach_copy_(old, new)
+        torch._foreach_copy_(list(map(local, old)), list(map(local, new)))
+        torch.autograd.graph.increment_version([tensor for tensor in old if is_sharded(tensor)])
 
 
 def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
@@ -104,15 +108,17 @@ def check_apart(params: list[Tensor], path: Callable[[int], str]) -> None:
 
 def unshared(given: list[Any]) -> Callable[[Any], Any]:
     """Return a function that clones a tensor that shares memory with a given one, which is about to change."""
-    plain = [tensor for tensor in given if type(tensor) in PLAIN and tensor.layout == torch.strided]
+    shards = list(map(local, given))
+    plain = [tensor for tensor in shards if type(tensor) in PLAIN and tensor.layout == torch.strided]
     starts = {tensor.data_ptr() for tensor in plain}
     storages = {tensor.untyped_storage().data_ptr() for tensor in plain}
 
     def unshare(tensor: Any) -> Any:
-        if type(tensor) not in PLAIN or tensor.layout != torch.strided:
+        shard = local(tensor)
+        if type(shard) not in PLAIN or shard.layout != torch.strided:
             return tensor
-        view = tensor._is_view() and tensor.untyped_storage().data_ptr() in storages
-        return tensor.clone() if view or tensor.data_ptr() in starts else tensor
+        view = shard._is_view() and shard.untyped_storage().data_ptr() in storages
+        return tensor.clone() if view or shard.data_ptr() in starts else tensor
 
     return unshare
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_optim._core import checks, places, saving
 from functorch_optim._core.rule import DECLARED
+from functorch_optim._execution.sharded import placed
 from functorch_optim.optim._plan import Plan, State
 
 # Besides the names that rules declare: torch.optim's of rules that may not have been declared yet.
@@ -156,7 +157,7 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
             f"The saved {key} of parameter {plan.path(i)!r} is {value.dtype}, but it is {like.dtype} here; it was "
             "saved for another model"
         )
-    return value.to(p.device, like.dtype if cast else saving.kept_dtype(value.dtype, like.dtype))
+    return placed(value, like).to(p.device, like.dtype if cast else saving.kept_dtype(value.dtype, like.dtype))
 
 
 def exported_state(plan: Plan, i: int, state: State) -> State:

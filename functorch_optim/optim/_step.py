@@ -9,14 +9,16 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.checks import check_updates
+from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket
-from functorch_optim._core.prepare import Leaves, Outcome, Prepared
+from functorch_optim._core.prepare import Prepared
 from functorch_optim._core.rule import ADD, step_dtype
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.mode import PLAIN, is_plain
+from functorch_optim._execution.sharded import is_sharded, layout_of, local
 from functorch_optim.optim._plan import Plan, Position, State
 
 
@@ -93,7 +95,11 @@ class PreparedStep:
         tensors = [*grads, *plan.params, *[t for column in columns if isinstance(column, list) for t in column]]
         # Where one is in the memory of another, both of their updates are added to it.
         written = [plan.params[i] for i in self.moving]
-        self.adds = not recorded and is_plain(self.mode, tensors) and not writing.share_memory([], written)
+        self.adds = (
+            not recorded
+            and is_plain(self.mode, list(map(local, tensors)))
+            and not writing.share_memory([], list(map(local, written)))
+        )
         links = (*plan.links, Link(ADD)) if self.adds else plan.links
         active = [*plan.active, [True] * len(grads)] if self.adds else plan.active
         if self.adds:
@@ -285,29 +291,37 @@ class PreparedStep:
             not (self.adds and own)
             or plan.whole
             or plan.count is int
-            or any(type(p.grad) not in PLAIN for p in own)
+            or any(type(local(p.grad)) not in PLAIN for p in own)
             or any(t.is_inference() or t.device.type != "cpu" or type(t) not in PLAIN for t in self.numbers)
         ):
             return
         self.own, self.others = own, [p for i, p in enumerate(plan.params) if i not in set(self.moving)]
         self.dicts = [(p, state[p]) for p in own if p in state]
         self.entries = [(s, key, value) for _, s in self.dicts for key, value in s.items() if isinstance(value, Tensor)]
-        self.types = [type(p.grad) for p in own]
-        self.kinds = [(p.shape, p.dtype, torch.strided) for p in own]
+        grads = [local(p.grad) for p in own]
+        self.types = list(map(type, grads))
+        self.layouts = list(map(layout_of, [p.grad for p in own])) if any(map(is_sharded, own)) else None
+        self.kinds = [(g.shape, p.dtype, torch.strided) for g, p in zip(grads, own, strict=True)]
         self.versions = list(map(_version, self.numbers))
         self.written = [*own, *[value for *_, value in self.entries]]
-        self.contiguous = [tensor for tensor in self.written if tensor.is_contiguous()]
-        self.scattered = [tensor for tensor in self.written if not tensor.is_contiguous()]
+        self.shards = self.written if self.layouts is None else list(map(local, self.written))
+        self.contiguous = [tensor for tensor in self.shards if tensor.is_contiguous()]
+        self.scattered = [tensor for tensor in self.shards if not tensor.is_contiguous()]
         self.strides = list(map(Tensor.stride, self.scattered))
-        self.starts = {tensor.data_ptr() for tensor in self.written if tensor.numel()}
-        self.storages = set(map(_storage, self.written))
-        self.places = list(map(Tensor.data_ptr, self.written))
+        self.starts = {tensor.data_ptr() for tensor in self.shards if tensor.numel()}
+        self.storages = set(map(_storage, self.shards))
+        self.places = list(map(Tensor.data_ptr, self.shards))
 
     def fits(self, state: Mapping[Any, State]) -> bool:
         """Tell whether all tensors are where they were after the last step, and the gradients are of the same kinds."""
         if self.places is None or torch.is_grad_enabled():
             return False
         grads: list[Any] = [p.grad for p in self.own]
+        shards = self.shards
+        if self.layouts is not None:
+            if list(map(layout_of, grads)) != self.layouts:
+                return False
+            grads, shards = list(map(local, grads)), list(map(local, self.written))
         # Lists are compared whole, which takes a third of the time of a loop over parameters.
         return (
             list(map(type, grads)) == self.types
@@ -320,7 +334,7 @@ class PreparedStep:
             and list(map(_version, self.numbers)) == self.versions
             and all([state.get(p) is s for p, s in self.dicts])  # noqa: C419
             and all([s.get(key) is value for s, key, value in self.entries])  # noqa: C419
-            and list(map(Tensor.data_ptr, self.written)) == self.places
+            and list(map(Tensor.data_ptr, shards)) == self.places
             and all(map(Tensor.is_contiguous, self.contiguous))
             and list(map(Tensor.stride, self.scattered)) == self.strides
         )

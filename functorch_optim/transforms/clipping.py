@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
+from functorch_optim._execution.sharded import is_sharded, over_ranks
 from functorch_optim._numerics import at_least, isfinite, known, rms, safe_norm, safe_sqrt, where
 
 
@@ -220,13 +222,18 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     """Take the norm of all elements of all tensors: a float if the step is a float and nothing is differentiated."""
     if not tensors:
         return 0.0 * step
+    of_some = functools.partial(_norm, norm_type=norm_type)
+    sharded = any(map(is_sharded, tensors))
+    return known(over_ranks(tensors, of_some, lambda each: of_some([each])) if sharded else of_some(tensors), step)
+
+
+def _norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     taken = norms(tensors, norm_type)
     if any(norm.dtype != taken[0].dtype for norm in taken):  # float64 gradients keep their digits beside float32 ones
         taken = norms([tensor.to(torch.promote_types(tensor.dtype, torch.float64)) for tensor in tensors], norm_type)
     if any(norm.device != taken[0].device for norm in taken):
         taken = [norm.to(taken[0].device) for norm in taken]
-    [norm] = norms([torch.stack(taken).to(torch.float64)], norm_type)
-    return known(norm, step)
+    return norms([torch.stack(taken).to(torch.float64)], norm_type)[0]
 
 
 def finite_norm(tensors: list[Tensor], norm_type: float, step: Any) -> tuple[Any, Any]:

@@ -11,8 +11,8 @@ from functorch_optim import tree
 from functorch_optim._core.combine import named_chain
 from functorch_optim._core.places import state_parts
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._execution import mode as modes
 from functorch_optim._execution.foreach import norms
+from functorch_optim._execution.mode import as_plain
 from functorch_optim.tree import Tree
 from functorch_optim.wrappers._wrapping import wrapped
 
@@ -183,10 +183,7 @@ def _norms(updates: Tree, params: Tree) -> Tree:
 
     leaves, structure = tree.flatten(updates)
     present = [u.coalesce().values() if u.layout == torch.sparse_coo else u for u in leaves if u is not None]
-    mode = modes.current()
-    alike = len({(u.dtype, u.device) for u in present}) == 1
-    plain = alike and mode in ("plain", "recorded") and modes.is_plain(mode, present)
-    taken = iter(norms(modes.Plain(present) if plain else present, 2.0))
+    taken = iter(norms(as_plain(present), 2.0))
     return tree.unflatten(structure, [None if u is None else next(taken) for u in leaves])
 
 

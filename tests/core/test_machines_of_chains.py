@@ -15,10 +15,15 @@ import functorch_optim as fo
 from functorch_optim import testing
 from functorch_optim._core import prepare
 from functorch_optim._core.links import select
-from functorch_optim._core.rule import TreeRule
+from functorch_optim._core.rule import OF_TREE, TreeRule
 from functorch_optim.testing._copies import through_a_file
 
-ROWS = [row for row in CATALOGUE if not row.name.startswith("lbfgs")]  # which is given functions
+
+def declared(tx):
+    return {name for link in tx._links for name in link.rule.extras.names}
+
+
+ROWS = [row for row in CATALOGUE if declared(row()) - OF_TREE <= {"value"}]  # others are given functions or batches
 CHAINS = st.lists(LINKS | st.sampled_from(ROWS).map(lambda row: row()), min_size=1, max_size=4).map(
     lambda some: fo.chain(*some) if len(some) > 1 else some[0]
 )
@@ -56,8 +61,7 @@ class Ways(RuleBasedStateMachine):
     def begin(self, tx, params, compiled):
         self.tx, self.params, self.state = tx, params, tx.init(params)
         self.compilations = int(compiled == 0)  # each takes seconds
-        declared = {name for link in tx._links for name in link.rule.extras.names}
-        self.extra = {"value": torch.tensor(1.0)} if "value" in declared else {}
+        self.extra = {"value": torch.tensor(1.0)} if "value" in declared(tx) else {}
 
     def gradients(self, data, missing=True):
         grads = data.draw(testing.gradients(self.params))

@@ -1,0 +1,232 @@
+"""Sharded tensors (DTensor): their local shards, whole tensors made of them, and numbers of all ranks.
+
+Elementwise rules need no other rank: they run on the local shards as they would on any tensors. Other rules are given
+whole tensors. A number of all ranks, such as a global norm, takes one collective for each mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim import tree
+from functorch_optim._execution.mode import as_plain
+from functorch_optim._execution.representation import make
+
+_MODULE = "torch.distributed.tensor"  # imported by those who make sharded tensors
+
+
+class Layout(NamedTuple):
+    """The places of a tensor's shards.
+
+    Attributes:
+        mesh: the ranks.
+        placements: for each dimension of the mesh, Shard or Replicate.
+        shape: of the whole tensor.
+        stride: of the whole tensor.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Return the local shard of a tensor, sharded or whole, which is brought into this layout."""
+        if not is_sharded(tensor):
+            return self.cut(tensor)
+        given: Any = tensor
+        if given.device_mesh != self.mesh:
+            return self.cut(given.full_tensor())
+        if given.placements != self.placements:
+            given = given.redistribute(placements=self.placements)
+        return local(given)
+
+    def joined(self, shard: Tensor) -> Tensor:
+        """Return the sharded tensor that a local shard is of."""
+        return _dtensor().from_local(  # type: ignore[no-any-return]
+            shard, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+    def whole(self, shard: Tensor) -> Tensor:
+        """Return the whole tensor, which all ranks then have."""
+        return local(self.joined(shard).full_tensor())  # type: ignore[attr-defined]
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Return the local shard of a whole tensor that all ranks have."""
+        everywhere = _dtensor().from_local(tensor, self.mesh, _replicated(self.mesh), run_check=False)
+        return local(everywhere.redistribute(placements=self.placements))
+
+    @property
+    def shards(self) -> int:
+        """Return the number of shards."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return math.prod([size for placement, size in sizes if not placement.is_replicate()])
+
+    @property
+    def counts(self) -> bool:
+        """Tell whether this rank's shard is the one that counts, of those that are equal on several ranks."""
+        places = zip(self.placements, self.mesh.get_coordinate() or (), strict=False)
+        return not any(placement.is_replicate() and coordinate for placement, coordinate in places)
+
+
+class Wholes(NamedTuple):
+    """How whole tensors are made of shards, for rules that need their tensor whole.
+
+    Attributes:
+        layouts: of the tensors.
+        states: for each rule, those of its states: columns of layouts.
+        ranks: the number of ranks of the largest mesh.
+    """
+
+    layouts: list[Layout | None]
+    states: list[Any]
+    ranks: int
+
+    def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return whole tensors, which all ranks then have."""
+        return _whole(self.layouts, tensors)
+
+    def gathered_states(self, k: int, columns: Any) -> Any:
+        """Return the states of rule k, whole."""
+        return make(type(columns), list(map(_whole, self.states[k], columns)))
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the local shards of whole tensors."""
+        return _cut(self.layouts, tensors)
+
+    def cut_states(self, k: int, columns: Any) -> Any:
+        """Return the local shards of the states of rule k."""
+        return make(type(columns), list(map(_cut, self.states[k], columns)))
+
+    def numbers(self, scalars: Any, elementwise: bool) -> Any:
+        """Return numbers of a rule as it is run: those that differ between elements as shards, or whole.
+
+        The derivative with respect to a number is the sum over all ranks. Where several of them have the same shard,
+        each has a part of its derivative.
+        """
+        layout = self.layouts[0]
+        times = self.ranks if layout is None or not elementwise else self.ranks // layout.shards
+
+        def here(scalar: Any) -> Any:
+            if not isinstance(scalar, Tensor):
+                return scalar
+            if scalar.ndim > 0:
+                if layout is not None and elementwise:
+                    return layout.shard(scalar.expand(layout.shape))
+                return local(scalar.full_tensor()) if is_sharded(scalar) else scalar  # type: ignore[attr-defined]
+            if is_sharded(scalar):
+                scalar = _summed_gradient(local(scalar), scalar.device_mesh)  # type: ignore[attr-defined]
+            if times == 1 or not (scalar.requires_grad and torch.is_grad_enabled()):
+                return scalar
+            return scalar / times + (scalar - scalar / times).detach()
+
+        return tree.map(here, scalars)
+
+
+def _whole(layouts: Sequence[Layout | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if layout is None else layout.whole(t) for layout, t in zip(layouts, tensors, strict=True)]
+
+
+def _cut(layouts: Sequence[Layout | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if layout is None else layout.cut(t) for layout, t in zip(layouts, tensors, strict=True)]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether this is a DTensor."""
+    module = sys.modules.get(_MODULE)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def layout_of(tensor: Any) -> Layout | None:
+    """Return the layout of a sharded tensor; partial sums count as replicated."""
+    if not is_sharded(tensor):
+        return None
+    placements = tensor.placements
+    if any([placement.is_partial() for placement in placements]):  # noqa: C419
+        [replicate, *_] = _replicated(tensor.device_mesh)
+        placements = tuple([replicate if placement.is_partial() else placement for placement in placements])
+    return Layout(tensor.device_mesh, placements, tensor.shape, tensor.stride())
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor, sharded or the same on all ranks, sharded as another."""
+    layout = layout_of(like)
+    if layout is None or layout == layout_of(tensor):
+        return tensor
+    return layout.joined(layout.shard(tensor))
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the local shard of a sharded tensor; any other tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    shard = tensor.to_local() if torch.is_grad_enabled() and tensor.requires_grad else tensor._local_tensor
+    return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
+
+
+def over_ranks(
+    tensors: Sequence[Tensor], of_some: Callable[[list[Tensor]], Tensor], combined: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Compute a number of all elements of tensors, sharded ones and others, by one collective for each mesh.
+
+    Args:
+        tensors: the tensors. The others are the same on all ranks.
+        of_some: local tensors -> their number, 0-dim.
+        combined: vector of numbers -> the number of all.
+    """
+    layouts = [layout_of(tensor) for tensor in tensors]
+    meshes = {layout.mesh: layout.mesh for layout in layouts if layout is not None}
+    plain = [tensor for tensor, layout in zip(tensors, layouts, strict=True) if layout is None]
+    numbers = [of_some(plain).reshape(1)] if plain else []
+    for mesh in meshes:
+        own = [(t, layout) for t, layout in zip(tensors, layouts, strict=True) if layout and layout.mesh == mesh]
+        shards = [(layout.shard(tensor), layout.counts) for tensor, layout in own]
+        counted = [shard for shard, counts in shards if counts and shard.numel()]
+        if not counted:  # all ranks take part in derivatives
+            counted = [shard.flatten()[:0].sum() for shard, _ in shards]
+        one = of_some(as_plain(counted)).reshape(1)
+        numbers.append(_gathered(one, mesh))
+    number = combined(torch.cat([number.to(numbers[0].device) for number in numbers]))
+    return _summed_gradient(number, max(meshes, key=_size)) if number.requires_grad else number
+
+
+def _size(mesh: Any) -> int:
+    size: int = mesh.size()
+    return size
+
+
+def _summed_gradient(number: Tensor, mesh: Any) -> Tensor:
+    """Return a number whose derivative is the sum over the ranks of a mesh, each of which has its own shards."""
+    everywhere = _dtensor().from_local(number, mesh, _replicated(mesh), run_check=False)
+    return everywhere.to_local(grad_placements=_partial(mesh))  # type: ignore[no-any-return]
+
+
+def _gathered(number: Tensor, mesh: Any) -> Tensor:
+    """Collect a number of each rank of a mesh."""
+    shard = _module().Shard(0)
+    each = _dtensor().from_local(number, mesh, [shard] * mesh.ndim, run_check=False)
+    for done in reversed(range(mesh.ndim)):  # torch warns of two dimensions at once
+        each = each.redistribute(placements=[shard] * done + _replicated(mesh)[done:])
+    return local(each)
+
+
+def _replicated(mesh: Any) -> list[Any]:
+    return [_module().Replicate()] * mesh.ndim
+
+
+def _partial(mesh: Any) -> list[Any]:
+    return [_module().Partial()] * mesh.ndim
+
+
+def _dtensor() -> Any:
+    return _module().DTensor
+
+
+def _module() -> Any:
+    return sys.modules[_MODULE]
