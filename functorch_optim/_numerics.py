@@ -42,7 +42,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 to a narrower dtype, ties to even, and return it in float32; the derivative is 1.
 
-    It is `x.to(dtype).float()`, which compilers leave out.
+    It is `x.to(dtype).float()`, which compilers leave out, and whose derivative is rounded.
 
     Args:
         x: float32 tensor of any shape.
@@ -55,39 +55,45 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == torch.float32:
         return x
-    if has_torch_function_unary(x):  # recorded as one call
-        return handle_torch_function(rounded, (x,), x, dtype)
-    wide = x.detach()
-    bits = wide.view(torch.int32)
+    if has_torch_function_unary(x):  # recorded as one call; a program has no derivatives
+        return handle_torch_function(_nearest, (x,), x, dtype)
+    return rounded_to(x, _nearest(x.detach(), dtype))
+
+
+def _nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round without a derivative: by a cast, and where that would be left out by arithmetic on the bits."""
+    if not torch.compiler.is_compiling():
+        return x.to(dtype).to(x.dtype)
+    bits = x.view(torch.int32)
     dropped = DROPPED[dtype]
     half = (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
-    return rounded_to(x, cut(bits + half, dtype), (wide + 0.75) - 0.75, dtype)
+    return cut(x, half, (x + 0.75) - 0.75, dtype)
 
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of float32's mantissa that a narrower dtype lacks."""
 
 
-def cut(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cut off the bits of float32 numbers that a narrower dtype lacks."""
-    return (bits & -(1 << DROPPED[dtype])).view(torch.float32)
-
-
-def rounded_to(x: Tensor, near: Tensor, near_zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Choose among rounded numbers, and give them the derivative of `x`.
+def cut(x: Tensor, more: Tensor, near_zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cut off the bits of float32 numbers that a narrower dtype lacks.
 
     Args:
         x: float32 tensor.
-        near: the same, rounded to the bits of the mantissa.
-        near_zero: rounded to multiples of 2^-24, as float16 has them below 2^-14.
+        more: integers that are added to its bits first.
+        near_zero: the same rounded to multiples of 2^-24, as float16 has them below 2^-14.
         dtype: bfloat16 or float16.
     """
-    wide = x.detach()
+    near = ((x.view(torch.int32) + more) & -(1 << DROPPED[dtype])).view(torch.float32)
     if dtype == torch.float16:
         near = torch.where(near.abs() > 65504, torch.copysign(torch.full_like(near, torch.inf), near), near)
-        near = torch.where(wide.abs() < 2.0**-14, near_zero, near)
+        near = torch.where(x.abs() < 2.0**-14, near_zero, near)
+    return torch.where(x.isfinite(), near, x)
+
+
+def rounded_to(x: Tensor, near: Tensor) -> Tensor:
+    """Return float32 numbers that are near others, with the derivative of those."""
     # A finite one differs from x by a float32 number, so that the sum is exact.
-    return torch.where(near.isfinite() & wide.isfinite(), x + (near - wide), torch.where(wide.isfinite(), near, wide))
+    return torch.where(near.isfinite(), x + (near - x.detach()), near)
 
 
 def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:

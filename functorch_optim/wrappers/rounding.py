@@ -257,7 +257,7 @@ def _rounded_at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
     wide = x.detach()
     chance = bits(key.to(x.device), x.shape, DROPPED[p.dtype]).to(torch.int32)
     near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
-    return _way(p, rounded_to(x, cut(wide.view(torch.int32) + chance, p.dtype), near_zero, p.dtype))
+    return _way(p, rounded_to(x, cut(wide, chance, near_zero, p.dtype)))
 
 
 # The rules of wrappers that round are for parameters in half precision, and see updates in float32. -------------------

@@ -19,7 +19,9 @@ wrappers = pytest.mark.parametrize(
 
 
 @halves
-def test_rounding_is_that_of_a_cast(dtype):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rounding_is_that_of_a_cast(dtype, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     special = [0.0, -0.0, math.inf, -math.inf, 65504.0, 65519.99, 65520.0, -65520.0, 3.4e38, 1e-45, 2.0**-14, 2.0**-24]
     ties = torch.arange(-4000, 4000) * 2.0**-12
