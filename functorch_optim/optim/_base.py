@@ -18,6 +18,7 @@ from functorch_optim._core.rule import check_extras, with_loss
 from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.choose import way_of
 from functorch_optim.optim import _factories as factories
+from functorch_optim.optim import _helpers_of_torch as helpers
 from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._closure import Closure, check_closure
 from functorch_optim.optim._loading import checked_state, copied
@@ -293,7 +294,7 @@ class OptimizerBase(torch.optim.Optimizer):
             ValueError: groups, names, keys, shapes or values are not those of this optimizer.
         """
         checks.check_is_dict("state dict", state_dict)
-        state_dict, evaluating = matching.without_mode(state_dict)
+        state_dict, evaluating = matching.without_mode(helpers.lifted(state_dict))
         if evaluating and not self._evaluates:
             raise ValueError(
                 "The state was saved while parameters were evaluated, and this optimizer has only those that are "
@@ -306,7 +307,9 @@ class OptimizerBase(torch.optim.Optimizer):
                 plans = [self._plan(index) for index in range(self._number_of_trees)]
                 state_dict, report = matching.fitting(self.param_groups, plans, state_dict)
                 reports.append(report)
-            return matching.as_saved(optimizer, state_dict, Manner(strict, cast), takes_names=self._live)
+            found = matching.as_saved(optimizer, state_dict, Manner(strict, cast), takes_names=self._live)
+            pairs = zip(optimizer.param_groups, found["param_groups"], strict=True)
+            return {**found, "param_groups": [_without_functions(own, saved) for own, saved in pairs]}
 
         with self.register_load_state_dict_pre_hook(arrange):
             super().load_state_dict(state_dict)
@@ -364,9 +367,20 @@ def _disabled(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+def _without_functions(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the entries of a saved group that stand for functions: those stay the program's."""
+    return {k: v for k, v in saved.items() if v is not None or not factories.has_function(own.get(k))}
+
+
 def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for_helper = helpers.saves()
     for group in saved["param_groups"]:
         for name in [name for name, value in group.items() if factories.has_function(value)]:
-            del group[name]
+            if for_helper:
+                group[name] = None  # it looks for every name
+            else:
+                del group[name]
     if REST in saved["state"]:
         saved["state"][REST] = {key: saving.state_dict(state) for key, state in saved["state"][REST].items()}
+    if for_helper:
+        helpers.lowered(optimizer, saved)

@@ -1,6 +1,5 @@
 """A torch.optim.Optimizer around any transformation."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ from functorch_optim._core.transformation import GradientTransformation, check_t
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
+from functorch_optim.optim import _helpers_of_torch as helpers
 from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._base import OptimizerBase
-from functorch_optim.optim._plan import Plan, scalar
+from functorch_optim.optim._plan import Plan, scalar, tree_keys
 from functorch_optim.wrappers.injection import InjectingFactory
 from functorch_optim.wrappers.monitoring import metrics
 
@@ -231,13 +231,13 @@ class Optimizer(OptimizerBase):
         return report
 
     def _step(self, closure: Any = None, **extra: Any) -> Any:
-        if not self.state and not torch.compiler.is_compiling() and _is_asked_for_its_state():
+        if not self.state and not torch.compiler.is_compiling() and helpers.asks_for_a_state():
             for index in range(self._number_of_trees):
-                self._begin(self._plan(index))
+                self._begin(index, self._plan(index))
             return None
         return super()._step(closure, **extra)
 
-    def _begin(self, plan: Plan) -> None:
+    def _begin(self, index: int, plan: Plan) -> None:
         """Make the state with which parameters begin."""
         kept = writing.unshared(plan.params)
         for i, p in enumerate(plan.params):
@@ -246,6 +246,10 @@ class Optimizer(OptimizerBase):
                 self.state[p] = {
                     key: kept(value) if isinstance(value, Tensor) else value for key, value in completed.items()
                 }
+        states = {key: plan.initial_tree_state(k) for k, key in tree_keys(index, plan).items()}
+        states = {key: state for key, state in states.items() if tree.flatten(state)[0]}
+        if states:
+            self.state[REST] = {**self.state.get(REST, {}), **states}
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -439,13 +443,3 @@ class Optimizer(OptimizerBase):
     def __repr__(self) -> str:
         name = type(self).__name__
         return super().__repr__().replace(f"{name} (", f"{name} of {factories.name_of(self._transformation)} (", 1)
-
-
-def _is_asked_for_its_state() -> bool:
-    """Tell whether torch.distributed.checkpoint steps, only so that there be a state."""
-    helper = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    code = getattr(getattr(helper, "_init_optim_state", None), "__code__", None)
-    frame = sys._getframe() if code is not None else None
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None

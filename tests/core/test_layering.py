@@ -116,6 +116,7 @@ LAYERS = [
     "optim._step",
     "optim._loading",
     "optim._matching",
+    "optim._helpers_of_torch",
     "optim._factories",
     "optim._closure",
     "optim._rate",

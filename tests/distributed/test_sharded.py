@@ -1,8 +1,16 @@
 """DTensors: sharded training on two and four ranks is the training of one process."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
+import resuming_cases
 import sharded_cases
 from ranks import on_ranks
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "docs" / "scripts" / "train_sharded.py"
 
 
 def test_training_on_two_ranks_is_that_of_one_process():
@@ -11,6 +19,19 @@ def test_training_on_two_ranks_is_that_of_one_process():
 
 def test_training_on_four_ranks_is_that_of_one_process():
     on_ranks(4, sharded_cases.OF_FOUR)
+
+
+def test_sharded_checkpoints_go_on_sharded_and_whole():
+    on_ranks(2, [resuming_cases.sharded_checkpoints_go_on_sharded_and_whole])
+
+
+def test_the_script_of_the_documents_trains_on_two_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    run = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "resumed at step 20" in run.stdout
 
 
 def test_what_fails_on_a_rank_fails_here():

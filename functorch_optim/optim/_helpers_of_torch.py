@@ -1,0 +1,50 @@
+"""What `get_optimizer_state_dict` and its relatives in torch.distributed.checkpoint expect of an optimizer."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from functorch_optim._core.places import REST
+
+
+def asks_for_a_state() -> bool:
+    """Tell whether one of them steps, only so that there be a state."""
+    return _is_caller("_init_optim_state")
+
+
+def saves() -> bool:
+    """Tell whether one of them saves a state."""
+    return _is_caller("_get_optim_state_dict")
+
+
+def _is_caller(name: str) -> bool:
+    helper = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(helper, name, None), "__wrapped__", getattr(helper, name, None))
+    code = getattr(code, "__code__", None)
+    frame = sys._getframe() if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def lowered(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put the states of functions of the whole tree into that of a parameter: they know states of parameters only."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    home = next((number for number, p in zip(numbers, params, strict=True) if p.requires_grad), None)
+    if home is not None and REST in saved["state"]:
+        saved["state"][home] = {**saved["state"].get(home, {}), REST: saved["state"].pop(REST)}
+
+
+def lifted(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Take the states of functions of the whole tree out of that of a parameter again."""
+    states = state_dict.get("state")
+    if not isinstance(states, Mapping):
+        return state_dict
+    homes = [key for key, own in states.items() if key != REST and isinstance(own, Mapping) and REST in own]
+    if not homes:
+        return state_dict
+    own = dict(states[homes[0]])
+    return {**state_dict, "state": {**states, REST: own.pop(REST), homes[0]: own}}
