@@ -60,6 +60,7 @@ class AdafactorScalars(NamedTuple):
         eps1: of the estimate.
         eps2: smallest size of the parameters.
         d: clipping threshold.
+        decay: of weights; of alpha or of the whole step.
     """
 
     weight: Any
@@ -67,6 +68,7 @@ class AdafactorScalars(NamedTuple):
     eps1: Any
     eps2: Any
     d: Any
+    decay: Any
 
 
 @factory
@@ -166,6 +168,8 @@ def adafactor(
         raise ValueError(f"With relative_step=False adafactor needs {what}; write adafactor(1e-3, relative_step=False)")
     largest = 1e-2 if lr is None else lr
     dims_of = functools.partial(_dims_of, factored, min_dim_size_to_factor)
+    decays = not is_zero(weight_decay)
+    by = decay or ("lr" if lr is not None and relative_step else "step")
 
     def relative(step: Tensor) -> Any:
         """Return the relative step, rho."""
@@ -178,6 +182,15 @@ def adafactor(
         """Return rho, times the size of the parameter if so asked."""
         return rho * clamped_from_below(rms(p), least) if scale_parameter else rho
 
+    def shrinkage(step: Tensor) -> Any:
+        part = at(largest, step) if by == "lr" else relative(step) if by == "step" else 1.0
+        return part * at(weight_decay, step)
+
+    def shrunk(u: Tensor, p: Any, part: Any, least: Any) -> Tensor:
+        """Subtract the decay of the parameter from its update."""
+        shrunk: Tensor = u - (scaled(part, p, least) if by == "step" else part) * p
+        return shrunk
+
     def scalars(step: Tensor) -> AdafactorScalars:
         return AdafactorScalars(
             weight=step ** at(beta2_decay, step),
@@ -185,6 +198,7 @@ def adafactor(
             eps1=_machine_epsilon if eps1 is None else at(eps1, step),
             eps2=at(eps2, step),
             d=at(d, step),
+            decay=shrinkage(step),
         )
 
     def squares(g: Tensor, s: AdafactorScalars) -> Tensor:
@@ -192,8 +206,8 @@ def adafactor(
 
     def moved(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Tensor:
         w = normalized(g, v, s.d, 0.0 if add_eps else s.eps1 * s.eps1)
-        step: Tensor = scaled(-s.rho, p, s.eps2) * w
-        return step
+        u: Tensor = scaled(-s.rho, p, s.eps2) * w
+        return shrunk(u, p, s.decay, s.eps2) if decays and beta1 is None else u
 
     def of_matrix(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:
         dims = dims_of(g) or LAST
@@ -211,29 +225,24 @@ def adafactor(
         check_real("Adafactor", p)
         return FactoredState(*[torch.zeros_like(p.sum(dim, keepdim=True)) for dim in reversed(dims_of(p) or LAST)])
 
-    options: Any = {"needs_params": scale_parameter, "turns": True}
+    options: Any = {"needs_params": scale_parameter or decays, "turns": True}
     rules = {
         "factored": of_rule(init_factored, of_matrix, scalars, **options),
         "unfactored": of_rule(_init_unfactored, of_vector, scalars, **options),
     }
-    links = [partition(rules, kinds)]
-    if beta1 is not None:
-        links.append(ema(beta1, debias=False))
-    if is_zero(weight_decay):
-        return uphill_or_down(*links, maximize=maximize)
+    if beta1 is None:
+        return uphill_or_down(partition(rules, kinds), maximize=maximize)
+    links = [partition(rules, kinds), ema(beta1, debias=False)]
+    if decays:  # after momentum, which is that of steps alone
 
-    by = decay or ("lr" if lr is not None and relative_step else "step")
+        def shrink(u: Tensor, state: Any, p: Any, s: Any) -> Any:
+            return shrunk(u, p, *s), state
 
-    def parts(step: Tensor) -> Any:
-        part = at(largest, step) if by == "lr" else relative(step) if by == "step" else 1.0
-        return part * at(weight_decay, step), at(eps2, step)
+        def parts(step: Tensor) -> Any:
+            return shrinkage(step), at(eps2, step)
 
-    def shrink(u: Tensor, state: Any, p: Any, s: Any) -> Any:
-        part, least = s
-        return u - (scaled(part, p, least) if by == "step" else part) * p, state
-
-    whole = by == "step" and scale_parameter
-    links.append(leafwise(None, shrink, parts, elementwise=not whole, needs_params=True))
+        whole = by == "step" and scale_parameter
+        links.append(leafwise(None, shrink, parts, elementwise=not whole, needs_params=True))
     return uphill_or_down(*links, maximize=maximize)
 
 

@@ -453,6 +453,7 @@ CATALOGUE = [
         "adafactor_optax",
         partial(adafactor, relative_step=False, add_eps=True, min_dim_size_to_factor=2, decay="independent"),
         {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-5, "eps2": 2.0, "d": 1.01},
+        elementwise=False,
         complex=False,
     ),
     Row(
