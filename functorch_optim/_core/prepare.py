@@ -234,7 +234,7 @@ class Prepared:
         new_leaves = tree.flatten_up_to(structure, returned, name, given, "updates")
         checks.check_updates(new_leaves, old_leaves, lambda i: tree.paths(given)[i], name, "the one it was given")
         if self.shards is not None:
-            new_leaves = self.shards.shards(new_leaves, [i for i, on in enumerate(active) if on or not link.where])
+            new_leaves = self.shards.cut(new_leaves, [i for i, on in enumerate(active) if on or not link.where])
         if not link.where:
             return list(new_leaves), new_state
         remaining = iter(new_leaves)

@@ -12,7 +12,7 @@ from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import TreeRule
 from functorch_optim._execution.representation import make
-from functorch_optim._execution.sharded import Layout, Wholes, layout_of
+from functorch_optim._execution.sharded import Layout, Wholes, is_sharded, layout_of
 
 
 class Shards:
@@ -55,8 +55,8 @@ class Shards:
                 for inside, state in zip(self.inside, leaves.columns, strict=True)
             ],
         )
-        if self.keeps:
-            self.kept = leaves, shards
+        if self.keeps:  # no gradients
+            self.kept = leaves._replace(updates=[]), shards._replace(updates=[])
         return shards
 
     def restored(self, outcome: Outcome, given: Leaves, shards: Leaves) -> Outcome:
@@ -94,7 +94,7 @@ class Shards:
         """Return sharded tensors of shards in the layouts of these leaves."""
         return [_joined(self.layouts[i], tensor) for i, tensor in zip(here, tensors, strict=True)]
 
-    def shards(self, tensors: Sequence[Any], here: Sequence[int]) -> list[Any]:
+    def cut(self, tensors: Sequence[Any], here: Sequence[int]) -> list[Any]:
         """Return the local shards of updates of these leaves."""
         return [_shard(self.layouts[i], tensor) for i, tensor in zip(here, tensors, strict=True)]
 
@@ -113,8 +113,7 @@ class Shards:
 
 def shards_of(links: Sequence[Link], leaves: Leaves, keeps: bool) -> Shards | None:
     """Return the layouts of leaves; None where none is sharded."""
-    shards = Shards(links, leaves, keeps)
-    return shards if any(layout is not None for layout in shards.layouts) else None
+    return Shards(links, leaves, keeps) if any(map(is_sharded, leaves.params or leaves.updates)) else None
 
 
 def _each(function: Any, layouts: Sequence[Layout | None], tensors: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@
 | elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
 | rules that need their tensor whole and say that they may be stacked, on small tensors of one shape | stacked |
 | all others: in a trace of torch.compile, on tensor subclasses, for rules that need their tensor whole | tensor by tensor |
+| of sharded tensors (DTensor) | the same, on their local shards |
 """  # noqa: E501
 
 from collections.abc import Mapping, Sequence

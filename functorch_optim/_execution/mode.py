@@ -13,7 +13,7 @@ recorded: autograd records operations that need derivatives; plain: none of thes
 
 PLAIN = (Tensor, torch.nn.Parameter)
 PLAIN_TYPES = frozenset(PLAIN)
-"""The types of tensors that all machines take; others, such as DTensor, go tensor by tensor."""
+"""The types of tensors that all machines take; others go tensor by tensor; of a DTensor the local shard is taken."""
 
 
 def current() -> Mode:

@@ -145,7 +145,7 @@ def test_nonfinite_norms(bad):
 
 
 def test_sharded_tensors():
-    """DTensors go tensor by tensor, and stay DTensors."""
+    """DTensors stay DTensors, whose whole tensors are those of one process."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
