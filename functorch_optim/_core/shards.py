@@ -12,7 +12,7 @@ from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import TreeRule
 from functorch_optim._execution.representation import make
-from functorch_optim._execution.sharded import Layout, Wholes, is_sharded, layout_of
+from functorch_optim._execution.sharded import Layout, Wholes, layout_of, some_sharded
 
 
 class Shards:
@@ -113,7 +113,7 @@ class Shards:
 
 def shards_of(links: Sequence[Link], leaves: Leaves, keeps: bool) -> Shards | None:
     """Return the layouts of leaves; None where none is sharded."""
-    return Shards(links, leaves, keeps) if any(map(is_sharded, leaves.params or leaves.updates)) else None
+    return Shards(links, leaves, keeps) if some_sharded(leaves.params or leaves.updates) else None
 
 
 def _each(function: Any, layouts: Sequence[Layout | None], tensors: Sequence[Any]) -> list[Any]:

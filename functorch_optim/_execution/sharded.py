@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._execution.mode import as_plain
+from functorch_optim._execution.mode import Plain, as_plain
 from functorch_optim._execution.representation import make
 
 _MODULE = "torch.distributed.tensor"  # imported by those who make sharded tensors
@@ -141,6 +141,11 @@ def is_sharded(tensor: Any) -> bool:
     """Tell whether this is a DTensor."""
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def some_sharded(tensors: Sequence[Any]) -> bool:
+    """Tell whether one of several tensors is sharded."""
+    return not isinstance(tensors, Plain) and any(map(is_sharded, tensors))
 
 
 def layout_of(tensor: Any) -> Layout | None:

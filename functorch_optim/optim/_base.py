@@ -308,8 +308,10 @@ class OptimizerBase(torch.optim.Optimizer):
                 state_dict, report = matching.fitting(self.param_groups, plans, state_dict)
                 reports.append(report)
             found = matching.as_saved(optimizer, state_dict, Manner(strict, cast), takes_names=self._live)
-            pairs = zip(optimizer.param_groups, found["param_groups"], strict=True)
-            return {**found, "param_groups": [_without_functions(own, saved) for own, saved in pairs]}
+            groups = list(found["param_groups"])  # torch.optim checks their number
+            for i, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
+                groups[i] = _without_functions(own, saved)
+            return {**found, "param_groups": groups}
 
         with self.register_load_state_dict_pre_hook(arrange):
             super().load_state_dict(state_dict)

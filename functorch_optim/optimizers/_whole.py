@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functorch_optim._core.checks import check_loss
 from functorch_optim._execution.representation import as_reals, widened
-from functorch_optim._execution.sharded import is_sharded, over_ranks
+from functorch_optim._execution.sharded import over_ranks, some_sharded
 from functorch_optim._numerics import double, known, minimum, safe_sqrt, where, wide_device
 
 
@@ -29,8 +29,7 @@ def total(terms: Sequence[Tensor], step: Any) -> Any:
     """Add all elements of real tensors: a float where the step is one and nothing is differentiated."""
     if not terms:
         return 0.0 * step
-    sharded = any(map(is_sharded, terms))
-    return known(over_ranks(terms, _sum_of, Tensor.sum) if sharded else _sum_of(terms), step)
+    return known(over_ranks(terms, _sum_of, Tensor.sum) if some_sharded(terms) else _sum_of(terms), step)
 
 
 def _sum_of(terms: Sequence[Tensor]) -> Tensor:

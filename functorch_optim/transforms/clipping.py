@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._execution.foreach import norms
-from functorch_optim._execution.sharded import is_sharded, over_ranks
+from functorch_optim._execution.sharded import over_ranks, some_sharded
 from functorch_optim._numerics import at_least, isfinite, known, rms, safe_norm, safe_sqrt, where
 
 
@@ -222,9 +222,10 @@ def global_norm(tensors: list[Tensor], norm_type: float, step: Any) -> Any:
     """Take the norm of all elements of all tensors: a float if the step is a float and nothing is differentiated."""
     if not tensors:
         return 0.0 * step
+    if not some_sharded(tensors):
+        return known(_norm(tensors, norm_type), step)
     of_some = functools.partial(_norm, norm_type=norm_type)
-    sharded = any(map(is_sharded, tensors))
-    return known(over_ranks(tensors, of_some, lambda each: of_some([each])) if sharded else of_some(tensors), step)
+    return known(over_ranks(tensors, of_some, lambda each: of_some([each])), step)
 
 
 def _norm(tensors: list[Tensor], norm_type: float) -> Tensor:
