@@ -103,7 +103,7 @@ def cond(
         on_true: carry -> result.
         on_false: carry -> result, a tree like that of `on_true`, with tensors of the same shapes and dtypes. Where both
             functions run, the one that is not taken must be finite, and so must its derivative: 0 * inf is NaN.
-        carry: what the functions are given: any tree of tensors.
+        carry: argument of the functions: any tree of tensors.
 
     Returns:
         The result of the function that is taken.

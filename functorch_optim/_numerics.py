@@ -140,7 +140,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def or_one(x: Tensor) -> Tensor:
-    """Return what may be divided by: 1 where x is 0."""
+    """Return a divisor: x, and 1 where x is 0."""
     return x.masked_fill(x == 0, 1)
 
 

@@ -25,7 +25,7 @@ WIDTH = 30  # of the progress bar
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what is asked for; 1 if a contest has failed."""
+    """Run the command; return 1 if a contest has failed."""
     given = parse(arguments)
     prepare()
     if given.what == "hypergradients":
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tune(path: pathlib.Path, quick: bool) -> int:
-    """Tune by gradients and by random search; write what came of it into the file."""
+    """Tune by gradients and by random search; write the results into the file."""
     tuned = hypergradients.compare(hypergradients.QUICK if quick else hypergradients.FULL)
     print("\n".join(report.tuned_table(tuned)))
     if not quick:

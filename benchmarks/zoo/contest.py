@@ -36,7 +36,7 @@ QUICK = Effort((1e-3, 1e-2, 1e-1), seeds=1, share=0.05, evaluations=5)
 
 
 class Result(NamedTuple):
-    """What came of an optimizer on a task; infinity where a loss is not finite, or a target was not reached.
+    """The results of an optimizer on a task; infinity where a loss is not finite, or a target was not reached.
 
     Attributes:
         lrs, decays: the learning rates and weight decays.

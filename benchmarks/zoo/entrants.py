@@ -158,7 +158,7 @@ EXCLUDED = {
 
 
 def public_optimizers() -> list[str]:
-    """List the optimizers of the library: what has a name, is no part of a rule, and takes a learning rate first."""
+    """List the optimizers of the library: factories that take a learning rate first, without parts of rules."""
     return [name for name in fo.names() if _is_optimizer(name, getattr(fo, name, None))]
 
 

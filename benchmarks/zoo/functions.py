@@ -46,7 +46,7 @@ def residual(params: Any) -> Tensor:
 
 
 def away_from_solution(params: Any) -> Tensor:
-    """Return the root mean square of what the network's u is wrong by."""
+    """Return the root mean square of the error of the network's u."""
     x = torch.linspace(0, 1, 4 * POINTS, dtype=torch.float64)
     return (network_and_curvature(params, x)[0] - solution(x)).square().mean().sqrt()
 

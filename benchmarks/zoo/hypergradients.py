@@ -140,7 +140,7 @@ def search(train: Callable[[Tensor], Any], task: Task, plan: Plan, generator: to
 
 
 def described(found: Found, error: float) -> dict[str, Any]:
-    """Return what the report says of a search."""
+    """Return the entries of the report on a search."""
     lr, rest1, rest2, weight_decay = found.z.exp().tolist()
     written = f"lr {lr:.2g}, betas {1 - rest1:.4g}, {1 - rest2:.4g}, weight decay {weight_decay:.2g}"
     numbers = {"trainings": found.trainings, "seconds": found.seconds, "loss": found.loss, "error": error}

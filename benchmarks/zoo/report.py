@@ -16,7 +16,7 @@ BASELINE = "sgd"
 
 
 class Discipline(NamedTuple):
-    """What medals are given for.
+    """A discipline, in which medals are given.
 
     Attributes:
         name: a word.
@@ -159,7 +159,7 @@ def never_better(book: Book) -> list[str]:
 
 
 def tuned_table(tuned: dict[str, Any]) -> list[str]:
-    """Lay out what tuning by hypergradients came to, beside random search of equal cost."""
+    """Lay out the results of tuning by hypergradients, beside random search of equal cost."""
     rows = [
         [f"`{task}`", way, *[number(found[way][column]) for column in TUNED], found[way]["hyperparameters"]]
         for task, found in tuned.items()
@@ -201,7 +201,7 @@ def sections(book: Book) -> dict[str, list[str]]:
 
 
 def published(page: str, book: Book) -> str:
-    """Return the page with its parts written anew: what stands between `<!-- NAME -->` and `<!-- end -->`."""
+    """Return the page with new parts between `<!-- NAME -->` and `<!-- end -->`."""
     for name, lines in sections(book).items():
         before, _, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition("<!-- end -->")

@@ -16,12 +16,12 @@ VERSIONS = ("python", "functorch_optim", "torch", "optree")
 
 
 class Book(NamedTuple):
-    """What the file has.
+    """The contents of the file.
 
     Attributes:
-        about: versions and machine, the effort, and what the report says of the tasks.
+        about: versions and machine, the effort, and the descriptions of the tasks.
         results: those of the contests.
-        tuned: what came of tuning by hypergradients and by random search, by task.
+        tuned: results of tuning by hypergradients and by random search, by task.
     """
 
     about: dict[str, Any]
@@ -46,7 +46,7 @@ class Book(NamedTuple):
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What results depend on, by name: versions, the effort, and each task."""
+        """The conditions of the results, by name: versions, the effort, and each task."""
         versions = {name: self.about["environment"].get(name) for name in VERSIONS}
         return {**versions, "effort": self.about["effort"], **self.tasks}
 
@@ -110,7 +110,7 @@ def _line(thing: Any) -> str:
 
 
 def plain(thing: Any) -> Any:
-    """Return what JSON can have: null for infinity."""
+    """Return a value for JSON: null for infinity."""
     if isinstance(thing, dict):
         return {name: plain(part) for name, part in thing.items()}
     if isinstance(thing, list | tuple):

@@ -35,7 +35,7 @@ def held(wanted: list[Pair], effort: Effort, workers: int) -> Iterator[tuple[Pai
 
 
 def contest(pair: Pair, effort: Effort) -> Result | Exception:
-    """Hold a contest; return what it raises, since the others are worth having."""
+    """Hold a contest; return its error, if there is one, since the others are worth having."""
     try:
         return compete(all_tasks()[pair[0]], NAMED[pair[1]], effort)
     except Exception as error:

@@ -19,7 +19,7 @@ CHARACTERS, TEXT = 48, 200_000  # kinds of characters; length of the text
 
 
 class Task(NamedTuple):
-    """What to train.
+    """A task: a network or function to train.
 
     Attributes:
         name: on the command line and in results.
@@ -49,7 +49,7 @@ class Task(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Inputs, and what a network shall make of them."""
+    """Inputs, and the outputs that a network shall learn."""
 
     x: Tensor
     y: Tensor

@@ -379,7 +379,7 @@ def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
     for group in saved["param_groups"]:
         for name in [name for name, value in group.items() if factories.has_function(value)]:
             if for_helper:
-                group[name] = None  # it looks for every name
+                group[name] = None  # torch's helper looks for every name
             else:
                 del group[name]
     if REST in saved["state"]:

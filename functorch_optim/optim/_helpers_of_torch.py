@@ -1,4 +1,4 @@
-"""What `get_optimizer_state_dict` and its relatives in torch.distributed.checkpoint expect of an optimizer."""
+"""States for `get_optimizer_state_dict` and its relatives in torch.distributed.checkpoint."""
 
 import sys
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from functorch_optim._core.places import REST
 
 
 def asks_for_a_state() -> bool:
-    """Tell whether one of them steps, only so that there be a state."""
+    """Tell whether torch's helper steps, only so that there be a state."""
     return _is_caller("_init_optim_state")
 
 
 def saves() -> bool:
-    """Tell whether one of them saves a state."""
+    """Tell whether torch's helper saves a state."""
     return _is_caller("_get_optim_state_dict")
 
 
@@ -30,7 +30,7 @@ def _is_caller(name: str) -> bool:
 
 
 def lowered(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put the states of functions of the whole tree into that of a parameter: they know states of parameters only."""
+    """Put the states of functions of the whole tree into that of a parameter: torch's helpers know no others."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     home = next((number for number, p in zip(numbers, params, strict=True) if p.requires_grad), None)

@@ -7,8 +7,7 @@ import torch
 
 from functorch_optim._core import checks, saving
 from functorch_optim._core.naming import indices_of, names_of, same_names
-from functorch_optim._core.places import REST
-from functorch_optim._core.places import fits as fits_in
+from functorch_optim._core.places import REST, fits
 from functorch_optim.optim._loading import fitting_state
 from functorch_optim.optim._plan import Plan, tree_keys
 
@@ -207,11 +206,11 @@ def fitting(
     for index, plan in enumerate(plans):
         for k, key in tree_keys(index, plan).items():
             initial, tree_state = saving.state_dict(plan.initial_tree_state(k)), trees.get(key, {})
-            fits = initial.keys() == tree_state.keys() and all(
-                fits_in(tree_state[path], leaf) for path, leaf in initial.items()
+            whole_fits = initial.keys() == tree_state.keys() and all(
+                fits(tree_state[path], leaf) for path, leaf in initial.items()
             )
-            known[key] = tree_state if fits else initial
-            (taken if fits else begun).extend([f"{REST}.{key}.{path}" for path in initial])
+            known[key] = tree_state if whole_fits else initial
+            (taken if whole_fits else begun).extend([f"{REST}.{key}.{path}" for path in initial])
     if any(known.values()) and new | trees:
         new[REST] = known
     used = {place: new.get(number, {}) for number, place in enumerate(places)}

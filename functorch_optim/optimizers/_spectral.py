@@ -4,7 +4,7 @@ The derivative of torch.linalg.eigh divides by differences of eigenvalues. It is
 where two are equal, as are the zeros of a matrix whose rank is less by two or more. The root of a matrix has a
 derivative there, and it is needed: a first gradient with two more rows than columns is such a case.
 
-So a decomposition is computed of constants, and what follows is a power series in the change of the argument. That is
+So a decomposition is computed of constants, and then a power series in the change of the argument. That change is
 `a - a.detach()`, which is zero, and whose derivative is not. The result x is the solution of an equation F(x, a) = 0,
 and is found by
 
@@ -128,6 +128,6 @@ def _identity(a: Tensor) -> Tensor:
 
 
 def _rounding(w: Tensor) -> Tensor:
-    """Return what numbers may differ by, though they are equal but for rounding."""
+    """Return the largest difference of numbers that are equal but for rounding."""
     largest: Tensor = w.abs().amax(-1)
     return largest * w.shape[-1] * torch.finfo(w.dtype).eps * 8

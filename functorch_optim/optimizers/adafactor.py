@@ -117,7 +117,7 @@ def adafactor(
         min_dim_size_to_factor: None: factor the last two dimensions. An integer, as in optax: factor the two largest
             dimensions, if both are at least this; otherwise keep V.
         add_eps: add eps1 to g^2, as T5 and optax do, in place of both maxima with eps1.
-        decay: what weight decay is multiplied by: "lr", as in torch; "step", alpha, as in T5; or "independent",
+        decay: the factor of weight decay: "lr", as in torch; "step", alpha, as in T5; or "independent",
             nothing, as in optax. None: "lr" where there is one and a relative step, as in torch, and else "step".
         maximize: ascend instead; parameters still shrink.
 
@@ -164,8 +164,10 @@ def adafactor(
     if min_dim_size_to_factor is not None:
         check_integer("min_dim_size_to_factor", min_dim_size_to_factor, 0)
     if not relative_step and (lr is None or warmup_init):
-        what = "lr" if lr is None else "no warmup_init"
-        raise ValueError(f"With relative_step=False adafactor needs {what}; write adafactor(1e-3, relative_step=False)")
+        missing = "lr" if lr is None else "no warmup_init"
+        raise ValueError(
+            f"With relative_step=False adafactor needs {missing}; write adafactor(1e-3, relative_step=False)"
+        )
     largest = 1e-2 if lr is None else lr
     dims_of = functools.partial(_dims_of, factored, min_dim_size_to_factor)
     decays = not is_zero(weight_decay)
@@ -188,8 +190,8 @@ def adafactor(
 
     def shrunk(u: Tensor, p: Any, part: Any, least: Any) -> Tensor:
         """Subtract the decay of the parameter from its update."""
-        shrunk: Tensor = u - (scaled(part, p, least) if by == "step" else part) * p
-        return shrunk
+        decayed: Tensor = u - (scaled(part, p, least) if by == "step" else part) * p
+        return decayed
 
     def scalars(step: Tensor) -> AdafactorScalars:
         return AdafactorScalars(

@@ -88,8 +88,8 @@ def master_weights(tx: Any) -> Any:
         TypeError: `tx` is neither a transformation nor a factory.
         ValueError: `tx` contains a wrapper that rounds, such as `kahan`.
 
-    The training is that of float32 parameters, with gradients at their rounding. It goes around all that changes
-    updates. An edit of the parameters from outside wins: where an element is not the rounding of its copy any more, it
+    The training is that of float32 parameters whose gradients are taken at their rounding. Wrap it around the whole
+    chain. An edit of the parameters from outside wins: where an element is not the rounding of its copy any more, it
     becomes the copy, and is trained on.
 
     `update` returns updates in float32, which `fo.apply_updates` adds to half precision. The sum is the rounded copy.
@@ -150,7 +150,7 @@ def kahan(tx: Any) -> Any:
     c is in the precision of the parameters, so that p and c together have about twice its digits, in half the memory of
     `master_weights`. The gradients and updates of `tx` are float32. Its states are like the parameters, unless
     `cast_states` makes them float32. The parameters may be edited from outside: c is less than the rounding of a step.
-    `update` returns updates in float32, whose sum with the parameters is q. It goes around all that changes updates.
+    `update` returns updates in float32, whose sum with the parameters is q. Wrap it around the whole chain.
     Derivatives pass through rounding as through the identity.
 
     Source: Zamirai et al., Revisiting BFloat16 Training, arXiv:2010.06192, algorithm 3; Kahan 1965. As in the package
@@ -208,7 +208,7 @@ def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | Non
     state, of the step, and of the place in the tree, so that the same state gives the same numbers, and a resumed
     training goes on as if it had not stopped. Under `torch.vmap`, batch the key for different bits. The gradients and
     updates of `tx` are float32; its states are like the parameters. `update` returns updates in float32, whose sum with
-    the parameters is exact. It goes around all that changes updates. Derivatives pass through rounding as through the
+    the parameters is exact. Wrap it around the whole chain. Derivatives pass through rounding as through the
     identity. Sharded parameters (DTensor) are not supported.
 
     Source: Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551; Zamirai et al., Revisiting
