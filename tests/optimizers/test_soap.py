@@ -3,27 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sides import along, deviation, error_of_batches, error_of_compiled_steps, make_run, second_moment, trained
 
 import functorch_optim as fo
 from functorch_optim.optimizers import soap as module
 from functorch_optim.testing._derivatives import differences, error
 
-STEPS = 7
 SHAPES = [(4, 4), (3, 4), (5,), (), (2, 3, 3)]  # of which first moments have no two zero eigenvalues
-
-
-def make_run(shape, seed=0):
-    random = np.random.default_rng(seed)
-    return random.normal(size=shape), [random.normal(size=shape) for _ in range(STEPS)]
-
-
-def along(x, matrix, dim):
-    return np.moveaxis(np.tensordot(matrix, x, axes=(1, dim)), 0, dim)
-
-
-def second_moment(x, dim):
-    unfolded = np.moveaxis(x, dim, 0).reshape(x.shape[dim], -1)
-    return unfolded @ unfolded.T
 
 
 def formula(
@@ -78,10 +64,6 @@ def ours(p, grads, dtype=torch.float64, **numbers):
     for g in grads:
         p, state = fo.step(tx, torch.tensor(g, dtype=dtype), state, p)
         yield p.numpy()
-
-
-def deviation(some, others):
-    return max(np.abs(a - b).max() for a, b in zip(some, others, strict=True))
 
 
 COMMON = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}
@@ -203,32 +185,14 @@ def test_bases_are_computed_where_they_are_due_and_nowhere_else(monkeypatch):
     assert calls == ["eigenvectors", "orthonormalized", "orthonormalized"]
 
 
-def trained(tx, p, grads):
-    state = tx.init(p)
-    for g in grads:
-        p, state = fo.step(tx, g, state, p)
-    return p
-
-
 @pytest.mark.parametrize("name", ["common", "one side"])
 def test_batches_have_the_same_numbers(name):
-    runs = [make_run((3, 4), seed) for seed in range(3)]
-    p = torch.stack([torch.tensor(p) for p, _ in runs])
-    grads = torch.stack([torch.stack([torch.tensor(g) for g in grads]) for _, grads in runs])
-    tx = fo.soap(**CASES[name])
-    one_by_one = torch.stack([trained(tx, *some) for some in zip(p, grads, strict=True)])
-    assert error(torch.vmap(lambda p, grads: trained(tx, p, grads))(p, grads), one_by_one) < 1e-11
+    assert error_of_batches(fo.soap(**CASES[name]), (3, 4)) < 1e-11
 
 
 @pytest.mark.sampled(pool="compiled")
 def test_compiled_steps_have_the_same_numbers():
-    p, grads = make_run((3, 4))
-    tx = fo.soap(**CASES["common"])
-    compiled = torch.compile(lambda g, state, p: fo.step(tx, g, state, p), backend="eager", fullgraph=True)
-    q, state = torch.tensor(p), tx.init(torch.tensor(p))
-    for g in grads:
-        q, state = compiled(torch.tensor(g), state, q)
-    assert error(q, trained(tx, torch.tensor(p), list(map(torch.tensor, grads)))) < 1e-11
+    assert error_of_compiled_steps(fo.soap(**CASES["common"]), (3, 4)) < 1e-11
 
 
 def number_of(shape, **numbers):
