@@ -111,11 +111,11 @@ class Prepared:
             extras: the keyword arguments of `update`.
         """
         if self.shards is None:
-            return self._run(leaves, buckets, extras)
+            return self._run(leaves, leaves, buckets, extras)
         local = self.shards.local(leaves)
-        return self.shards.restored(self._run(local, buckets, extras), leaves, local)
+        return self.shards.restored(self._run(local, leaves, buckets, extras), leaves, local)
 
-    def _run(self, leaves: Leaves, buckets: Sequence[Bucket], extras: dict[str, Any]) -> Outcome:
+    def _run(self, leaves: Leaves, given: Leaves, buckets: Sequence[Bucket], extras: dict[str, Any]) -> Outcome:
         updates, columns = list(leaves.updates), list(leaves.columns)
         carried = [list(bucket.carried) for bucket in buckets]
         due: list[list[Condition]] = [[True] * len(self.links) for _ in buckets]
@@ -142,7 +142,7 @@ class Prepared:
             params, holder = leaves.params, _holder(self.links, members[0], members[-1])
             if holder is not None:
                 params = self._handed(holder, leaves.params, columns)
-            seen = self._seen(members[0], updates, leaves.params, columns) if first.sees_tree else {}
+            seen = self._seen(members[0], given, updates, leaves.params, columns) if first.sees_tree else {}
             for number, bucket in enumerate(buckets):
                 scalars = self.numbers.compute(members, number, bucket, extras, seen, carried[number], due[number])
                 for group, numbers in self.groups.find(members, number, bucket, updates, scalars):
@@ -154,7 +154,9 @@ class Prepared:
                         group.compute(updates, params, columns, numbers)
         return Outcome(updates, columns, carried, due, ready, computed)
 
-    def _seen(self, k: int, updates: list[Any], params: list[Any] | None, columns: list[Any]) -> dict[str, Any]:
+    def _seen(
+        self, k: int, given: Leaves, updates: list[Any], params: list[Any] | None, columns: list[Any]
+    ) -> dict[str, Any]:
         """Collect the tensors that a link which sees the tree asks for, of the leaves that it is about to transform."""
         link, names = self.links[k], self.extras[k].names
         here = [i for i, (u, on) in enumerate(zip(updates, self.active[k], strict=True)) if on and u is not None]
@@ -168,19 +170,20 @@ class Prepared:
                 wants_dense([link.rule], u, functools.partial(self.path, i))
             return u.to_dense() if beside else u.coalesce().values()
 
-        def listed(some: list[Tensor]) -> list[Tensor]:
+        def listed(some: list[Tensor], before: Sequence[Any] | None) -> list[Tensor]:
             if self.shards is not None:
-                return self.shards.joined(some, here)
+                return self.shards.joined(some, here, before)
             return Plain(some) if self.plain and len({(x.dtype, x.device) for x in some}) == 1 else some
 
         seen: dict[str, Any] = {}
         if "updates" in names:
-            seen["updates"] = listed([entries(i) for i in here])
+            seen["updates"] = listed([entries(i) for i in here], given.updates)
         if "params" in names:
             params = self._params_of(k, params, columns)
-            seen["params"] = listed([params[i] for i in here]) if params else []
+            seen["params"] = listed([params[i] for i in here], given.params) if params else []
         if "states" in names:
-            seen["states"] = make(type(columns[k]), [listed([column[i] for i in here]) for column in columns[k]])
+            pairs = zip(columns[k], given.columns[k], strict=True)
+            seen["states"] = make(type(columns[k]), [listed([c[i] for i in here], before) for c, before in pairs])
         return seen
 
     def _params_of(self, k: int, params: list[Any] | None, columns: list[Any]) -> list[Any] | None:

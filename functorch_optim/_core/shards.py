@@ -12,7 +12,7 @@ from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import TreeRule
 from functorch_optim._execution.representation import make
-from functorch_optim._execution.sharded import Layout, Wholes, layout_of, some_sharded
+from functorch_optim._execution.sharded import Layout, Wholes, is_of, is_sharded, layout_of, some_sharded
 
 
 class Shards:
@@ -88,11 +88,14 @@ class Shards:
         ]
         columns = [column for k, state in enumerate(given.columns) if self.own[k] for column in state]
         written = [column[i] for column in [given.params or [], *columns] for i in here]
-        return [tensor for tensor in written if layout_of(tensor) is not None]
+        return list(filter(is_sharded, written))
 
-    def joined(self, tensors: Sequence[Any], here: Sequence[int]) -> list[Any]:
-        """Return sharded tensors of shards in the layouts of these leaves."""
-        return [_joined(self.layouts[i], tensor) for i, tensor in zip(here, tensors, strict=True)]
+    def joined(self, tensors: Sequence[Any], here: Sequence[int], given: Sequence[Any] | None = None) -> list[Any]:
+        """Return the sharded tensors of shards: the given ones where these have them, else new ones."""
+        return [
+            given[i] if given and is_of(tensor, given[i]) else _joined(self.layouts[i], tensor)
+            for i, tensor in zip(here, tensors, strict=True)
+        ]
 
     def cut(self, tensors: Sequence[Any], here: Sequence[int]) -> list[Any]:
         """Return the local shards of updates of these leaves."""

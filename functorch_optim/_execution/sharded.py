@@ -175,6 +175,11 @@ def local(tensor: Any) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
 
 
+def is_of(shard: Any, tensor: Any) -> bool:
+    """Tell whether this is the local shard of a sharded tensor."""
+    return is_sharded(tensor) and tensor._local_tensor is shard
+
+
 def over_ranks(
     tensors: Sequence[Tensor], of_some: Callable[[list[Tensor]], Tensor], combined: Callable[[Tensor], Tensor]
 ) -> Tensor:

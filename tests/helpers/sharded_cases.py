@@ -115,6 +115,27 @@ def a_global_norm_takes_one_collective(mesh):
     assert (norm.get_total_counts(), elementwise.get_total_counts()) == (1, 0)
 
 
+def a_rule_that_sees_the_tree_is_given_the_sharded_tensors_themselves(mesh):
+    seen = []
+
+    def scalars(step, *, updates, params):
+        seen.append((*updates, *params))
+        return step
+
+    def rule():
+        return fo.leafwise(None, lambda g, state, p, s: (g, state), scalars, elementwise=True, needs_params=True)
+
+    params, grads = sharded(parameters(), mesh), sharded(parameters(), mesh)
+    tx = fo.chain(rule(), fo.scale(0.5), rule())
+    fo.step(tx, grads, tx.init(params), params)
+    first, second = seen
+    leaves = fo.tree.flatten((grads, params))[0]
+    assert all(one is other for one, other in zip(first, leaves, strict=True))
+    for new, g in zip(second[: len(grads)], leaves[: len(grads)], strict=True):
+        assert new.placements == g.placements
+        torch.testing.assert_close(new.full_tensor(), g.full_tensor() / 2)
+
+
 def parameters_and_states_keep_their_placements(mesh):
     """A gradient may be a partial sum, as that of a replicated parameter under sequence parallelism is."""
     ranks = mesh.size()
@@ -191,6 +212,7 @@ CASES = [
     functional_forms_give_the_numbers_of_one_process,
     fully_sharded_modules_train_as_whole_ones,
     a_global_norm_takes_one_collective,
+    a_rule_that_sees_the_tree_is_given_the_sharded_tensors_themselves,
     parameters_and_states_keep_their_placements,
     derivatives_through_steps_are_those_of_one_process,
     autograd_sees_that_sharded_parameters_were_overwritten,
