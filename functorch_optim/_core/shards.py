@@ -12,7 +12,8 @@ from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import TreeRule
 from functorch_optim._execution.representation import make
-from functorch_optim._execution.sharded import Layout, Wholes, is_of, is_sharded, layout_of, some_sharded
+from functorch_optim._execution.sharded import Layout, is_of, is_sharded, layout_of, some_sharded
+from functorch_optim._execution.wholes import Wholes
 
 
 class Shards:

@@ -1,5 +1,6 @@
 """A group: tensors of one dtype and device, the rules that are run over them, and the machine."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -31,7 +32,7 @@ from functorch_optim._execution.representation import (
     widened,
     zip_columns,
 )
-from functorch_optim._execution.sharded import Wholes
+from functorch_optim._execution.wholes import Wholes
 
 
 class Group:
@@ -205,43 +206,21 @@ class Group:
         given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
         versions = _versions(given) if eagerly else []
         for run, (elementwise, members, stages, source) in enumerate(self.runs):
-            view = as_reals if elementwise and self.is_complex else as_it_is
-            converted = cast(new_updates[0], self.dtype, to_number=eagerly, as_pairs=elementwise)
-            own = [scalars[k] for k in members]
             handed = wide_params
             if source is not None and wide_params is not None:
                 holder, hands = source
                 handed = [hands(p, row(new_states[holder], i)) for i, p in enumerate(wide_params)]
-            wholes = None if elementwise else self.wholes
-            given_updates = new_updates
-            if wholes is not None:
-                given_updates = wholes.gathered(new_updates)
-                handed = None if handed is None else wholes.gathered(handed)
-                for k in members:
-                    new_states[k] = wholes.gathered_states(k, new_states[k])
-            arguments = (
-                each(view, given_updates),
-                [map_columns(view, new_states[k]) for k in members],
-                each(view, handed) if handed is not None else None,
-            )
-            if elementwise and eagerly:
-                inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
-                inputs += [column for state in arguments[1] for column in state]
-                numbers: Any = self._numbers(own)
-                outputs = iter(self._machine("new", run, inputs, arguments[1], own, numbers).new(inputs, numbers))
-                results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
+            own = [new_states[k] for k in members]
+            numbers = [scalars[k] for k in members]
+            rules = functools.partial(self._results, run, numbers, eagerly, new_updates[0])
+            if elementwise or self.wholes is None:
+                new_updates, columns = rules(new_updates, own, handed, self.path)
             else:
-                results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, own))
-            names = ", ".join([self.stages[k].rule.name for k in members])
-            check_kept(f"The update after {names}", results, [view(u) for u in given_updates], self.path)
-            if view is as_reals:
-                results = [like(new, old) for new, old in zip(results, given_updates, strict=True)]
-                columns = [zip_columns(like, c, new_states[k]) for k, c in zip(members, columns, strict=True)]
-            new_updates = results if wholes is None else wholes.cut(results)
+                used = any([stage.rule.needs_params for stage in stages])  # noqa: C419
+                arguments = members, new_updates, own, handed if used else None, self.path
+                new_updates, columns = self.wholes.run(rules, *arguments, derivatives=not eagerly)
             for k, column in zip(members, columns, strict=True):
-                for field, before, after in zip(getattr(column, "_fields", ()), new_states[k], column, strict=True):
-                    check_kept(f"The state's {field} after {self.stages[k].rule.name}", after, before, self.path)
-                new_states[k] = column if wholes is None else wholes.cut_states(k, column)
+                new_states[k] = column
         if eagerly and versions != _versions(given):
             names = ", ".join([stage.rule.name for stage in self.stages])
             raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
@@ -249,6 +228,44 @@ class Group:
         updated = [narrowed(new, old) for new, old in zip(new_updates, likes, strict=True)]
         new_states = [zip_columns(narrowed, new, old) for new, old in zip(new_states, states, strict=True)]
         return None if self.still else updated, new_states
+
+    def _results(
+        self,
+        run: int,
+        scalars: list[Any],
+        eagerly: bool,
+        sample: Tensor,
+        updates: list[Tensor],
+        states: list[Columns],
+        params: list[Tensor] | None,
+        path: Path,
+    ) -> tuple[list[Tensor], list[Columns]]:
+        """Run the rules of one run, and check what they return."""
+        elementwise, members, stages, _ = self.runs[run]
+        view = as_reals if elementwise and self.is_complex else as_it_is
+        arguments = (
+            each(view, updates),
+            [map_columns(view, state) for state in states],
+            each(view, params) if params is not None else None,
+        )
+        if elementwise and eagerly:
+            inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
+            inputs += [column for state in arguments[1] for column in state]
+            numbers: Any = self._numbers(scalars)
+            outputs = iter(self._machine("new", run, inputs, arguments[1], scalars, numbers).new(inputs, numbers))
+            results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
+        else:
+            converted = cast(sample, self.dtype, to_number=eagerly, as_pairs=elementwise)
+            results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, scalars))
+        names = ", ".join([self.stages[k].rule.name for k in members])
+        check_kept(f"The update after {names}", results, arguments[0], path)
+        if view is as_reals:
+            results = [like(new, old) for new, old in zip(results, updates, strict=True)]
+            columns = [zip_columns(like, c, state) for c, state in zip(columns, states, strict=True)]
+        for k, column, state in zip(members, columns, states, strict=True):
+            for field, before, after in zip(getattr(column, "_fields", ()), state, column, strict=True):
+                check_kept(f"The state's {field} after {self.stages[k].rule.name}", after, before, path)
+        return results, columns
 
     # Sparse updates: elementwise rules are run on the entries that they have. -----------------------------------------
 

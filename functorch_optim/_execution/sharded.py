@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import tree
 from functorch_optim._execution.mode import Plain, as_plain
-from functorch_optim._execution.representation import make
 
 _MODULE = "torch.distributed.tensor"  # imported by those who make sharded tensors
 
@@ -75,68 +73,6 @@ class Layout(NamedTuple):
         return not any(placement.is_replicate() and coordinate for placement, coordinate in places)
 
 
-class Wholes(NamedTuple):
-    """How whole tensors are made of shards, for rules that need their tensor whole.
-
-    Attributes:
-        layouts: of the tensors.
-        states: for each rule, those of its states: columns of layouts.
-        ranks: the number of ranks of the largest mesh.
-    """
-
-    layouts: list[Layout | None]
-    states: list[Any]
-    ranks: int
-
-    def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return whole tensors, which all ranks then have."""
-        return _whole(self.layouts, tensors)
-
-    def gathered_states(self, k: int, columns: Any) -> Any:
-        """Return the states of rule k, whole."""
-        return make(type(columns), list(map(_whole, self.states[k], columns)))
-
-    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the local shards of whole tensors."""
-        return _cut(self.layouts, tensors)
-
-    def cut_states(self, k: int, columns: Any) -> Any:
-        """Return the local shards of the states of rule k."""
-        return make(type(columns), list(map(_cut, self.states[k], columns)))
-
-    def numbers(self, scalars: Any, elementwise: bool) -> Any:
-        """Return numbers of a rule as it is run: those that differ between elements as shards, or whole.
-
-        The derivative with respect to a number is the sum over all ranks. Where several of them have the same shard,
-        each has a part of its derivative.
-        """
-        layout = self.layouts[0]
-        times = self.ranks if layout is None or not elementwise else self.ranks // layout.shards
-
-        def here(scalar: Any) -> Any:
-            if not isinstance(scalar, Tensor):
-                return scalar
-            if scalar.ndim > 0:
-                if layout is not None and elementwise:
-                    return layout.shard(scalar.expand(layout.shape))
-                return local(scalar.full_tensor()) if is_sharded(scalar) else scalar  # type: ignore[attr-defined]
-            if is_sharded(scalar):
-                scalar = _summed_gradient(local(scalar), scalar.device_mesh)  # type: ignore[attr-defined]
-            if times == 1 or not (scalar.requires_grad and torch.is_grad_enabled()):
-                return scalar
-            return scalar / times + (scalar - scalar / times).detach()
-
-        return tree.map(here, scalars)
-
-
-def _whole(layouts: Sequence[Layout | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t if layout is None else layout.whole(t) for layout, t in zip(layouts, tensors, strict=True)]
-
-
-def _cut(layouts: Sequence[Layout | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t if layout is None else layout.cut(t) for layout, t in zip(layouts, tensors, strict=True)]
-
-
 def is_sharded(tensor: Any) -> bool:
     """Tell whether this is a DTensor."""
     module = sys.modules.get(_MODULE)
@@ -146,6 +82,16 @@ def is_sharded(tensor: Any) -> bool:
 def some_sharded(tensors: Sequence[Any]) -> bool:
     """Tell whether one of several tensors is sharded."""
     return not isinstance(tensors, Plain) and any(map(is_sharded, tensors))
+
+
+def everywhere(tensor: Tensor, mesh: Any) -> Layout:
+    """Return the layout of a tensor that is the same on all ranks of a mesh."""
+    return Layout(mesh, tuple(_replicated(mesh)), tensor.shape, tensor.stride())
+
+
+def is_chunk(placement: Any) -> bool:
+    """Tell whether a placement cuts tensors as `torch.chunk` does, and not in strides."""
+    return type(placement) is _module().Shard
 
 
 def layout_of(tensor: Any) -> Layout | None:
@@ -203,7 +149,7 @@ def over_ranks(
         one = of_some(as_plain(counted)).reshape(1)
         numbers.append(_gathered(one, mesh))
     number = combined(torch.cat([number.to(numbers[0].device) for number in numbers]))
-    return _summed_gradient(number, max(meshes, key=_size)) if number.requires_grad else number
+    return summed_gradient(number, max(meshes, key=_size)) if number.requires_grad else number
 
 
 def _size(mesh: Any) -> int:
@@ -211,7 +157,7 @@ def _size(mesh: Any) -> int:
     return size
 
 
-def _summed_gradient(number: Tensor, mesh: Any) -> Tensor:
+def summed_gradient(number: Tensor, mesh: Any) -> Tensor:
     """Return a number whose derivative is the sum over the ranks of a mesh, each of which has its own shards."""
     everywhere = _dtensor().from_local(number, mesh, _replicated(mesh), run_check=False)
     return everywhere.to_local(grad_placements=_partial(mesh))  # type: ignore[no-any-return]

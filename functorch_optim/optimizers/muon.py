@@ -292,7 +292,9 @@ def normalize_rows(
 
     def init(p: Tensor) -> NormalizeRowsState:
         _check_matrix(p)
-        return NormalizeRowsState(torch.zeros_like(mean_square(as_matrices(p, flatten))))
+        return NormalizeRowsState(
+            torch.zeros_like(mean_square(as_matrices(p, flatten)), memory_format=torch.contiguous_format)
+        )
 
     def scalars(step: Tensor) -> NormalizeRowsScalars:
         return NormalizeRowsScalars(1 - at(beta2, step), at(eps, step))

@@ -28,6 +28,7 @@ LAYERS = [
     "_execution.representation",
     "_execution.mode",
     "_execution.sharded",
+    "_execution.wholes",
     "_execution.writing",
     "_execution.reference",
     "_execution.program",

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import owner_cases
 import pytest
 import resuming_cases
 import sharded_cases
@@ -14,11 +15,11 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "docs" / "scripts" / "train_sharded
 
 
 def test_training_on_two_ranks_is_that_of_one_process():
-    on_ranks(2, sharded_cases.CASES)
+    on_ranks(2, sharded_cases.CASES + owner_cases.CASES)
 
 
 def test_training_on_four_ranks_is_that_of_one_process():
-    on_ranks(4, sharded_cases.OF_FOUR)
+    on_ranks(4, sharded_cases.OF_FOUR + owner_cases.OF_FOUR)
 
 
 def test_sharded_checkpoints_go_on_sharded_and_whole():
