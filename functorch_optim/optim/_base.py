@@ -23,6 +23,7 @@ from functorch_optim.optim import _matching as matching
 from functorch_optim.optim._closure import Closure, check_closure
 from functorch_optim.optim._loading import checked_state, copied
 from functorch_optim.optim._matching import Manner
+from functorch_optim.optim._parts import warn_of_parts
 from functorch_optim.optim._plan import Plan, tree_keys
 from functorch_optim.optim._rate import Group, Rate, rate_of
 from functorch_optim.optim._step import PreparedStep
@@ -67,6 +68,7 @@ class OptimizerBase(torch.optim.Optimizer):
     _rounds = False  # whether the numbers that scalars carry on are rounded to the default dtype, whatever their own
     _evaluates = False  # whether there are `eval` and `train`
     _evaluating = False  # whether the parameters are where they are to be evaluated
+    _may_warn = True  # before the first step
     _live = False  # whether the factory may be given functions that read numbers from the group at every step
 
     @watched
@@ -163,6 +165,9 @@ class OptimizerBase(torch.optim.Optimizer):
         if known is not None and known.plan is plan and known.fits(self.state):
             return known  # type: ignore[no-any-return]
         self._check_gradients()
+        if self._may_warn:
+            warn_of_parts(plan)
+            self._may_warn = False
         prepared.pop(index, None)
         group = self.param_groups[index] if self._has_factory else self.defaults
         step = PreparedStep(plan, self.state, self._tree_states(index, plan), way_of(group), self._rounds)

@@ -1,5 +1,6 @@
-"""States for `get_optimizer_state_dict` and its relatives in torch.distributed.checkpoint."""
+"""States for `get_optimizer_state_dict` and its relatives in torch.distributed.checkpoint; and who calls a step."""
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +9,25 @@ import torch
 
 from functorch_optim._core.places import REST
 
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
+
 
 def asks_for_a_state() -> bool:
     """Tell whether torch's helper steps, only so that there be a state."""
-    return _is_caller("_init_optim_state")
+    return is_caller(_CHECKPOINTS, "_init_optim_state")
 
 
 def saves() -> bool:
     """Tell whether torch's helper saves a state."""
-    return _is_caller("_get_optim_state_dict")
+    return is_caller(_CHECKPOINTS, "_get_optim_state_dict")
 
 
-def _is_caller(name: str) -> bool:
-    helper = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    code = getattr(getattr(helper, name, None), "__wrapped__", getattr(helper, name, None))
-    code = getattr(code, "__code__", None)
+def is_caller(module: str, name: str) -> bool:
+    """Tell whether a function of a module has called this one, through others."""
+    function = functools.reduce(
+        lambda holder, part: getattr(holder, part, None), name.split("."), sys.modules.get(module)
+    )
+    code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
     frame = sys._getframe() if code is not None else None
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

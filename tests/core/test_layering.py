@@ -118,6 +118,7 @@ LAYERS = [
     "optim._loading",
     "optim._matching",
     "optim._helpers_of_torch",
+    "optim._parts",
     "optim._factories",
     "optim._closure",
     "optim._rate",

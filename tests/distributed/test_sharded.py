@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import owner_cases
+import part_cases
 import pytest
 import resuming_cases
 import sharded_cases
@@ -24,6 +25,10 @@ def test_training_on_four_ranks_is_that_of_one_process():
 
 def test_sharded_checkpoints_go_on_sharded_and_whole():
     on_ranks(2, [resuming_cases.sharded_checkpoints_go_on_sharded_and_whole])
+
+
+def test_optimizers_of_a_part_of_the_parameters_warn():
+    on_ranks(2, part_cases.CASES)
 
 
 def test_the_script_of_the_documents_trains_on_two_ranks(tmp_path):
