@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ def saves() -> bool:
 
 def is_caller(module: str, name: str) -> bool:
     """Tell whether a function of a module has called this one, through others."""
+    return _call(module, name) is not None
+
+
+def _call(module: str, name: str) -> FrameType | None:
+    """Find the call of a function of a module from which this one was reached."""
     function = functools.reduce(
         lambda holder, part: getattr(holder, part, None), name.split("."), sys.modules.get(module)
     )
@@ -31,7 +37,7 @@ def is_caller(module: str, name: str) -> bool:
     frame = sys._getframe() if code is not None else None
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return frame is not None
+    return frame
 
 
 def lowered(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -49,7 +55,24 @@ def lifted(state_dict: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(states, Mapping):
         return state_dict
     homes = [key for key, own in states.items() if key != REST and isinstance(own, Mapping) and REST in own]
-    if not homes:
-        return state_dict
-    own = dict(states[homes[0]])
-    return {**state_dict, "state": {**states, REST: own.pop(REST), homes[0]: own}}
+    if homes:
+        own = dict(states[homes[0]])
+        return {**state_dict, "state": {**states, REST: own.pop(REST), homes[0]: own}}
+    flattened = _flattened(states)
+    return {**state_dict, "state": {**states, REST: flattened}} if flattened else state_dict
+
+
+def _flattened(states: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Find the states of functions of the whole tree in a flattened dict, where torch's helper looks for no such entry.
+
+    Args:
+        states: those that the helper has found there, by the names of parameters.
+    """
+    call = _call(_CHECKPOINTS, "_load_optim_state_dict")
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in ({} if call is None else call.f_locals["state_dict"]).items():
+        for start in [f"state.{parameter}.{REST}." for parameter in states]:
+            if name.startswith(start):
+                index, number, path = name.removeprefix(start).split(".", 2)
+                found.setdefault(f"{index}.{number}", {})[path] = value  # a key as tree_keys makes them
+    return found

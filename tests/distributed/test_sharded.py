@@ -1,5 +1,6 @@
 """DTensors: sharded training on two and four ranks is the training of one process."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -23,8 +24,11 @@ def test_training_on_four_ranks_is_that_of_one_process():
     on_ranks(4, sharded_cases.OF_FOUR + owner_cases.OF_FOUR)
 
 
-def test_sharded_checkpoints_go_on_sharded_and_whole():
-    on_ranks(2, [resuming_cases.sharded_checkpoints_go_on_sharded_and_whole])
+def test_checkpoints_of_four_ranks_go_on_in_two_and_in_one_process(tmp_path):
+    on_ranks(4, [functools.partial(resuming_cases.saves_for_others, tmp_path)])
+    of_four = functools.partial(resuming_cases.goes_on_with_that_of_others, tmp_path)
+    on_ranks(2, [resuming_cases.sharded_checkpoints_go_on_sharded_and_whole, of_four])
+    of_four(None)
 
 
 def test_optimizers_of_a_part_of_the_parameters_warn():

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import functorch_optim as fo
@@ -48,6 +47,8 @@ def cut_parameters_allow_elementwise_rules_alone(mesh):
 
 
 def divided_parameters_allow_all_but_numbers_of_the_tree(mesh):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns, which fails a test
+
     net = DistributedDataParallel(network())
     opt = ZeroRedundancyOptimizer(net.parameters(), fo.Optimizer, transformation=CLIPPED)
     steps(net, opt, "ZeroRedundancyOptimizer.*clip_by_global_norm sees.*torch.nn.utils.clip_grad_norm_")

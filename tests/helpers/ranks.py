@@ -36,7 +36,7 @@ def _run(rank, n, folder, functions):
         try:
             function(mesh)
         except Exception:
-            text = f"{function.__name__} on rank {rank} of {n}:\n{traceback.format_exc()}"
+            text = f"{function} on rank {rank} of {n}:\n{traceback.format_exc()}"
             Path(folder, f"failed{rank}").write_bytes(pickle.dumps(text))
             return  # the others run into the timeout of a collective, or end
     dist.barrier()

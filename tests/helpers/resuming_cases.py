@@ -82,3 +82,39 @@ def sharded_checkpoints_go_on_sharded_and_whole(mesh):
         )
         train(again, other, 2)
         torch.testing.assert_close(whole(again), whole(net), rtol=1e-12, atol=1e-12, msg=name)
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+ELSEWHERE = {
+    "tree": (lambda ps: fo.Optimizer(ps, fo.monitor(fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(0.1)))), FLAT),
+    "muon": (lambda ps: fo.Optimizer(ps, fo.muon_with_adamw(0.1, ns_dtype=None)), FLAT),
+}
+
+
+def saves_for_others(folder, mesh):
+    warnings.filterwarnings("ignore", category=UserWarning)  # of torch.distributed.checkpoint
+    for name, (make, options) in ELSEWHERE.items():
+        net = network(mesh)
+        opt = make(list(net.named_parameters()))
+        train(net, opt, 2)
+        model, states = get_state_dict(net, opt, options=options)
+        dcp.save({"model": model, "optimizer": states}, checkpoint_id=f"{folder}/{name}")
+
+
+def goes_on_with_that_of_others(folder, mesh):
+    """Load sharded on a mesh, and whole without one: the numbers are those of a training in one process."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name, (make, options) in ELSEWHERE.items():
+        alone, net = network(), network(mesh)
+        former, opt = (make(list(one.named_parameters())) for one in (alone, net))
+        train(alone, former, 4)
+        model, states = get_state_dict(net, opt, options=options)
+        loaded = {"model": model, "optimizer": states}
+        dcp.load(loaded, checkpoint_id=f"{folder}/{name}")
+        set_state_dict(
+            net, opt, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+        )
+        train(net, opt, 2)
+        torch.testing.assert_close(whole(net), whole(alone), rtol=1e-12, atol=1e-12, msg=name)
+        rests = [fo.tree.flatten(one.state_dict()["state"].get("transformation", {}))[0] for one in (opt, former)]
+        torch.testing.assert_close(*rests, rtol=1e-12, atol=1e-12, msg=name)
