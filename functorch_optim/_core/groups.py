@@ -160,7 +160,7 @@ class LeafGroup:
         if params is None:
             return None
         some = self._picked(updates)
-        if self.group.bound is not None:  # which holds parameters and states
+        if self.group.kept is not None:  # parameters and states
             overwrite = self.group.overwrite(some, [], [], scalars)
         else:
             overwrite = self.group.overwrite(some, self._picked(params), self._states(columns), scalars)

@@ -3,7 +3,7 @@
 | rules, on tensors | machine |
 |---|---|
 | elementwise ones, on plain tensors of which no derivative is wanted | a recorded program: |
-| - overwriting, one of torch's fused kernels computes it; unless `fused=False` or `foreach` is given | native |
+| - overwriting, one of torch's fused kernels computes it, or all but what the new parameters make (an average); unless `fused=False` or `foreach` is given | native |
 | - the same into new tensors, all of them small | native, on copies |
 | - `fused=True`, and no kernel of torch's computes it | fused, compiled once; in blocks where that fails |
 | - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |
@@ -99,7 +99,7 @@ def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way:
         return chosen
     found = native.match(program)
     if found is not None:
-        return native.Native(program, found, chosen)
+        return native.Native(program, found, chosen, numbers)
     compiles = way == "fused" and len(program.instructions) > 1  # of one call there is nothing to fuse
     return (fused.compiled(program) or chosen) if compiles else chosen
 

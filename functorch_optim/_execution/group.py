@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from functorch_optim._execution.representation import (
     zip_columns,
 )
 from functorch_optim._execution.wholes import Wholes
+
+Kinds: TypeAlias = tuple[type | bool, ...]
+"""What a program depends on of its numbers: a condition that is known, else the type; none where all are floats."""
 
 
 class Group:
@@ -73,7 +76,8 @@ class Group:
         )
         self.converted = cast(self.like, sample.dtype, to_number=True, as_pairs=True)
         self.machines: dict[Any, Machine] = {}
-        self.bound: Overwriting | None = None
+        self.kept: tuple[list[Tensor], Sequence[Columns]] | None = None  # parameters and states that stay the same
+        self.bound: dict[Kinds, Overwriting] = {}
 
     def compute(
         self, updates: list[Tensor], params: list[Tensor] | None, states: Sequence[Columns], scalars: Sequence[Any]
@@ -88,12 +92,12 @@ class Group:
         if self.wholes is not None:
             rules = [stage.rule for stage in self.stages]
             scalars = [self.wholes.numbers(s, r.elementwise) for s, r in zip(scalars, rules, strict=True)]
-        numbers = self._numbers(scalars)
-        if self.one_program and numbers is not None:
+        known = self._numbers(scalars)
+        if self.one_program and known is not None:
             inputs = self._inputs(updates, params, states)
-            outputs = self._machine("new", 0, inputs, states, scalars, numbers).new(inputs, numbers)
+            outputs = self._machine("new", 0, inputs, states, scalars, *known).new(inputs, known[0])
             return self._restored(outputs, updates, params, states)
-        return self._compute_by_rules(updates, params, states, scalars, eagerly=self.plain and numbers is not None)
+        return self._compute_by_rules(updates, params, states, scalars, eagerly=self.plain and known is not None)
 
     def overwrite(
         self, updates: list[Tensor], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]
@@ -105,22 +109,24 @@ class Group:
         """
         if updates[0].layout == torch.sparse_coo:
             return self._overwrite_touched(updates[0], params, states, scalars)
-        numbers = self._numbers(scalars)
-        if not self.one_program or numbers is None:
+        known = self._numbers(scalars)
+        if not self.one_program or known is None:
             return None
-        if self.bound is not None:
-            return self.bound([as_reals(u) for u in updates] if self.is_complex else updates, numbers)
-        columns = [column for state in states for column in state]
-        if not writing.can_overwrite(updates, [params, *columns]):
-            return None
-        inputs = self._inputs(updates, params, states)
-        bound = self._machine("over", 0, inputs, states, scalars, numbers).over(inputs[1:])
-        if self.keeps:
-            self.bound = bound
-        return bound(inputs[0], numbers)
+        numbers, kinds = known
+        bound = self.bound.get(kinds)
+        if bound is None:
+            if self.kept is not None:
+                params, states = self.kept
+            elif not writing.can_overwrite(updates, [params, *[column for state in states for column in state]]):
+                return None
+            inputs = self._inputs(updates, params, states)
+            bound = self._machine("over", 0, inputs, states, scalars, numbers, kinds).over(inputs[1:])
+            if self.keeps:
+                self.kept, self.bound[kinds] = (params, states), bound
+        return bound([as_reals(u) for u in updates] if self.is_complex else updates, numbers)
 
-    def _numbers(self, scalars: Sequence[Any]) -> list[Any] | None:
-        """List the numbers of rules as programs take them.
+    def _numbers(self, scalars: Sequence[Any]) -> tuple[list[Any], Kinds] | None:
+        """List the numbers of rules as programs take them, and their kinds.
 
         Returns:
             None where no program can run: for one that differs between elements or wants a derivative, say.
@@ -132,7 +138,7 @@ class Group:
             else:
                 numbers.append(s)
         if _are_floats(numbers):  # as nearly always
-            return numbers
+            return numbers, ()
         if not self.plain:
             return None
         numbers = tree.flatten(list(scalars))[0]
@@ -143,7 +149,9 @@ class Group:
                 or not writing.is_plain_type(number)
             ):
                 return None
-        return [self.converted(number) for number in numbers]
+        converted = [self.converted(number) for number in numbers]
+        kinds = [n if isinstance(n, bool) else type(c) for n, c in zip(numbers, converted, strict=True)]
+        return converted, tuple(kinds)
 
     def _inputs(
         self, updates: list[Tensor], params: list[Tensor] | None, states: Sequence[Columns]
@@ -159,14 +167,16 @@ class Group:
         states: Sequence[Columns],
         scalars: Sequence[Any],
         numbers: list[Any],
+        kinds: Kinds,
     ) -> Machine:
-        """Choose the machine for a run of elementwise rules, once for each kind of numbers."""
-        key = (use, run, tuple(map(type, numbers)))
+        """Choose the machine for a run of elementwise rules, once for the kinds of numbers."""
+        key = (use, run, kinds)
         if key not in self.machines:
             stages = self.runs[run].stages
             with_params = len(inputs) > 1 + sum([len(state) for state in states])
             structure = tree.flatten(list(scalars))[1]
-            program = record(stages, states, with_params, tree.unflatten(structure, numbers), self.like)
+            given = [k if isinstance(k, bool) else n for k, n in zip(kinds, numbers, strict=True)] if kinds else numbers
+            program = record(stages, states, with_params, tree.unflatten(structure, given), self.like)
             if self.still:
                 outputs = program.outputs[1:]
                 kept = needed(program.instructions, outputs)
@@ -251,8 +261,8 @@ class Group:
         if elementwise and eagerly:
             inputs = [arguments[0], *([arguments[2]] if arguments[2] is not None else [])]
             inputs += [column for state in arguments[1] for column in state]
-            numbers: Any = self._numbers(scalars)
-            outputs = iter(self._machine("new", run, inputs, arguments[1], scalars, numbers).new(inputs, numbers))
+            known: Any = self._numbers(scalars)
+            outputs = iter(self._machine("new", run, inputs, arguments[1], scalars, *known).new(inputs, known[0]))
             results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
         else:
             converted = cast(sample, self.dtype, to_number=eagerly, as_pairs=elementwise)

@@ -1,9 +1,8 @@
 """Native: torch's own fused kernels, for programs that compute the same.
 
-Each kernel is written down here as a rule, and recorded. A program is one of theirs where its last calls are the same.
-The calls before them make the gradient for the kernel: `clip, AdamW` is a product, and then a kernel. The kernels
-correct for bias by themselves, from the step. The numbers of a program are corrected already, so the kernels are given
-a step at which nothing is left to correct.
+Each kernel is recorded as a program. A program is one of theirs where the same calls make its parameter and its first
+states. The calls before them make the gradient for the kernel: `clip, AdamW` is a product, and then a kernel. The calls
+after them compute with the new parameters: an average of the weights is a kernel, and then a `lerp`.
 """
 
 import functools
@@ -23,172 +22,7 @@ from functorch_optim._execution.calls import called, is_tensor
 from functorch_optim._execution.foreach import Foreach, Overwriting
 from functorch_optim._execution.program import Instruction, Name, Program, needed, record
 from functorch_optim._execution.reference import Stage
-from functorch_optim._numerics import safe_sqrt
-
-Numbers = dict[str, float]
-
-
-class _Kernel(NamedTuple):
-    """One of torch's kernels.
-
-    Attributes:
-        rule: its computation: `rule(g, state, p, n) -> (p, state)`.
-        numbers: names of the numbers n.
-        states: how many states it overwrites.
-        takes: whether it computes that with these values of the numbers.
-        run: overwrites parameters and states.
-    """
-
-    rule: Callable[..., Any]
-    numbers: tuple[str, ...]
-    states: int
-    takes: Callable[[Numbers], bool]
-    run: Callable[..., None]
-
-
-# Their computations. -------------------------------------------------------------------------------------------------
-
-
-def _gradient(g: Any, p: Any, n: Any, maximize: bool, decay: bool) -> Any:
-    g = -g if maximize else g
-    return g + n["weight_decay"] * p if decay else g
-
-
-def _adam(g: Any, state: Any, p: Any, n: Any, *, amsgrad: bool, maximize: bool, decay: str | None) -> Any:
-    g = _gradient(g, p, n, maximize, decay == "L2")
-    m = torch.lerp(state[0], g, n["weight1"])
-    v = n["beta2"] * state[1] + n["weight2"] * g * g
-    largest = torch.maximum(state[2], v) if amsgrad else v
-    u = n["rate"] * m / (safe_sqrt(largest) + n["eps"])
-    if decay == "decoupled":
-        u = u + n["weight_decay"] * p
-    return p + n["lr"] * u, (m, v, largest) if amsgrad else (m, v)
-
-
-def _sgd(g: Any, state: Any, p: Any, n: Any, *, momentum: bool, nesterov: bool, maximize: bool, decay: bool) -> Any:
-    g = _gradient(g, p, n, maximize, decay)
-    if not momentum:
-        return p + n["lr"] * g, ()
-    b = n["momentum"] * state[0] + n["gain"] * g
-    return p + n["lr"] * (g + n["momentum"] * b if nesterov else b), (b,)
-
-
-def _adagrad(g: Any, state: Any, p: Any, n: Any, *, maximize: bool, decay: bool) -> Any:
-    g = _gradient(g, p, n, maximize, decay)
-    s = state[0] + g * g
-    return p + n["lr"] * (g / (safe_sqrt(s) + n["eps"])), (s,)
-
-
-# How they are called. ------------------------------------------------------------------------------------------------
-
-
-def _run_adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: Sequence[list[Tensor]],
-    n: Numbers,
-    *,
-    decoupled: bool,
-    **options: Any,
-) -> None:
-    lr, decay, eps = -n["lr"], n.get("weight_decay", 0.0), n.get("plain_eps", n["eps"])
-    if "t" not in n:
-        lr = lr * n["rate"]
-    if decoupled and "t" not in n:  # the kernel's decay is lr * weight_decay, with the lr that it is given
-        decay = decay / n["rate"] if n["rate"] else 0.0
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    kernel(
-        params,
-        grads,
-        states[0],
-        states[1],
-        states[2] if len(states) > 2 else [],
-        [_number(n.get("t", _ENDLESS), params[0].device)] * len(params),
-        lr=lr,
-        beta1=1 - n["weight1"],
-        beta2=n["beta2"],
-        weight_decay=decay,
-        eps=eps,
-        **options,
-    )
-
-
-def _run_sgd(
-    params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], n: Numbers, **options: Any
-) -> None:
-    torch._fused_sgd_(
-        params,
-        grads,
-        states[0] if states else [],
-        lr=-n["lr"],
-        weight_decay=n.get("weight_decay", 0.0),
-        momentum=n.get("momentum", 0.0),
-        dampening=1 - n.get("gain", 1.0),
-        is_first_step=False,
-        **options,
-    )
-
-
-def _run_adagrad(
-    params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], n: Numbers, **options: Any
-) -> None:
-    torch._fused_adagrad_(
-        params,
-        grads,
-        states[0],
-        [_number(1.0, params[0].device)] * len(params),
-        lr=-n["lr"],
-        lr_decay=0.0,
-        weight_decay=n.get("weight_decay", 0.0),
-        eps=n["eps"],
-        **options,
-    )
-
-
-_ENDLESS = 1e30
-"""A step at which nothing is left to correct: beta^step is 0."""
-
-
-@functools.lru_cache
-def _number(value: float, device: torch.device) -> Tensor:
-    """Make a number once: nothing takes memory while parameters are overwritten."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32, device=device)
-
-
-def _kernels() -> list[_Kernel]:
-    kernels = []
-    for maximize in (False, True):
-        for decay in (None, "L2", "decoupled"):
-            for amsgrad in (False, True):
-                names = ["weight1", "beta2", "weight2", "rate", "eps", "lr", *(["weight_decay"] if decay else [])]
-                rule = functools.partial(_adam, amsgrad=amsgrad, maximize=maximize, decay=decay)
-                run = functools.partial(_run_adam, amsgrad=amsgrad, maximize=maximize, decoupled=decay == "decoupled")
-                kernels.append(_Kernel(rule, tuple(names), 2 + amsgrad, _is_adam, run))
-        for decays in (False, True):
-            own = ("weight_decay",) if decays else ()
-            for momentum, nesterov in ((False, False), (True, False), (True, True)):
-                also = ("momentum", "gain") if momentum else ()
-                rule = functools.partial(_sgd, momentum=momentum, nesterov=nesterov, maximize=maximize, decay=decays)
-                run = functools.partial(_run_sgd, nesterov=nesterov, maximize=maximize)
-                kernels.append(_Kernel(rule, ("lr", *also, *own), int(momentum), _is_sgd, run))
-            rule = functools.partial(_adagrad, maximize=maximize, decay=decays)
-            run = functools.partial(_run_adagrad, maximize=maximize)
-            kernels.append(_Kernel(rule, ("lr", "eps", *own), 1, _is_any, run))
-    return kernels
-
-
-def _is_adam(n: Numbers) -> bool:
-    return n["weight2"] == 1 - n["beta2"] and n["beta2"] < 1 and n["weight1"] > 0
-
-
-def _is_sgd(n: Numbers) -> bool:
-    return n.get("momentum") != 0  # the kernel then leaves the buffer alone
-
-
-def _is_any(n: Numbers) -> bool:
-    return True
-
+from functorch_optim._execution.torch_kernels import Numbers, TorchKernel, kernels, number
 
 # Which program is one of theirs. -------------------------------------------------------------------------------------
 
@@ -202,7 +36,7 @@ class _Pattern(NamedTuple):
         outputs: the parameter, and the states.
     """
 
-    kernel: _Kernel
+    kernel: TorchKernel
     made: dict[Name, Instruction]
     outputs: tuple[Name, ...]
 
@@ -215,9 +49,9 @@ _STATES = {n: namedtuple("State", [f"s{i}" for i in range(n)])(*range(n)) if n e
 def _patterns() -> list[_Pattern]:
     """Record all kernels; those with more calls first, for they do more."""
     patterns = []
-    for kernel in _kernels():
+    for kernel in kernels():
 
-        def update(g: Any, state: Any, p: Any, n: Any, kernel: _Kernel = kernel) -> Any:
+        def update(g: Any, state: Any, p: Any, n: Any, kernel: TorchKernel = kernel) -> Any:
             return kernel.rule(g, state, p, dict(zip(kernel.numbers, n, strict=True)))
 
         rule = Rule(None, update, elementwise=True, needs_params=True)
@@ -234,11 +68,13 @@ class _Match(NamedTuple):
         kernel: the kernel.
         gradient: name of the value that the kernel is given for the gradient.
         numbers: for each number of the kernel, the name of the program's, or a constant.
+        after: the program of the new parameters that makes the other states; None where they stay as they are.
     """
 
-    kernel: _Kernel
+    kernel: TorchKernel
     gradient: Name
     numbers: dict[str, Any]
+    after: Program | None
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,15 +84,42 @@ def match(program: Program) -> _Match | None:
     made = {instruction.result: instruction for instruction in program.instructions}
     for pattern in _patterns():
         kernel = pattern.kernel
-        if kernel.states != len(states) or not program.moves:
+        if kernel.states > len(states) or not program.moves:
             continue
-        bound: dict[str, Any] | None = {"p": "p", **{f"x0_{j}": name for j, name in enumerate(states)}}
-        for theirs, ours in zip(pattern.outputs, program.outputs, strict=True):
+        bound: dict[str, Any] | None = {"p": "p", **{f"x0_{j}": states[j] for j in range(kernel.states)}}
+        for theirs, ours in zip(pattern.outputs, program.outputs, strict=False):
             bound = None if bound is None else _unified(theirs, ours, pattern.made, made, bound)
-        if bound is not None:
-            numbers = {name: bound[f"n{j}"] for j, name in enumerate(kernel.numbers)}
-            return _Match(kernel, bound["g"], numbers)
+        if bound is None:
+            continue
+        rest = program.outputs[1 + kernel.states :] != tuple(states[kernel.states :])
+        after = _after(program, kernel.states) if rest else None
+        if rest and after is None:
+            continue
+        numbers = {name: bound[f"n{j}"] for j, name in enumerate(kernel.numbers)}
+        return _Match(kernel, bound["g"], numbers, after)
     return None
+
+
+def _after(program: Program, states: int) -> Program | None:
+    """Return the program of the new parameters that makes all but the first states.
+
+    Returns:
+        None where it needs other values too; or more than one call for a state, which overwrites it and so takes no
+        memory.
+    """
+    moved, own, outputs = program.outputs[0], program.inputs[2 + states :], program.outputs[1 + states :]
+    others = [instruction for instruction in program.instructions if instruction.result != moved]
+    instructions = needed(others, outputs)
+    made = {instruction.result: instruction for instruction in instructions}
+    for state, output in zip(own, outputs, strict=True):
+        one = made.get(output)
+        if output != state and (
+            one is None or one.args[0] != state or not {*one.names} <= {moved, state, *program.numbers}
+        ):
+            return None
+    return replace(
+        program, inputs=(moved, *own), instructions=instructions, outputs=outputs, moves=False, updates=False
+    )
 
 
 def _unified(
@@ -289,10 +152,12 @@ class Native:
         program: the program.
         found: the kernel.
         other: the machine for tensors and numbers that the kernel does not take.
+        numbers: those of the program.
     """
 
-    def __init__(self, program: Program, found: _Match, other: Any) -> None:
+    def __init__(self, program: Program, found: _Match, other: Any, numbers: Sequence[Any]) -> None:
         self.program, self.kernel, self.other = program, found.kernel, other
+        self.after = None if found.after is None else Foreach(found.after, numbers)
         self.numbers = [
             (name, program.numbers.index(value) if isinstance(value, Name) else value, isinstance(value, Name))
             for name, value in found.numbers.items()
@@ -314,9 +179,11 @@ class Native:
         negated = any(map(Tensor.is_neg, inputs[0]))  # gradients, which the kernels refuse
         if named is None or negated or not _lie_alike(inputs[1:]) or not self._takes(inputs[1:]):
             return self.other.new(inputs, numbers)  # type: ignore[no-any-return]
-        copies = [[tensor.clone() for tensor in column] for column in inputs[1:]]
+        own = 1 + self.kernel.states
+        copies = [[tensor.clone() for tensor in column] for column in inputs[1 : 1 + own]]
         self.kernel.run(copies[0], self._gradients(inputs, copies[0], numbers), copies[1:], named)
-        return copies
+        rest = inputs[1 + own :]
+        return [*copies, *(rest if self.after is None else self.after.new([copies[0], *rest], numbers))]
 
     def over(self, columns: Sequence[list[Tensor]]) -> Overwriting:
         """Get ready to overwrite parameters and states."""
@@ -328,7 +195,8 @@ class Native:
         if self.taken is None:
             like = columns[0][0]
             # On the CPU, in half precision (torch 2.13), SGD's is wrong from 16 elements on, Adagrad's 0 / 0 is NaN.
-            half = like.dtype in HALF and (like.device.type == "cpu" or self.prefix is not None)
+            alone = self.prefix is None and self.after is None
+            half = like.dtype in HALF and (like.device.type == "cpu" or not alone)
             kinds = {(tensor.dtype, tensor.device) for column in columns for tensor in column}
             known = like.device.type in ("cpu", "cuda") and like.is_floating_point()
             self.taken = known and not half and len(kinds) == 1
@@ -353,7 +221,7 @@ class Native:
                 root, beta1 = math.sqrt(1 - named["beta2"] ** t), 1 - named["weight1"]
                 if named["eps"] == eps * root and named["rate"] == root / (1 - beta1**t):
                     named["t"], named["plain_eps"] = t, eps
-                    _number(t, self.program.device)  # takes memory before anything is written
+                    number(t, self.program.device)  # takes memory before anything is written
 
     def _gradients(self, inputs: Sequence[list[Tensor]], params: list[Tensor], numbers: Sequence[Any]) -> list[Tensor]:
         """Compute the gradients for the kernel; they lie in memory as parameters do."""
@@ -370,8 +238,9 @@ class _OverNative:
 
     def __init__(self, machine: Native, columns: Sequence[list[Tensor]]) -> None:
         self.machine, self.columns = machine, columns
-        self.written = [tensor for column in columns for tensor in column]
-        self.counting = [tensor for tensor in self.written if not tensor.is_inference()]
+        own = 1 + machine.kernel.states
+        self.own, self.after = columns[:own], None if machine.after is None else machine.after.over(columns[own:])
+        self.counting = [tensor for column in self.own for tensor in column if not tensor.is_inference()]
         self.other: Overwriting | None = None
 
     def __call__(self, updates: list[Tensor], numbers: Sequence[Any]) -> Callable[[], None]:
@@ -382,11 +251,15 @@ class _OverNative:
                 self.other = self.machine.other.over(self.columns)
             return self.other(updates, numbers)
         grads = self.machine._gradients([updates, *self.columns], self.columns[0], numbers)
-        return functools.partial(self._step, grads, named)
+        after = None if self.after is None else self.after(self.own[0], numbers)
+        return functools.partial(self._step, grads, named, after)
 
-    def _step(self, grads: list[Tensor], named: Numbers) -> None:
-        self.machine.kernel.run(self.columns[0], grads, self.columns[1:], named)
+    def _step(self, grads: list[Tensor], named: Numbers, after: Callable[[], None] | None) -> None:
+        params, *states = self.own
+        self.machine.kernel.run(params, grads, states, named)
         torch.autograd.graph.increment_version(self.counting)  # the kernels do not, and autograd must see the change
+        if after is not None:
+            after()
 
 
 def _lie_alike(columns: Sequence[list[Tensor]]) -> bool:

@@ -84,7 +84,7 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
         stages: elementwise rules.
         states: for each, any instance of the NamedTuple that holds its state.
         with_params: whether parameters are given.
-        scalars: the numbers of a step, for each rule.
+        scalars: the numbers of a step, for each rule. A condition that is a bool is known: `torch.where` takes a side.
         like: a tensor of the dtype and device that all have.
 
     Raises:
@@ -159,7 +159,9 @@ def _keywords(function: FunctionType) -> list[Any]:
 
 
 def _kind(scalar: Any) -> Any:
-    return (type(scalar), scalar.dtype, scalar.device) if isinstance(scalar, Tensor) else type(scalar)
+    if isinstance(scalar, Tensor):
+        return type(scalar), scalar.dtype, scalar.device
+    return scalar if isinstance(scalar, bool) else type(scalar)
 
 
 def overwritten(program: Program) -> tuple[str, ...]:
@@ -170,10 +172,17 @@ def overwritten(program: Program) -> tuple[str, ...]:
 
 
 class _Symbol(StandIn):
-    """A name that answers like a tensor, by writing down the calls on it."""
+    """A name that answers like a tensor, by writing down the calls on it.
 
-    def __init__(self, recording: "_Recording", name: Name, sample: Any) -> None:
-        self.recording, self.name, self.sample = recording, name, sample
+    Args:
+        recording: where they are written.
+        name: the name.
+        sample: a value of its kind.
+        known: its value, of a condition that is known.
+    """
+
+    def __init__(self, recording: "_Recording", name: Name, sample: Any, known: bool | None = None) -> None:
+        self.recording, self.name, self.sample, self.known = recording, name, sample, known
 
     @classmethod
     def __torch_function__(
@@ -218,6 +227,7 @@ class _Recording:
         self.inputs: list[Name] = []
         self.numbers: list[Name] = []
         self.instructions: list[Instruction] = []
+        self.sums: dict[Any, _Symbol] = {}
 
     def input(self, name: str) -> _Symbol:
         self.inputs.append(Name(name))
@@ -225,6 +235,8 @@ class _Recording:
 
     def number(self, value: Any) -> _Symbol:
         self.numbers.append(Name(f"n{len(self.numbers)}{_mark(value)}"))
+        if isinstance(value, bool):
+            return _Symbol(self, self.numbers[-1], torch.tensor(value, device=self.like.device), known=value)
         return _Symbol(self, self.numbers[-1], value)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,11 +269,21 @@ class _Recording:
             return seen[0]  # such as detach: in a kernel, views would change when the value is overwritten
         if seen:
             function = _copying(function)
+        if name == "where" and len(args) == 3 and isinstance(args[0], _Symbol) and args[0].known is not None:
+            side = args[1] if args[0].known else args[2]
+            if _differs(side) and side.sample.dtype == dtype:
+                return side
         result = Name(f"{'v' if dtype else 'n_'}{len(self.instructions)}{'' if dtype else _mark(sample)}")
         written = tuple([_written(value) for value in args])
         written_kwargs = tuple([(key, _written(value)) for key, value in kwargs.items()])
+        is_sum = name in ("add", "__add__") and not kwargs and all(isinstance(value, Name) for value in written)
+        if is_sum and written in self.sums:  # the new parameters: a link that looks at them adds up what ADD does
+            return self.sums[written]
         self.instructions.append(Instruction(function, written, written_kwargs, result, dtype))
-        return _Symbol(self, result, sample)
+        symbol = _Symbol(self, result, sample)
+        if is_sum:
+            self.sums[written] = symbol
+        return symbol
 
     def finished(self, rule: Rule, outputs: list[Any]) -> Program:
         names, name = [], rule.name

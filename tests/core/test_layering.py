@@ -37,6 +37,7 @@ LAYERS = [
     "_execution.kernel",
     "_execution.blocks",
     "_execution.fused",
+    "_execution.torch_kernels",
     "_execution.native",
     "_execution.recomputed",
     "_execution.flat",

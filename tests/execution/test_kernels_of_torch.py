@@ -7,7 +7,7 @@ import torch
 
 import functorch_optim as fo
 from functorch_optim._core.rule import ADD, Rule
-from functorch_optim._execution import fused, native
+from functorch_optim._execution import fused, native, torch_kernels
 from functorch_optim._execution.blocks import InBlocks
 from functorch_optim._execution.program import record
 from functorch_optim._execution.reference import Stage
@@ -31,7 +31,7 @@ def described(kernel):
     return "-".join([kernel.rule.func.__name__.strip("_"), *chosen])
 
 
-KERNELS = {described(kernel): kernel for kernel in native._kernels()}
+KERNELS = {described(kernel): kernel for kernel in torch_kernels.kernels()}
 each = pytest.mark.parametrize("name", KERNELS)
 
 
@@ -100,7 +100,9 @@ def test_a_kernel_is_found_in_its_program(name, factors):
     found = native.match(program)
     assert described(found.kernel) == name
     assert (found.gradient == "g") == (not factors)
-    assert native.Native(program, found, Unused())._named(numbers) == {key: NUMBERS[key] for key in found.numbers}
+    assert native.Native(program, found, Unused(), numbers)._named(numbers) == {
+        key: NUMBERS[key] for key in found.numbers
+    }
 
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
@@ -117,7 +119,7 @@ def test_a_kernel_has_the_numbers_of_its_program(name, dtype, layout, factors):
     inputs = drawn(len(program.inputs), dtype, layout)
     expected = InBlocks(program).new(copied(inputs), numbers)
     other = InBlocks(program) if layout == "with_gaps" else Unused()
-    machine = native.Native(program, native.match(program), other)
+    machine = native.Native(program, native.match(program), other, numbers)
 
     before = [[(tensor._version, tensor.clone()) for tensor in column] for column in inputs]
     found = machine.new(inputs, numbers)
@@ -160,7 +162,7 @@ def test_numbers_that_a_kernel_does_not_take(name, monkeypatch):
         monkeypatch.setattr(torch, kernel, lambda *a, k=original, **o: calls.append(1) or k(*a, **o))
     inputs = drawn(len(program.inputs), torch.float64, "contiguous")
     other = InBlocks(program)
-    machine = native.Native(program, native.match(program), other)
+    machine = native.Native(program, native.match(program), other, numbers)
     grads, *columns = copied(inputs)
     ready = machine.over(columns)
     for given, count in ((numbers, 1), (refused, 1), (numbers, 2)):
@@ -188,6 +190,55 @@ def test_programs_that_are_almost_those_of_a_kernel():
         assert native.match(program) is None
     without = record([Stage(Rule(None, lambda g, state, p, n: (-n * g, state)))], [()], True, [0.1], torch.empty(0))
     assert native.match(without) is None  # the parameter stays
+
+
+def averaging(weigh):
+    """Record SGD, and a state that a function makes of the parameter before and after, the gradient, and itself."""
+
+    def update(g, state, p, n):
+        moved = p + n * g
+        return moved, (weigh(p, moved, g, state[0]),)
+
+    rule = Rule(None, update, elementwise=True, needs_params=True)
+    return moving(record([Stage(rule)], [native._STATES[1]], True, [0.1], torch.empty(0, dtype=torch.float64)))
+
+
+AVERAGES = {
+    "of_the_new_parameter": lambda p, moved, g, a: torch.lerp(a, moved, 0.25),
+    "that_stands_still": lambda p, moved, g, a: a,
+    "of_the_largest": lambda p, moved, g, a: torch.maximum(a, moved),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_what_the_new_parameter_makes_comes_after_the_kernel(name):
+    """It reads the parameter that the kernel has written, and overwrites a state."""
+    program = averaging(AVERAGES[name])
+    machine = native.Native(program, native.match(program), Unused(), [0.1])
+    inputs = drawn(3, torch.float64, "contiguous")
+    expected = InBlocks(program).new(inputs, [0.1])
+    torch.testing.assert_close(machine.new(inputs, [0.1]), expected, rtol=1e-15, atol=1e-15)
+    grads, *columns = copied(inputs)
+    step = machine.over(columns)(grads, [0.1])
+    torch.testing.assert_close(columns, inputs[1:], rtol=0, atol=0)
+    step()
+    torch.testing.assert_close(columns, expected, rtol=1e-15, atol=1e-15)
+
+
+OTHERS = {
+    "of_the_old_parameter": lambda p, moved, g, a: torch.lerp(a, p, 0.25),
+    "of_the_gradient": lambda p, moved, g, a: torch.maximum(a, g),
+    "of_several_calls": lambda p, moved, g, a: torch.maximum(a, moved * moved),
+    "that_is_forgotten": lambda p, moved, g, a: moved * 2.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_state_is_no_kernels(name):
+    assert native.match(averaging(OTHERS[name])) is None
+
+
+def test_products_before_a_kernel():
     plain = [Stage(Rule(None, lambda g, state, p, n: (n * g, state))), Stage(ADD)]
     assert native.match(record(plain, [(), ()], True, [0.1, ()], torch.empty(0))) is not None
 
@@ -208,6 +259,8 @@ OPTIMIZERS = {
     "adagrad": lambda lr: fo.adagrad(lr, weight_decay=0.1),
     "clipped": lambda lr: fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(lr)),
     "clipped_each": lambda lr: fo.chain(fo.clip(0.5), fo.sgd(lr, momentum=0.9)),
+    "averaged": lambda lr: fo.ema_weights(fo.adamw(lr), 0.9, every=2),
+    "lookahead": lambda lr: fo.lookahead(fo.sgd(lr, momentum=0.9), every=3),
 }
 
 
