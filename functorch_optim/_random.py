@@ -24,9 +24,16 @@ def key_of(generator: Any, example: str) -> int | Tensor:
     return generator
 
 
-def bits(key: Tensor, shape: torch.Size, count: int) -> Tensor:
-    """Make random integers of so many bits, int64."""
-    places = torch.arange(shape.numel(), device=key.device).reshape(shape)
+def bits(key: Tensor, places: torch.Size | Tensor, count: int) -> Tensor:
+    """Make random integers of so many bits, int64.
+
+    Args:
+        key: 0-dim tensor of int64.
+        places: a shape; or for each element the number i whose hash it is, int64.
+        count: of bits.
+    """
+    if not isinstance(places, Tensor):
+        places = torch.arange(places.numel(), device=key.device).reshape(places)
     # torch.compile computes with the index of a loop in C++ (torch 2.13). Where its product overflows, the loop runs
     # past its end, and vectors of products are wrong. So the index becomes data, and the product has two halves.
     places = (places ^ key) ^ key
@@ -34,14 +41,14 @@ def bits(key: Tensor, shape: torch.Size, count: int) -> Tensor:
     return _shifted(mixed(key + products), 64 - count)
 
 
-def uniform(key: Tensor, shape: torch.Size) -> Tensor:
+def uniform(key: Tensor, places: torch.Size | Tensor) -> Tensor:
     """Make numbers between 0 and 1, float64: the middles of 2^52 intervals."""
-    return (bits(key, shape, 52).to(torch.float64) + 0.5) * 2.0**-52
+    return (bits(key, places, 52).to(torch.float64) + 0.5) * 2.0**-52
 
 
-def normal(key: Tensor, shape: torch.Size) -> Tensor:
+def normal(key: Tensor, places: torch.Size | Tensor) -> Tensor:
     """Make numbers of the standard normal distribution, float64."""
-    numbers: Tensor = 2**0.5 * torch.special.erfinv(2 * uniform(key, shape) - 1)
+    numbers: Tensor = 2**0.5 * torch.special.erfinv(2 * uniform(key, places) - 1)
     return numbers
 
 

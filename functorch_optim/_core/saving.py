@@ -20,7 +20,7 @@ from functorch_optim._core.places import (
     saved_keys,
 )
 from functorch_optim._core.rule import step_dtype
-from functorch_optim._execution.sharded import placed
+from functorch_optim._execution.sharded import local, placed
 from functorch_optim.tree import Tree
 
 
@@ -269,7 +269,7 @@ def _check_saved(path: str, saved: Any, leaf: Tensor) -> None:
             f"The saved {path!r} has shape {tuple(saved.shape)}, but the state's has {tuple(leaf.shape)}; "
             "it was saved from other parameters"
         )
-    _check_values(path, saved, leaf)
+    _check_values(path, local(saved), leaf)
 
 
 def _like(leaf: Tensor, saved: Tensor, cast: bool) -> Tensor:

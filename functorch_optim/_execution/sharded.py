@@ -60,6 +60,40 @@ class Layout(NamedTuple):
         everywhere = _dtensor().from_local(tensor, self.mesh, _replicated(self.mesh), run_check=False)
         return local(everywhere.redistribute(placements=self.placements))
 
+    def places(self) -> Tensor:
+        """Return the index of each element of the local shard in the flattened whole tensor: int64."""
+        found = torch.zeros((), dtype=torch.int64, device=self.mesh.device_type)
+        for d, length in enumerate(self.shape):
+            along = torch.arange(length, device=self.mesh.device_type).reshape(-1, *[1] * (len(self.shape) - d - 1))
+            found = found * length + self.cut(along.expand(self.shape))
+        return found
+
+    def of_shape(self, shape: Sequence[int]) -> Layout:
+        """Return the layout of a tensor of another shape that is cut alike."""
+        return Layout(self.mesh, self.placements, torch.Size(shape), _strides(shape))
+
+    def of_vectors(self, length: int) -> Layout:
+        """Return the layout of a tensor of vectors, one for each shard: the dimensions before are those of the mesh."""
+        dims = [d for d, placement in enumerate(self.placements) if not placement.is_replicate()]
+        placements = _replicated(self.mesh)
+        for k, d in enumerate(dims):
+            placements[d] = _module().Shard(k)
+        shape = [*[self.mesh.shape[d] for d in dims], length]
+        return Layout(self.mesh, tuple(placements), torch.Size(shape), _strides(shape))
+
+    def cuts(self, dim: int) -> bool:
+        """Tell whether a dimension of the tensor is cut."""
+        return any(not placement.is_replicate() and placement.dim == dim for placement in self.placements)
+
+    @property
+    def largest(self) -> int:
+        """Return the number of elements of the largest shard."""
+        shape = list(self.shape)
+        for placement, size in zip(self.placements, self.mesh.shape, strict=True):
+            if not placement.is_replicate():
+                shape[placement.dim] = -(-shape[placement.dim] // size)
+        return math.prod(shape)
+
     @property
     def shards(self) -> int:
         """Return the number of shards."""
@@ -103,6 +137,19 @@ def layout_of(tensor: Any) -> Layout | None:
         [replicate, *_] = _replicated(tensor.device_mesh)
         placements = tuple([replicate if placement.is_partial() else placement for placement in placements])
     return Layout(tensor.device_mesh, placements, tensor.shape, tensor.stride())
+
+
+def on_shards(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Compute an elementwise function that depends on places, of tensors of one shape; on the shards of sharded ones.
+
+    Args:
+        function: (*tensors, places) -> tensor. A place is the index of an element in the flattened whole tensor: int64.
+        tensors: sharded as the first.
+    """
+    layout, first = layout_of(tensors[0]), tensors[0]
+    if layout is None:
+        return function(*tensors, torch.arange(first.numel(), device=first.device).reshape(first.shape))
+    return layout.joined(function(*map(layout.shard, tensors), layout.places()))
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
@@ -182,6 +229,10 @@ def _partial(mesh: Any) -> list[Any]:
 
 def _dtensor() -> Any:
     return _module().DTensor
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _module() -> Any:

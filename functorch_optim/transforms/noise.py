@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from functorch_optim import tree
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import double, safe_sqrt
 from functorch_optim._random import at_step, key_of, mixed, normal
 from functorch_optim.tree import Tree
@@ -87,7 +89,8 @@ def add_noise(
         spread = safe_sqrt(at(eta, t) * t ** -at(gamma, t))
         key = at_step(state.key, step)
         leaves, structure = tree.flatten(updates)
-        noisy = [None if g is None else _noisy(g, spread, mixed(key + i)) for i, g in enumerate(leaves)]
+        rules = [functools.partial(_noisy, spread=spread, key=mixed(key + i)) for i in range(len(leaves))]
+        noisy = [None if g is None else on_shards(rule, g) for g, rule in zip(leaves, rules, strict=True)]
         return tree.unflatten(structure, noisy), AddNoiseState(step, state.key)
 
     made = GradientTransformation(init, update)
@@ -95,9 +98,10 @@ def add_noise(
     return made
 
 
-def _noisy(g: Tensor, spread: Tensor, key: Tensor) -> Tensor:
+def _noisy(g: Tensor, places: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     if g.is_complex():
-        return torch.view_as_complex(_noisy(torch.view_as_real(g.resolve_conj()), spread, key))
+        pairs = torch.stack([2 * places, 2 * places + 1], -1)
+        return torch.view_as_complex(_noisy(torch.view_as_real(g.resolve_conj()), pairs, spread, key))
     wide = g.float() if g.dtype in HALF else g
-    noise = normal(key.to(g.device), g.shape).to(wide.dtype)
+    noise = normal(key.to(g.device), places).to(wide.dtype)
     return (wide + spread.to(g.device, wide.dtype) * noise).to(g.dtype)

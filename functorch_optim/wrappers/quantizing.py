@@ -11,6 +11,7 @@ from functorch_optim import tree
 from functorch_optim._core.checks import SINGLE
 from functorch_optim._core.hyperparameters import check_choice, check_integer
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._execution.sharded import layout_of, local
 from functorch_optim.tree import MaskedNode, Tree
 from functorch_optim.wrappers._wrapping import wrapped
 
@@ -62,8 +63,11 @@ def quantized(tx: Any, bits: int = 8, *, block_size: int | None = None, min_size
     Wrap the moments alone, and let wrappers that keep parameters go around: `master_weights(quantized(adamw(1e-3)))`,
     `ema_weights(...)`. A NaN or infinite number spoils its block: let `apply_if_finite` go around. A step holds all
     states in float32 at once, so that memory is saved between steps, and not at their peak. No derivatives flow through
-    quantized states. In `fo.Optimizer` the state is one for all parameters of a group. Sharded parameters (DTensor) are
-    not supported.
+    quantized states. In `fo.Optimizer` the state is one for all parameters of a group.
+
+    Blocks of a sharded state (DTensor) do not cross its shards, so that nothing is sent; `absmax` then has the shape
+    `(shards, blocks)`. Such a state loads on as many processes as have saved it. Of 4 bits, states that are cut along
+    their last dimension are not quantized.
 
     Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, sections 2 and 3; Li et
     al., Memory Efficient Optimizers with 4-bit States, arXiv:2309.01507, section 3. Blocks of 256 and tensors from 4096
@@ -87,11 +91,12 @@ def quantized(tx: Any, bits: int = 8, *, block_size: int | None = None, min_size
 @factory
 def _quantized(tx: GradientTransformation, bits: int, block_size: int, min_size: int) -> GradientTransformation:
     def is_large(x: Tensor) -> bool:
-        fits = bits == 8 or (x.ndim > 0 and x.shape[-1] % 2 == 0)
+        layout = layout_of(x)
+        fits = bits == 8 or (x.ndim > 0 and x.shape[-1] % 2 == 0 and not (layout and layout.cuts(x.ndim - 1)))
         return x.dtype in SINGLE and x.numel() >= min_size and fits
 
     def pack(x: Any) -> tuple[Any, Any]:
-        return _packed(x, bits, block_size) if isinstance(x, Tensor) and is_large(x) else (x, MaskedNode())
+        return _packed_shards(x, bits, block_size) if isinstance(x, Tensor) and is_large(x) else (x, MaskedNode())
 
     def init(params: Tree) -> QuantizedState:
         leaves, structure = tree.flatten(tx.init(params))
@@ -101,7 +106,9 @@ def _quantized(tx: GradientTransformation, bits: int, block_size: int, min_size:
         codes, structure = tree.flatten(state.codes)
         absmax = tree.flatten_up_to(structure, state.absmax, "absmax", state.codes, "codes")
         forms = list(zip(codes, absmax, strict=True))
-        given = [_unpacked(code, a, bits, block_size) if isinstance(a, Tensor) else code for code, a in forms]
+        given = [
+            _unpacked_shards(*form, bits, block_size) if isinstance(form[1], Tensor) else form[0] for form in forms
+        ]
         updates, new = tx.update(updates, tree.unflatten(structure, given), params, **extra)
         after = tree.flatten_up_to(structure, new, "the next state", state.codes, "the one given")
         # What did not change is not rounded again.
@@ -113,6 +120,27 @@ def _quantized(tx: GradientTransformation, bits: int, block_size: int, min_size:
 
 def _arranged(structure: Any, forms: list[tuple[Any, Any]]) -> QuantizedState:
     return QuantizedState(*[tree.unflatten(structure, [form[k] for form in forms]) for k in (0, 1)])
+
+
+def _packed_shards(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """Pack a tensor; of a sharded one each shard, so that scales are a vector for each."""
+    layout = layout_of(x)
+    if layout is None:
+        return _packed(x, bits, size)
+    codes, absmax = _packed(local(x), bits, size)
+    most = layout.of_vectors(-(-layout.largest // size))
+    vector = torch.nn.functional.pad(absmax, (0, most.shape[-1] - len(absmax)))
+    home = layout if bits == 8 else layout.of_shape((*layout.shape[:-1], layout.shape[-1] // 2))
+    return home.joined(codes), most.joined(vector.reshape((1,) * (len(most.shape) - 1) + (-1,)))
+
+
+def _unpacked_shards(codes: Tensor, absmax: Tensor, bits: int, size: int) -> Tensor:
+    """Unpack a tensor, or the shards of one."""
+    layout = layout_of(codes)
+    x = _unpacked(local(codes), local(absmax).reshape(-1), bits, size)
+    if layout is None:
+        return x
+    return (layout if bits == 8 else layout.of_shape((*layout.shape[:-1], layout.shape[-1] * 2))).joined(x)
 
 
 def _packed(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from functorch_optim._core.combine import masked
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import Rule, TreeRule, leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
 from functorch_optim._random import at_step, bits, key_of, mixed
 from functorch_optim.tree import Tree
@@ -209,7 +210,7 @@ def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | Non
     training goes on as if it had not stopped. Under `torch.vmap`, batch the key for different bits. The gradients and
     updates of `tx` are float32; its states are like the parameters. `update` returns updates in float32, whose sum with
     the parameters is exact. Wrap it around the whole chain. Derivatives pass through rounding as through the
-    identity. Sharded parameters (DTensor) are not supported.
+    identity. The bits of sharded parameters (DTensor) are those of whole ones.
 
     Source: Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551; Zamirai et al., Revisiting
     BFloat16 Training, arXiv:2010.06192, algorithm 2.
@@ -242,22 +243,24 @@ def _stochastic_rounding(tx: GradientTransformation, key: int | Tensor) -> Gradi
         key = at_step(state.key, step)
         leaves, structure = tree.flatten(updates)
         pairs = enumerate(zip(leaves, tree.flatten(params)[0], strict=True))
-        moved = [u if u is None else _rounded_at_random(p, u, mixed(key + i)) for i, (u, p) in pairs]
+        moved = [u if u is None or p.dtype not in HALF else _at_random(p, u, mixed(key + i)) for i, (u, p) in pairs]
         return tree.unflatten(structure, moved), StochasticRoundingState(step, state.key)
 
     made = GradientTransformation(init, update)
     return around(_with_wide_trees(tx), None, made, widens=True)
 
 
-def _rounded_at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
+def _at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
     """Return the update after which a parameter is rounded up or down."""
-    if p.dtype not in HALF:
-        return u
-    x = p + u
-    wide = x.detach()
-    chance = bits(key.to(x.device), x.shape, DROPPED[p.dtype]).to(torch.int32)
-    near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
-    return _way(p, rounded_to(x, cut(wide, chance, near_zero, p.dtype)))
+
+    def update(p: Tensor, u: Tensor, places: Tensor) -> Tensor:
+        x = p + u
+        wide = x.detach()
+        chance = bits(key.to(x.device), places, DROPPED[p.dtype]).to(torch.int32)
+        near_zero = torch.floor(wide * 2.0**24 + chance * 2.0**-13) * 2.0**-24
+        return _way(p, rounded_to(x, cut(wide, chance, near_zero, p.dtype)))
+
+    return on_shards(update, p, u)
 
 
 # The rules of wrappers that round are for parameters in half precision, and see updates in float32. -------------------

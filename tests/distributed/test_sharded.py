@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import narrow_cases
 import owner_cases
 import part_cases
 import pytest
@@ -17,7 +18,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "docs" / "scripts" / "train_sharded
 
 
 def test_training_on_two_ranks_is_that_of_one_process():
-    on_ranks(2, sharded_cases.CASES + owner_cases.CASES)
+    on_ranks(2, sharded_cases.CASES + owner_cases.CASES + narrow_cases.CASES)
 
 
 def test_training_on_four_ranks_is_that_of_one_process():
