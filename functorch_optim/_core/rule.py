@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.leaf import Mark, marked
+from functorch_optim.tree._structure import exported, saved
 
 
+@saved
 class EmptyState(NamedTuple):
     """The state of a transformation that keeps none."""
 
 
+@saved
 class StepState(NamedTuple):
     """The state of a transformation that only counts.
 
@@ -281,7 +284,8 @@ def leaf_state(state_type: type, carried: type | None = None) -> type:
 
     The state for a tree is then a NamedTuple of the same name, whose fields are trees like the parameters, with `step`
     before them when the rule has scalars. Undeclared NamedTuples work as well; only the declaration allows a
-    transformation to be made for the first time inside a function that `torch.compile` traces.
+    transformation to be made for the first time inside a function that `torch.compile` traces, `torch.export.save` to
+    write its states, and `torch.load` to read them as weights.
 
     Args:
         state_type: NamedTuple class, one field for each tensor of the state.
@@ -316,13 +320,16 @@ def leaf_state(state_type: type, carried: type | None = None) -> type:
     DECLARED.update(fields, counted)
     lifted = dict(getattr(state_type, "_lifted", {}))
     for counters in ((), ("step",), counted, counted[1:]):
+        if counters in lifted:
+            continue
         tree_type: Any = make_type(state_type.__name__, (*counters, *fields))
         tree_type.__module__ = state_type.__module__
         tree_type.__doc__ = state_type.__doc__
         tree_type._leaf_type = state_type
         tree_type._counters = counters
         tree_type.__reduce__ = _reduce
-        lifted.setdefault(counters, tree_type)
+        lifted[counters] = exported(tree_type)
+    torch.serialization.add_safe_globals([state_type, _rebuild])
     setattr(state_type, "_lifted", lifted)  # noqa: B010 - mypy knows no such attribute
     return state_type
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._control import known_values
 from functorch_optim._core.checks import HALF, check_is_dict
 from functorch_optim._core.places import (
     REST,
@@ -154,6 +155,8 @@ def load_state_dict(
         ValueError: paths or shapes differ, or an entry is of a wrong kind; the message names the first. Or an
             optimizer's state dict has parameters at different steps, where a state has one step; see `from_torch`.
 
+    While a function is traced, values are unknown, and only shapes and dtypes are checked.
+
     Example:
         >>> import functorch_optim as fo, torch
         >>> tx, params = fo.trace(0.9), {"w": torch.ones(1)}
@@ -281,10 +284,12 @@ def _check_values(path: str, saved: Tensor, leaf: Tensor) -> None:
     """Raise when a saved tensor has values that the state's cannot have."""
     if saved.is_complex() > leaf.is_complex():
         raise ValueError(f"The saved {path!r} is {saved.dtype}, but the state's is {leaf.dtype}")
-    if saved.is_meta or leaf.is_floating_point() or leaf.is_complex():
+    values = None if saved.is_meta else known_values(saved)
+    if values is None or leaf.is_floating_point() or leaf.is_complex():
         return
     counts = path.rsplit(".", 1)[-1] == "step"
-    wrong = saved[(saved.to(leaf.dtype) != saved) | (saved < 0) if counts else saved.to(leaf.dtype) != saved]
+    rounded = values.to(leaf.dtype) != values
+    wrong = values[rounded | (values < 0) if counts else rounded]
     if wrong.numel():
         what = "it is a count of updates" if counts else f"the state's is {leaf.dtype}"
         raise ValueError(f"The saved {path!r} is {wrong[0].item()}, but {what}")

@@ -16,8 +16,10 @@ from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim.optimizers._limited_memory import PATIENCE, STRONG_WOLFE, Memory, Settings, minimize, new_memory
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 
 
+@saved
 class LBFGSState(NamedTuple):
     """The state of `lbfgs`, for n real numbers in all parameters (a complex number is two).
 

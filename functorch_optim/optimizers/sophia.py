@@ -19,8 +19,10 @@ from functorch_optim.optimizers._descent import check_real, descent
 from functorch_optim.optimizers._whole import like
 from functorch_optim.transforms.momentum import ema
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 
 
+@saved
 class SophiaState(NamedTuple):
     """The state of `sophia`, besides the momentum.
 

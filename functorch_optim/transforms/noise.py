@@ -16,8 +16,10 @@ from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import double, safe_sqrt
 from functorch_optim._random import at_step, key_of, mixed, normal
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 
 
+@saved
 class AddNoiseState(NamedTuple):
     """The state of `add_noise`, once for the tree.
 

@@ -21,6 +21,7 @@ from functorch_optim._numerics import double, minimum, safe_sqrt, where
 from functorch_optim.transforms.clipping import finite_norm
 from functorch_optim.transforms.scaling import scaled
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 
 
 class ZClipCarried(NamedTuple):
@@ -151,6 +152,7 @@ def zclip(
     return leafwise(ZClipState, update, scalars, carry=carry, elementwise=True, sparse="touched")
 
 
+@saved
 class AutoClipState(NamedTuple):
     """The state of `autoclip`, once for the tree.
 

@@ -13,8 +13,10 @@ from functorch_optim._core.hyperparameters import at, check, check_choice
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.transforms.scaling import scaled
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 
 
+@saved
 class ReduceOnPlateauState(NamedTuple):
     """The state of `reduce_on_plateau`: 0-dim tensors, under torch's names.
 

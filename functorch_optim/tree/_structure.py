@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -23,6 +23,23 @@ _SORTED = (dict, defaultdict)
 _LISTS = (list, tuple)
 
 
+_NODE = TypeVar("_NODE", bound=type)
+
+
+def exported(kind: _NODE) -> _NODE:
+    """Let `torch.export.save` write trees with nodes of this NamedTuple class, by its name and those of its fields."""
+    name = f"{kind.__module__}.{kind.__qualname__}({', '.join(kind._fields)})"  # type: ignore[attr-defined]
+    torch.utils._pytree._register_namedtuple(kind, serialized_type_name=name)
+    return kind
+
+
+def saved(kind: _NODE) -> _NODE:
+    """Let `torch.export.save` write nodes of this NamedTuple class, and `torch.load` read them as weights."""
+    torch.serialization.add_safe_globals([kind])
+    return exported(kind)
+
+
+@saved
 class MaskedNode(NamedTuple):
     """Stands where a leaf has been masked out; a node without leaves, so that tree functions pass over it.
 

@@ -14,9 +14,11 @@ from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.foreach import norms
 from functorch_optim._execution.mode import as_plain
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 from functorch_optim.wrappers._wrapping import wrapped
 
 
+@saved
 class GradientMetrics(NamedTuple):
     """The metrics of the gradients of the last update: 0-dim tensors, zero before the first one.
 
@@ -34,6 +36,7 @@ class GradientMetrics(NamedTuple):
     grad_norms: Tree
 
 
+@saved
 class UpdateMetrics(NamedTuple):
     """The metrics of the last update: 0-dim tensors, zero before the first one.
 

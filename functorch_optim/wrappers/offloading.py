@@ -10,9 +10,11 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 from functorch_optim.wrappers._wrapping import wrapped
 
 
+@saved
 class OffloadState(NamedTuple):
     """The state of `offload`.
 

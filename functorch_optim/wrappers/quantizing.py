@@ -13,9 +13,11 @@ from functorch_optim._core.hyperparameters import check_choice, check_integer
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.sharded import layout_of, local
 from functorch_optim.tree import MaskedNode, Tree
+from functorch_optim.tree._structure import saved
 from functorch_optim.wrappers._wrapping import wrapped
 
 
+@saved
 class QuantizedState(NamedTuple):
     """The state of `quantized`: two trees, each built like the state of the wrapped transformation.
 

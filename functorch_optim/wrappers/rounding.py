@@ -18,6 +18,7 @@ from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
 from functorch_optim._random import at_step, bits, key_of, mixed
 from functorch_optim.tree import Tree
+from functorch_optim.tree._structure import saved
 from functorch_optim.wrappers._wrapping import around, copied, wrapped
 
 
@@ -53,6 +54,7 @@ class KahanState(NamedTuple):
     compensation: Tensor
 
 
+@saved
 class StochasticRoundingState(NamedTuple):
     """The state of `stochastic_rounding`, once for the tree.
 
