@@ -81,6 +81,21 @@ class Layout(NamedTuple):
         shape = [*[self.mesh.shape[d] for d in dims], length]
         return Layout(self.mesh, tuple(placements), torch.Size(shape), _strides(shape))
 
+    @property
+    def chunked(self) -> list[int] | None:
+        """List the dimensions of the mesh that cut the tensor as `torch.chunk` does, one after the other.
+
+        Shards with strides, as those of FSDP over tensor parallelism, are chunks where the later dimensions cut first.
+        None where they are no chunks.
+        """
+        dims = [d for d, placement in enumerate(self.placements) if not placement.is_replicate()]
+        strided = [d for d in dims if type(self.placements[d]) is not _module().Shard]
+        for d in strided:
+            later = [e for e in dims if e > d and self.placements[e].dim == self.placements[d].dim]
+            if getattr(self.placements[d], "split_factor", None) != math.prod([self.mesh.shape[e] for e in later]):
+                return None
+        return [d for d in dims if d not in strided] + strided[::-1]
+
     def cuts(self, dim: int) -> bool:
         """Tell whether a dimension of the tensor is cut."""
         return any(not placement.is_replicate() and placement.dim == dim for placement in self.placements)
@@ -121,11 +136,6 @@ def some_sharded(tensors: Sequence[Any]) -> bool:
 def everywhere(tensor: Tensor, mesh: Any) -> Layout:
     """Return the layout of a tensor that is the same on all ranks of a mesh."""
     return Layout(mesh, tuple(_replicated(mesh)), tensor.shape, tensor.stride())
-
-
-def is_chunk(placement: Any) -> bool:
-    """Tell whether a placement cuts tensors as `torch.chunk` does, and not in strides."""
-    return type(placement) is _module().Shard
 
 
 def layout_of(tensor: Any) -> Layout | None:

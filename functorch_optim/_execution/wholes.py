@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import Path
 from functorch_optim._execution.representation import Columns, make
-from functorch_optim._execution.sharded import Layout, everywhere, is_chunk, is_sharded, local, summed_gradient
+from functorch_optim._execution.sharded import Layout, everywhere, is_sharded, local, summed_gradient
 
 Layouts: TypeAlias = Sequence[Layout | None]
 """Those of a column of tensors; None where a tensor is the same on all ranks."""
@@ -133,12 +133,14 @@ class _Piece(NamedTuple):
     layout: Layout
     tensor: Tensor
 
-    def shape(self, here: Sequence[int]) -> list[int]:
-        """Return the shape of a part, given the coordinates of a rank in the dimensions along which it is cut."""
+    def shape(self, cuts: Mapping[int, int]) -> list[int]:
+        """Return the shape of a part, given the dimensions of the mesh along which it is cut, and which part it is."""
         shape = list(self.layout.shape)
-        for placement, size, c in zip(self.layout.placements, self.layout.mesh.shape, here, strict=False):
+        for d, c in cuts.items():
+            placement = self.layout.placements[d]
             if not placement.is_replicate():
-                shape[placement.dim] = len(range(shape[placement.dim])[_part(shape[placement.dim], size, c)])
+                part = _part(shape[placement.dim], self.layout.mesh.shape[d], c)
+                shape[placement.dim] = part.stop - part.start
         return shape
 
     def cut(self, d: int, c: int) -> Tensor:
@@ -160,7 +162,7 @@ class _Owners:
 
     Args:
         layouts: of the tensors.
-        dims: the dimensions of the mesh along which they are cut. Along the others ranks do the same.
+        dims: the dimensions of the mesh along which they are cut, in this order. Along the others ranks do the same.
     """
 
     def __init__(self, layouts: Sequence[Layout], dims: list[int]) -> None:
@@ -176,7 +178,7 @@ class _Owners:
         for d in reversed(self.dims):
             ranks = self._by_owner(pieces, d)
             mine = ranks[self.here[d]]
-            expected = [[(p.shape((*self.here[:d], c)), p.tensor.dtype) for p in mine] for c in range(len(ranks))]
+            expected = [[(p.shape(self._cuts(d, c)), p.tensor.dtype) for p in mine] for c in range(len(ranks))]
             received = self._exchanged([[p.tensor for p in some] for some in ranks], expected, d)
             pieces = [p.joined(d, parts) for p, *parts in zip(mine, *received, strict=True)]
         return _in_rows([p.tensor for p in pieces], len(self.own), len(columns))
@@ -188,10 +190,11 @@ class _Owners:
         own = [p for p in given if p.owner == self.here]
         results = [tensor for column in columns for tensor in column]
         pieces = [p._replace(tensor=new.to(p.tensor.dtype)) for p, new in zip(own, results, strict=True)]
-        for d in self.dims:
-            arriving = [p for p in given if all(p.owner[e] == self.here[e] for e in self.dims if e > d)]
+        for k, d in enumerate(self.dims):
+            arriving = [p for p in given if all(p.owner[e] == self.here[e] for e in self.dims[k + 1 :])]
             ranks = self._by_owner(arriving, d)
-            expected = [[(p.shape(self.here[: d + 1]), p.tensor.dtype) for p in some] for some in ranks]
+            cuts = self._cuts(d, self.here[d])
+            expected = [[(p.shape(cuts), p.tensor.dtype) for p in some] for some in ranks]
             received = self._exchanged([[p.cut(d, c) for p in pieces] for c in range(len(ranks))], expected, d)
             parts = list(map(iter, received))
             pieces = [p._replace(tensor=next(parts[p.owner[d]])) for p in arriving]
@@ -206,6 +209,10 @@ class _Owners:
             for column in zip(layouts, columns, strict=True)
             for owner, layout, tensor in zip(self.owners, *column, strict=True)
         ]
+
+    def _cuts(self, d: int, c: int) -> dict[int, int]:
+        """Return the cuts of part c along dimension d of the mesh, of what this rank has along those before."""
+        return {e: c if e == d else self.here[e] for e in self.dims[: self.dims.index(d) + 1]}
 
     def _by_owner(self, pieces: Sequence[_Piece], d: int) -> list[list[_Piece]]:
         return [[p for p in pieces if p.owner[d] == c] for c in range(self.mesh.shape[d])]
@@ -229,16 +236,16 @@ class _Owners:
 
 
 def _owners(layouts: Layouts, states: Layouts) -> _Owners | None:
-    """Find owners of tensors; None where they are not cut, or not in the way of `torch.chunk`."""
+    """Find owners of tensors; None where they are not cut, or not in chunks, or their states in another way."""
     first = layouts[0]
-    if first is None or first.mesh.get_coordinate() is None:
+    dims = None if first is None else first.chunked
+    if first is None or not dims or first.mesh.get_coordinate() is None:
         return None
-    dims = [d for d, placement in enumerate(first.placements) if not placement.is_replicate()]
-    known = [layout for layout in (*layouts, *states) if layout is not None]
-    here = all([layout.mesh == first.mesh for layout in known])  # noqa: C419
-    cut = {(d, placement) for layout in known for d, placement in enumerate(layout.placements)}
-    fits = here and all(placement.is_replicate() or (d in dims and is_chunk(placement)) for d, placement in cut)
-    return _Owners(known[: len(layouts)], dims) if dims and fits else None
+    for layout in states:
+        own = [] if layout is None else layout.chunked
+        if own is None or own != [d for d in dims if d in own] or (layout is not None and layout.mesh != first.mesh):
+            return None
+    return _Owners([layout for layout in layouts if layout is not None], dims)
 
 
 def spread(work: Sequence[int], ranks: int) -> list[int]:

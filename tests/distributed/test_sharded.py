@@ -17,8 +17,8 @@ from ranks import on_ranks
 SCRIPT = pathlib.Path(__file__).parents[2] / "docs" / "scripts" / "train_sharded.py"
 
 
-def test_training_on_two_ranks_is_that_of_one_process():
-    on_ranks(2, sharded_cases.CASES + owner_cases.CASES + narrow_cases.CASES)
+def test_training_on_two_ranks_is_that_of_one_process_or_warns():
+    on_ranks(2, sharded_cases.CASES + owner_cases.CASES + narrow_cases.CASES + part_cases.CASES)
 
 
 def test_training_on_four_ranks_is_that_of_one_process():
@@ -30,10 +30,6 @@ def test_checkpoints_of_four_ranks_go_on_in_two_and_in_one_process(tmp_path):
     of_four = functools.partial(resuming_cases.goes_on_with_that_of_others, tmp_path)
     on_ranks(2, [resuming_cases.sharded_checkpoints_go_on_sharded_and_whole, of_four])
     of_four(None)
-
-
-def test_optimizers_of_a_part_of_the_parameters_warn():
-    on_ranks(2, part_cases.CASES)
 
 
 def test_the_script_of_the_documents_trains_on_two_ranks(tmp_path):

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from sharded_cases import EXACT, whole
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import functorch_optim as fo
 
@@ -133,6 +135,31 @@ def two_collectives_send_the_bytes_of_the_formula(mesh):
     assert sum(sent) == 4 * size * (n - 1) // n**2
 
 
+def modules_that_are_also_parallel_in_tensors_train_as_whole_ones(mesh):
+    """FSDP then cuts the shards of tensor parallelism, so that those of the whole tensor have strides."""
+    grid = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    nets, opts = [], []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3), torch.nn.Tanh()
+        net = torch.nn.Sequential(*layers).double()
+        if parallel:
+            parallelize_module(net, grid["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            fully_shard(net, mesh=grid["data"])
+        nets.append(net)
+        opts.append(fo.Optimizer(net.named_parameters(), fo.muon_with_adamw, lr=0.1, ns_dtype=None))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with exchanges() as sent:
+        for _ in range(2):
+            for net, opt in zip(nets, opts, strict=True):
+                opt.zero_grad()
+                net(x).square().sum().backward()
+                opt.step()
+    assert len(sent) == 2 * 2 * 4, "two steps, two matrices cut in two ways, there and back along two dimensions"
+    for p, q in zip(*[net.parameters() for net in nets], strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.detach(), **EXACT)
+
+
 def owners_name_their_own_parameters(mesh):
     tx = fo.leafwise(None, lambda g, state, p, s: (g.sum(0), state))
     grads = sharded({"small": torch.ones(2, 2), "large": torch.ones(6, 6)}, mesh, [Shard(0)])
@@ -147,4 +174,8 @@ CASES = [
     two_collectives_send_the_bytes_of_the_formula,
     owners_name_their_own_parameters,
 ]
-OF_FOUR = [rows_columns_and_grids_train_as_one_process, two_collectives_send_the_bytes_of_the_formula]
+OF_FOUR = [
+    rows_columns_and_grids_train_as_one_process,
+    two_collectives_send_the_bytes_of_the_formula,
+    modules_that_are_also_parallel_in_tensors_train_as_whole_ones,
+]
