@@ -15,7 +15,7 @@ from functorch_optim._core.rule import ADD
 from functorch_optim._execution import choose, writing
 from functorch_optim._execution.choose import Machine, Way
 from functorch_optim._execution.foreach import Overwriting
-from functorch_optim._execution.mode import Mode
+from functorch_optim._execution.mode import Mode, wants_derivatives
 from functorch_optim._execution.program import needed, record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import (
@@ -228,7 +228,8 @@ class Group:
             else:
                 used = any([stage.rule.needs_params for stage in stages])  # noqa: C419
                 arguments = members, new_updates, own, handed if used else None, self.path
-                new_updates, columns = self.wholes.run(rules, *arguments, derivatives=not eagerly)
+                derivatives = not eagerly and wants_derivatives([*given, *tree.flatten(numbers)[0]])
+                new_updates, columns = self.wholes.run(rules, *arguments, derivatives)
             for k, column in zip(members, columns, strict=True):
                 new_states[k] = column
         if eagerly and versions != _versions(given):

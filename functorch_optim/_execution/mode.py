@@ -39,6 +39,13 @@ def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
     return mode == "plain" or not any(tensor.requires_grad for tensor in tensors)
 
 
+def wants_derivatives(tensors: Sequence[Any]) -> bool:
+    """Tell whether derivatives of what is computed from tensors are recorded, or carried along."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
 class Plain(list[Tensor]):
     """A list of tensors that may be given to foreach kernels: of one dtype, plain, and without derivatives."""
 

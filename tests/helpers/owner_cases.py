@@ -10,6 +10,7 @@ from sharded_cases import EXACT, whole
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.flop_counter import FlopCounterMode
 
 import functorch_optim as fo
 
@@ -135,6 +136,18 @@ def two_collectives_send_the_bytes_of_the_formula(mesh):
     assert sum(sent) == 4 * size * (n - 1) // n**2
 
 
+def a_rank_may_be_watched_alone(mesh):
+    """All ranks are to choose the same way, or they wait for each other."""
+    grads = sharded(parameters(), mesh, [Shard(0)])
+    tx = OPTIMIZERS["muon"]()
+    state = tx.init(grads)
+    watched = FlopCounterMode(display=False) if mesh.get_rank() == 0 else contextlib.nullcontext()
+    with watched:
+        updates, _ = tx.update(grads, state, grads)
+    expected, _ = tx.update(whole(grads), tx.init(whole(grads)), whole(grads))
+    torch.testing.assert_close(whole(updates), expected, **EXACT)
+
+
 def modules_that_are_also_parallel_in_tensors_train_as_whole_ones(mesh):
     """FSDP then cuts the shards of tensor parallelism, so that those of the whole tensor have strides."""
     grid = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -173,6 +186,7 @@ CASES = [
     each_tensor_is_computed_once,
     two_collectives_send_the_bytes_of_the_formula,
     owners_name_their_own_parameters,
+    a_rank_may_be_watched_alone,
 ]
 OF_FOUR = [
     rows_columns_and_grids_train_as_one_process,
