@@ -82,4 +82,5 @@ def seed():
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
-    torch._dynamo.reset()
+    if torch._dynamo.convert_frame.FRAME_COUNTER:  # something has been compiled
+        torch._dynamo.reset()

@@ -62,7 +62,6 @@ def test_defaults_are_those_of_torch(name):
     assert {key: ours[key].default for key in shared} == {key: theirs[key].default for key in shared}
 
 
-@pytest.mark.sampled(size=48)
 @same
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_equals_torch_in_double_precision(name, options, dtype, device, double):
@@ -75,7 +74,6 @@ def test_equals_torch_in_double_precision(name, options, dtype, device, double):
         assert deviation(averages, [theirs.state[p]["ax"] for p in parameters(theirs)]) < 1e-12
 
 
-@pytest.mark.sampled(size=48)
 @same
 def test_equals_torch_in_single_precision_to_a_few_units_in_the_last_place(name, options, device):
     pair = both(factory_of(name)(**options), name, torch.float32, device, **options)

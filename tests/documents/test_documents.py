@@ -16,6 +16,7 @@ from functorch_optim import testing
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LONG = {"test-your-transformation"}
 TREE = [
     *("add", "cast", "flatten", "get", "map", "norm", "paths", "ravel", "scale", "set", "sub", "unflatten", "vdot"),
     *("where", "zeros_like"),
@@ -65,8 +66,11 @@ def public_names():
     return sorted({*fo.__all__, *names} - torchs)
 
 
-@pytest.mark.sampled(size=10)
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.sampled(pool="long") if path.stem in LONG else ()) for path in DOCUMENTS],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_the_code_in_documents_runs(path, monkeypatch):
     examples = blocks(path)
     if examples:  # what is defined in a document can be pickled, as it could be in a program

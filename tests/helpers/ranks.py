@@ -1,6 +1,7 @@
 """Runs functions on several ranks: processes on this machine that talk by gloo."""
 
 import datetime
+import multiprocessing
 import pickle
 import tempfile
 import traceback
@@ -17,7 +18,13 @@ def on_ranks(n, functions):
     Each is a function at the top of a module: `function(mesh)`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(_run, (n, folder, functions), nprocs=n, join=False)
+        # Ranks are forks of a process that has imported everything, and has done nothing.
+        multiprocessing.set_forkserver_preload(
+            ["functorch_optim", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+        )
+        context = torch.multiprocessing.start_processes(
+            _run, (n, folder, functions), nprocs=n, join=False, start_method="forkserver"
+        )
         while not context.join(grace_period=5):
             pass
         failed = [pickle.loads(path.read_bytes()) for path in sorted(Path(folder).glob("failed*"))]

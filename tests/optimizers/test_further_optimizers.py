@@ -449,7 +449,6 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
-@pytest.mark.sampled(size=24)
 @cases
 def test_every_step_is_that_of_the_formula(case):
     run = make_run()

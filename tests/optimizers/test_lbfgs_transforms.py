@@ -54,15 +54,18 @@ def test_a_batch_of_learning_rates_of_one_problem_equals_a_loop(options):
 
 @pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize(
-    "options",
-    [{"max_iter": 2, "lr": 0.02, "history_size": 2}, {"max_iter": 2, "max_eval": 3, "history_size": 1, **WOLFE}],
+    ("options", "backend"),
+    [
+        ({"max_iter": 2, "lr": 0.02, "history_size": 2}, "aot_eager"),
+        ({"max_iter": 2, "max_eval": 3, "history_size": 1, **WOLFE}, "eager"),  # thousands of calls
+    ],
     ids=["fixed", "wolfe"],
 )
-def test_compiles_whole(options):
+def test_compiles_whole(options, backend):
     def step(params, state):
         return train(params, options, updates=1, state=state)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     params = expected = {"x": torch.randn(3, **DOUBLE)}
     state = expected_state = lbfgs(**options).init(params)
     for _ in range(3):

@@ -207,6 +207,7 @@ def test_members_of_a_batch_are_trained_as_alone():
         torch.testing.assert_close(fo.tree.map(lambda p, k=k: p[k], found), alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiled_it_rounds_as_eagerly():
     """A compiler leaves out a cast to half precision and back."""
     params, history = make(3)

@@ -157,6 +157,7 @@ def test_members_of_a_batch_are_trained_as_alone(wrap):
         torch.testing.assert_close(fo.tree.map(lambda p, k=k: p[k], found), alone, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.sampled(pool="compiled")
 @wrappers
 def test_compiled_it_rounds_as_eagerly(wrap):
     params, history = make(1)

@@ -94,14 +94,14 @@ def compiled(tx, params, history, **extras):
     return params, state
 
 
-ways = pytest.mark.parametrize("way", [pure, in_place, stateful, batched, compiled], ids=lambda way: way.__name__)
-functional = pytest.mark.parametrize("way", [pure, in_place, batched, compiled], ids=lambda way: way.__name__)
+once_compiled = pytest.param(compiled, marks=pytest.mark.sampled(pool="compiled"))
+ways = pytest.mark.parametrize("way", [pure, in_place, stateful, batched, once_compiled], ids=lambda way: way.__name__)
+functional = pytest.mark.parametrize("way", [pure, in_place, batched, once_compiled], ids=lambda way: way.__name__)
 
 
 # Gradients that are not finite. ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(size=4)
 @ways
 @pytest.mark.parametrize("by", [NAN, INF, -INF])
 def test_steps_that_are_not_finite_are_as_if_they_had_not_been(way, by):
@@ -128,7 +128,6 @@ def test_the_optimizer_counts_as_well():
         assert [float(state[name]) for name in ("notfinite_count", "total_notfinite", "step")] == [2, 3, 3]
 
 
-@pytest.mark.sampled(size=2)
 @ways
 def test_after_too_many_in_a_row_they_are_let_through(way):
     params, history = make(4)
@@ -149,7 +148,6 @@ def test_large_numbers_are_finite():
     assert state[0].total_notfinite == 0
 
 
-@pytest.mark.sampled(size=2)
 @ways
 def test_mini_steps_that_are_not_finite_are_not_in_the_mean(way):
     params, history = make(6)
@@ -194,7 +192,6 @@ def test_max_consecutive_is_a_number_that_is_not_negative():
 LOSSES = (1.0, 50.0, 2.0, 3.0, 70.0, 80.0, 1.0, 2.0)
 
 
-@pytest.mark.sampled(size=4)
 @ways
 def test_a_condition_of_the_step(way):
     params, history = make()
@@ -202,7 +199,6 @@ def test_a_condition_of_the_step(way):
     assert_close(found, momentum_sgd(params, [grads for k, grads in enumerate(history) if k % 3 != 1]))
 
 
-@pytest.mark.sampled(size=4)
 @ways
 @pytest.mark.parametrize(
     "condition",
@@ -220,7 +216,6 @@ def test_a_condition_of_extras(way, condition):
     assert_close(found, momentum_sgd(params, [grads for k, grads in enumerate(history) if LOSSES[k] < 10]))
 
 
-@pytest.mark.sampled(size=4)
 @ways
 def test_a_condition_of_the_gradients(way):
     params, history = make()
@@ -314,7 +309,6 @@ def counting():
     return fo.GradientTransformation(lambda params: {"count": torch.zeros((), dtype=torch.float64)}, update)
 
 
-@pytest.mark.sampled(size=4)
 @ways
 @pytest.mark.parametrize("after", [fo.identity, lambda: fo.scale(1.0)], ids=["last", "not last"])
 def test_functions_of_the_whole_tree_stand_still(way, after):
@@ -330,7 +324,6 @@ def test_functions_of_the_whole_tree_stand_still(way, after):
 FLUSHES = (False, False, True, False, False, False, True)
 
 
-@pytest.mark.sampled(size=4)
 @ways
 @pytest.mark.parametrize("mean", [True, False])
 def test_a_remainder_is_a_step_of_its_own(way, mean):
