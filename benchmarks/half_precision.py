@@ -70,7 +70,9 @@ def draw(curves: dict[str, dict[str, list[float]]]) -> None:
         axes.set_xlabel("steps")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("loss on validation data")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    legend = figure.axes[-1].legend(frameon=False, fontsize=8)
+    for line in legend.get_lines():
+        line.set_linestyle("-")
     figure.savefig(PICTURE, dpi=110)
 
 
