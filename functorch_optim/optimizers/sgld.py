@@ -10,6 +10,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.rule import StepState
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.representation import widened
+from functorch_optim._execution.sharded import placed
 from functorch_optim._numerics import safe_sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.optimizers._whole import like
@@ -38,7 +39,8 @@ def sgld(
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
         temperature: of the density that is sampled, >= 0.
         weight_decay: L2 penalty >= 0: the precision of a Gaussian prior.
-        generator: where noise is drawn from, on the device of the parameters. It changes with every draw.
+        generator: where noise is drawn from, on the device of the parameters. It changes with every draw. For sharded
+            parameters (DTensor) all ranks draw the whole noise, and need generators with one seed.
         maximize: ascend: the loss is a log-density.
 
     Raises:
@@ -82,6 +84,6 @@ def sgld(
 
     def _drawn(g: Tensor) -> Tensor:
         dtype = torch.promote_types(g.dtype, torch.float32)
-        return torch.randn(g.shape, generator=generator, dtype=dtype, device=g.device)
+        return placed(torch.randn(g.shape, generator=generator, dtype=dtype, device=g.device), g)
 
     return uphill_or_down(add_decayed_weights(weight_decay), GradientTransformation(init, update), maximize=maximize)

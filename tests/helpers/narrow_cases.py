@@ -44,6 +44,18 @@ def random_bits_are_those_of_whole_tensors(mesh):
     assert len(p.full_tensor().unique()) == 2
 
 
+def noise_of_one_seed_is_that_of_whole_tensors(mesh):
+    one = parameters(torch.float32)
+    many = sharded(one, mesh, [Shard(0)])
+    found = []
+    for params in (one, many):
+        tx = fo.sgld(0.1, generator=torch.Generator().manual_seed(0))
+        found.append(fo.step(tx, params, tx.init(params), params)[0])
+    assert all(leaf.placements == (Shard(0),) for leaf in found[1].values())
+    torch.testing.assert_close(whole(found[1]), found[0])
+    assert not torch.equal(found[0]["rows"], 0.95 * one["rows"])
+
+
 def blocks_are_quantized_shard_by_shard(mesh):
     for bits in (8, 4):
         tx = fo.quantized(fo.adamw(0.1), bits, block_size=32, min_size=32)  # a block is a row, which no shard cuts
@@ -81,6 +93,7 @@ def quantized_states_are_saved_and_loaded(mesh):
 
 CASES = [
     random_bits_are_those_of_whole_tensors,
+    noise_of_one_seed_is_that_of_whole_tensors,
     blocks_are_quantized_shard_by_shard,
     quantized_states_are_saved_and_loaded,
 ]
