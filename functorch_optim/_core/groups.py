@@ -10,7 +10,7 @@ from functorch_optim._core.checks import Path
 from functorch_optim._core.leaves import Ready
 from functorch_optim._core.links import Link
 from functorch_optim._core.numbers import Bucket, Numbers, Shares
-from functorch_optim._core.rule import ADD, Rule, TreeRule
+from functorch_optim._core.rule import ADD, Rule, TreeRule, unchanged
 from functorch_optim._core.shards import Shards
 from functorch_optim._execution.group import Group
 from functorch_optim._execution.reference import Held, Stage
@@ -143,6 +143,7 @@ class LeafGroup:
         self.whole = indices == list(range(len(updates)))
         own = [links[k] for k in applying]
         rules = [link.rule.of(dtype) for link in own]  # type: ignore[union-attr]
+        self.idle = all(rule.update is unchanged for rule in rules)
         stages = [Stage(rule, _source(own, rules, applying, n)) for n, rule in enumerate(rules)]
         first = updates[indices[0]]
         self.is_sparse = first.layout != torch.strided

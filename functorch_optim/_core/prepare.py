@@ -149,7 +149,7 @@ class Prepared:
                     overwrite = group.ready(updates, params, columns, numbers) if self.overwrites and last else None
                     if overwrite is not None:
                         ready.append(overwrite)
-                    else:
+                    elif last or not group.idle:
                         computed = True
                         group.compute(updates, params, columns, numbers)
         return Outcome(updates, columns, carried, due, ready, computed)

@@ -166,6 +166,11 @@ class Rule:
                 )
 
 
+def unchanged(g: Any, state: Any, p: Any, s: Any) -> Any:
+    """Return the gradient and the state: the update of a rule that changes nothing."""
+    return g, state
+
+
 ADD = Rule(None, lambda u, state, p, s: (p + u, state), elementwise=True, needs_params=True, sparse="touched")
 """The last rule of a step: it makes of an update the new parameter."""
 

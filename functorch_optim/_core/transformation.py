@@ -17,7 +17,7 @@ from functorch_optim._core import functional
 from functorch_optim._core.leaf import marked
 from functorch_optim._core.links import Link, nest
 from functorch_optim._core.recorded import Recorded
-from functorch_optim._core.rule import ADD, EmptyState, Rule, TreeRule
+from functorch_optim._core.rule import ADD, EmptyState, Rule, TreeRule, unchanged
 from functorch_optim.tree import Tree
 
 _P = ParamSpec("_P")
@@ -379,7 +379,7 @@ def identity() -> GradientTransformation:
         >>> tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
         ({'w': tensor([1.])}, EmptyState())
     """
-    return leafwise(None, lambda g, state, p, s: (g, state), elementwise=True, sparse="touched")
+    return leafwise(None, unchanged, elementwise=True, sparse="touched")
 
 
 @factory

@@ -98,7 +98,7 @@ def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way:
     if way in ("foreach", "blocks") or not (overwrites or (way is None and all(small) and on_cpu)):
         return chosen
     found = native.match(program)
-    if found is not None:
+    if found is not None and (found.kernel.states or found.gradient == "g"):  # p + n (m g) is two calls as it is
         return native.Native(program, found, chosen, numbers)
     compiles = way == "fused" and len(program.instructions) > 1  # of one call there is nothing to fuse
     return (fused.compiled(program) or chosen) if compiles else chosen

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functorch_optim._execution.calls import called, contracted, is_tensor, last_reads, with_copies
 from functorch_optim._execution.program import Instruction, Name, Program
+from functorch_optim._numerics import or_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +144,11 @@ def _copied(tensor: Tensor, *, out: Tensor) -> Tensor:
     return out.copy_(tensor)
 
 
+def _nonzero(tensor: Tensor, *, out: Tensor) -> Tensor:
+    """Return what `or_one` does: to add a one is faster than to fill it in."""
+    return torch.add(tensor, torch.eq(tensor, 0, out=torch.empty_like(tensor)), out=out)
+
+
 _SYMMETRIC = {"add", "mul", "eq", "ne"}
 _ANY = {
     *("abs", "neg", "sqrt", "rsqrt", "square", "reciprocal", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "sign"),
@@ -159,6 +165,8 @@ def _storing(instruction: Instruction) -> tuple[Callable[..., Any] | None, tuple
         args = args[::-1]
     if name == "clone" and len(args) == 1 and not instruction.kwargs:
         return _copied, args
+    if instruction.function is or_one:
+        return _nonzero, args
     tensors = all(map(is_tensor, args)) if name in _TENSORS else is_tensor(args[0])
     known = getattr(torch, name, None) if name in _ANY | _TENSORS else None
     return (known if tensors else None), args

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._numerics import at_least, clamped_from_below, rms
+from functorch_optim._numerics import at_least, clamped_from_below, or_one, rms
 
 LAST = (-2, -1)
 """The dimensions of a matrix, its rows and its columns; a tensor with further ones is a stack of matrices."""
@@ -28,7 +28,7 @@ def running_means(r: Tensor, c: Tensor, x: Tensor, weight: Any, dims: tuple[int,
 def estimate(r: Tensor, c: Tensor, least: Any = 0.0, dims: tuple[int, int] = LAST) -> Tensor:
     """Return R C / max(mean(R), least), the matrix of rank one with these means; 0 where they are."""
     mean = torch.clamp_min(_mean(r, dims[0]), least)
-    return r / mean.masked_fill(mean == 0, 1) * c  # in this order nothing overflows
+    return r / or_one(mean) * c  # in this order nothing overflows
 
 
 def inverse_root(v: Tensor, least: Any = 0.0) -> Tensor:
@@ -36,10 +36,15 @@ def inverse_root(v: Tensor, least: Any = 0.0) -> Tensor:
     return torch.rsqrt(torch.clamp_min(v, at_least(least, torch.finfo(v.dtype).tiny)))
 
 
-def normalized(g: Tensor, v: Tensor, d: Any, least: Any = 0.0) -> Tensor:
-    """Return g / sqrt(max(v, least)), scaled down to a root mean square of d."""
-    w = g * inverse_root(v, least)
-    return w / clamped_from_below(rms(w) / d, 1)
+def normalized(g: Tensor, v: Tensor, d: Any) -> Tensor:
+    """Return g / sqrt(v), scaled down to a root mean square of d."""
+    w = g * inverse_root(v)
+    return w / excess(w, d)
+
+
+def excess(w: Tensor, d: Any) -> Tensor:
+    """Return max(1, RMS(w) / d): divided by it, w has a root mean square of at most d."""
+    return clamped_from_below(rms(w) / d, 1)
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:

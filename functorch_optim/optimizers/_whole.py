@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import check_loss
+from functorch_optim._execution.blocks import BLOCK
 from functorch_optim._execution.representation import as_reals, widened
 from functorch_optim._execution.sharded import over_ranks, some_sharded
 from functorch_optim._numerics import double, known, minimum, safe_sqrt, where, wide_device
-
-
-def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors as rules are given them: real, and in float32 at least."""
-    return [as_reals(widened(tensor)) for tensor in tensors]
 
 
 def like(number: Any, tensor: Tensor) -> Any:
@@ -25,36 +21,69 @@ def like(number: Any, tensor: Tensor) -> Any:
     return number.to(tensor.device, tensor.dtype) if isinstance(number, Tensor) else number
 
 
-def total(terms: Sequence[Tensor], step: Any) -> Any:
-    """Add all elements of real tensors: a float where the step is one and nothing is differentiated."""
-    if not terms:
+def total(term: Callable[..., Tensor], columns: Sequence[Sequence[Tensor]], step: Any) -> Any:
+    """Add a term over all elements: a float where the step is one and nothing is differentiated.
+
+    Args:
+        term: elementwise function of a tensor of each column. It is given them as rules are: real, and in float32 at
+            least.
+        columns: lists of tensors of the same shapes.
+        step: of the scalars. Where it is known, large tensors are added piece by piece, so that terms stay in the
+            cache.
+    """
+    if not columns[0]:
         return 0.0 * step
-    return known(over_ranks(terms, _sum_of, Tensor.sum) if some_sharded(terms) else _sum_of(terms), step)
+    rows: Iterable[tuple[Tensor, ...]] = zip(*columns, strict=True)
+    if any(map(some_sharded, columns)):
+        return known(over_ranks([_at_row(term, row) for row in rows], _sum_of, Tensor.sum), step)
+    if isinstance(step, float):
+        rows = (piece for row in rows for piece in _pieces(row))
+    return known(_sum_of(_at_row(term, row) for row in rows), step)
 
 
-def _sum_of(terms: Sequence[Tensor]) -> Tensor:
+def _at_row(term: Callable[..., Tensor], row: Sequence[Tensor]) -> Tensor:
+    return term(*[as_reals(widened(tensor)) for tensor in row])
+
+
+def _pieces(row: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape along their first dimension."""
+    size = row[0].numel()
+    if size <= BLOCK:
+        return iter([tuple(row)])
+    length = max(1, BLOCK * row[0].shape[0] // size)
+    return zip(*[torch.split(tensor, length) for tensor in row], strict=True)
+
+
+def _sum_of(terms: Iterable[Tensor]) -> Tensor:
     sums = [_sum(term) for term in terms]
     return torch.stack([one.to(sums[0].device) for one in sums]).sum()
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], step: Any) -> Any:
-    """Take the inner product of two lists of real tensors."""
-    return total([x * y for x, y in zip(xs, ys, strict=True)], step)
+    """Take the inner product of two lists of tensors."""
+    return total(torch.mul, [xs, ys], step)
 
 
 def squares(xs: Sequence[Tensor], step: Any) -> Any:
-    """Add the squares of all elements of real tensors."""
-    return total([x.square() for x in xs], step)
+    """Add the squares of all elements of tensors."""
+    return total(torch.square, [xs], step)
 
 
 def norm(xs: Sequence[Tensor], step: Any) -> Any:
-    """Take the 2-norm of all elements of real tensors, with derivative zero at zero."""
+    """Take the 2-norm of all elements of tensors, with derivative zero at zero."""
     return safe_sqrt(squares(xs, step))
 
 
-def differences(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    """Subtract lists of tensors, real and in float32 at least."""
-    return [x - y for x, y in zip(wide(xs), wide(ys), strict=True)]
+def squared_distance(xs: Sequence[Tensor], ys: Sequence[Tensor], step: Any) -> Any:
+    """Add the squares of the differences of two lists of tensors."""
+    return total(lambda x, y: (x - y).square(), [xs, ys], step)
+
+
+def or_first(carried: Any, first: Callable[[], Any]) -> Any:
+    """Return a number that is carried on, or its first value where it is still 0."""
+    if isinstance(carried, float) and carried != 0:
+        return carried
+    return where(carried == 0, first(), carried)
 
 
 def bounded(bound: Any, x: Any, y: Any) -> Any:

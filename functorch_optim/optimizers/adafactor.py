@@ -21,7 +21,7 @@ from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
 from functorch_optim._numerics import clamped_from_below, minimum, rms
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
-from functorch_optim.optimizers._factored import LAST, estimate, normalized, running_means
+from functorch_optim.optimizers._factored import LAST, estimate, excess, inverse_root, running_means
 from functorch_optim.transforms.momentum import ema
 from functorch_optim.tree import Tree
 from functorch_optim.tree import map as tree_map
@@ -207,8 +207,8 @@ def adafactor(
         return g * g + s.eps1 if add_eps else g * g
 
     def moved(g: Tensor, v: Tensor, p: Any, s: AdafactorScalars) -> Tensor:
-        w = normalized(g, v, s.d, 0.0 if add_eps else s.eps1 * s.eps1)
-        u: Tensor = scaled(-s.rho, p, s.eps2) * w
+        w = g * inverse_root(v, 0.0 if add_eps else s.eps1 * s.eps1)
+        u: Tensor = scaled(-s.rho, p, s.eps2) / excess(w, s.d) * w
         return shrunk(u, p, s.decay, s.eps2) if decays and beta1 is None else u
 
     def of_matrix(g: Tensor, state: FactoredState, p: Any, s: AdafactorScalars) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import debias, safe_sqrt, sqrt
+from functorch_optim._numerics import debias, or_one, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
 
 
@@ -220,7 +220,7 @@ def _projected(w: Tensor, g: Tensor, p: Tensor, s: Projection) -> tuple[Tensor, 
         ps, gs, ws = [x.reshape(rows, -1) for x in (p, g, w)]
         length = _norms(ps) + s.eps
         cosine = ((gs * ps).sum(1, keepdim=True).abs() / (_norms(gs) + s.eps) / length).max()
-        unit = ps / length.masked_fill(length == 0, 1)
+        unit = ps / or_one(length)
         orthogonal = ws - unit * (unit * ws).sum(1, keepdim=True)
         near = cosine < s.delta / math.sqrt(ps.shape[1])
         chosen = torch.where(near, orthogonal.reshape(w.shape), chosen)

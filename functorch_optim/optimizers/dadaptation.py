@@ -11,9 +11,9 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import debias, maximum, minimum, quotient, safe_sqrt, sqrt, where
+from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
-from functorch_optim.optimizers._whole import dot, like, norm, total, wide
+from functorch_optim.optimizers._whole import dot, like, norm, or_first, total
 from functorch_optim.transforms.decay import add_decayed_weights
 
 
@@ -150,11 +150,11 @@ def dadapt_adam(
         eta = d * rate
         if use_bias_correction:
             eta = eta * sqrt(debias(beta2, k)) / debias(beta1, k)
-        grads, sums, squared = wide(updates), wide(states.s), wide(states.exp_avg_sq)
-        scaled = [s / _nonzero(safe_sqrt(v) + like(e, v)) for s, v in zip(sums, squared, strict=True)]
         q, weight3 = where(live, q, 1.0), where(live, (1 - q) * eta, 0.0)
-        r = q * carried.numerator_weighted + weight3 * dot(grads, scaled, step)
-        size = total([(like(q, g) * s + like(weight3, g) * g).abs() for g, s in zip(grads, sums, strict=True)], step)
+        r = q * carried.numerator_weighted + weight3 * total(
+            lambda g, s, v: g * (s / or_one(safe_sqrt(v) + like(e, v))), [updates, states.s, states.exp_avg_sq], step
+        )
+        size = total(lambda g, s: (like(q, g) * s + like(weight3, g) * g).abs(), [updates, states.s], step)
         moves = live & (size != 0)
         grown = _grown(d, quotient(r, (1 - q) * size), growth_rate, step)
         now = DAdaptAdamCarried(grown, r, k)
@@ -175,7 +175,7 @@ def dadapt_adam(
         sums = s.q * state.s + s.weight3 * g
         m = s.beta1 * state.exp_avg + s.weight1 * g
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
-        u = -s.moves * m / _nonzero(safe_sqrt(v) + s.eps)
+        u = -s.moves * m / or_one(safe_sqrt(v) + s.eps)  # where that is zero, s and m are
         return u - s.decay * p if decoupled_weight_decay else u, DAdaptAdamState(sums, m, v)
 
     rule = of_rule(
@@ -242,11 +242,10 @@ def dadapt_sgd(
         return DAdaptSGDCarried(at_first(d0), 0.0, 0.0)
 
     def scalars(step: Any, carried: DAdaptSGDCarried, *, updates: Any, states: Any) -> Any:
-        grads, sums = wide(updates), wide(states.s)
-        g0_norm = where(carried.g0_norm == 0, norm(grads, step), carried.g0_norm)
+        g0_norm = or_first(carried.g0_norm, lambda: norm(updates, step))
         eta = quotient(carried.d * at(lr, step), g0_norm)
-        r = carried.numerator_weighted + eta * dot(grads, sums, step)
-        size = norm([s + like(eta, g) * g for g, s in zip(grads, sums, strict=True)], step)
+        r = carried.numerator_weighted + eta * dot(updates, states.s, step)
+        size = safe_sqrt(total(lambda g, s: (s + like(eta, g) * g).square(), [updates, states.s], step))
         d = _grown(carried.d, quotient(2 * r, size), growth_rate, step)
         return (eta, 1 - at(momentum, step)), DAdaptSGDCarried(d, r, g0_norm)
 
@@ -257,10 +256,6 @@ def dadapt_sgd(
 
     rule = of_rule(_init_sgd, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return x.masked_fill(x == 0, 1)  # there s and m are zero
 
 
 def _grown(d: Any, estimate: Any, growth_rate: Any, step: Any) -> Any:

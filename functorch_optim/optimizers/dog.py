@@ -11,9 +11,9 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, 
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._core.vector import common_dtype
-from functorch_optim._numerics import maximum, quotient, safe_norm, safe_sqrt, where
+from functorch_optim._numerics import maximum, quotient, safe_norm, safe_sqrt
 from functorch_optim.optimizers._descent import descent
-from functorch_optim.optimizers._whole import differences, norm, squares, wide
+from functorch_optim.optimizers._whole import norm, or_first, squared_distance, squares
 
 
 class DoGCarried(NamedTuple):
@@ -114,10 +114,9 @@ def dog(
         return DoGCarried(0.0, 0.0)
 
     def scalars(step: Any, carried: DoGCarried, *, updates: Any, params: Any, states: Any) -> Any:
-        first = at(reps_rel, step) * (1 + norm(wide(states.p0), step))
-        gone = norm(differences(params, states.p0), step)
-        rbar = maximum(where(carried.rbar == 0, first, carried.rbar), gone)
-        G = carried.G + squares(wide(updates), step)  # noqa: N806
+        before = or_first(carried.rbar, lambda: at(reps_rel, step) * (1 + norm(states.p0, step)))
+        rbar = maximum(before, safe_sqrt(squared_distance(params, states.p0, step)))
+        G = carried.G + squares(updates, step)  # noqa: N806
         return quotient(rbar, safe_sqrt(G + at(eps, step))), DoGCarried(rbar, G)
 
     def update(g: Tensor, state: DoGState, p: Any, eta: Any) -> Any:
@@ -214,8 +213,8 @@ def dowg(
         return DoWGCarried(at_first(d0_squared), 0.0)
 
     def scalars(step: Any, carried: DoWGCarried, *, updates: Any, params: Any, states: Any) -> Any:
-        r2 = maximum(carried.r2, squares(differences(params, states.p0), step))
-        v = carried.v + r2 * squares(wide(updates), step)
+        r2 = maximum(carried.r2, squared_distance(params, states.p0, step))
+        v = carried.v + r2 * squares(updates, step)
         return quotient(r2, safe_sqrt(v) + at(eps, step)), DoWGCarried(r2, v)
 
     def update(g: Tensor, state: DoWGState, p: Any, eta: Any) -> Any:

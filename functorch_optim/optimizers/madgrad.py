@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import safe_power, sqrt
+from functorch_optim._numerics import or_one, safe_power, sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 
@@ -94,7 +94,7 @@ def madgrad(
         v = state.grad_sum_sq + s.weight * g * g
         total = state.grad_sum + s.weight * g
         root = safe_power(v, 1 / 3) + s.eps
-        z = state.x0 - total / root.masked_fill(root == 0, 1)
+        z = state.x0 - total / or_one(root)
         u, x0 = s.c * (z - p), state.x0
         if decays:
             u = u - s.decay * p

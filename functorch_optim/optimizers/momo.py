@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import at_least, debias, safe_sqrt, where
-from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, squares, total, wide
+from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, total
 
 
 class MoMoCarried(NamedTuple):
@@ -108,13 +109,12 @@ def momo(
     ) -> tuple[MoMoScalars, MoMoCarried]:
         kept = where(step == 1, 0.0, at(beta, step))
         rate = at(lr, step)
-        grads, weights = wide(updates), wide(params)
-        means = _means(grads, wide(states.exp_avg), kept, 1 - kept)
+        mean, given = _mean(kept), [updates, states.exp_avg]
         f = kept * carried.loss_avg + (1 - kept) * loss_at(value, step)
-        q = kept * carried.grad_dot_w + (1 - kept) * dot(grads, weights, step)
+        q = kept * carried.grad_dot_w + (1 - kept) * dot(updates, params, step)
         decay = rate * at(weight_decay, step)
-        h = (1 + decay) * (f - at(lb, step) - q) + dot(means, weights, step)
-        tau = bounded(rate, at_least(h, 0.0), squares(means, step))
+        h = (1 + decay) * (f - at(lb, step) - q) + total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
+        tau = bounded(rate, at_least(h, 0.0), total(lambda g, m: mean(g, m).square(), given, step))
         return MoMoScalars(kept, 1 - kept, 0.0, 0.0, 1.0, 0.0, tau, decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoState, p: Any, s: MoMoScalars) -> Any:
@@ -175,16 +175,20 @@ def momo_adam(
         step: Any, carried: MoMoCarried, *, updates: Any, params: Any, states: Any, value: Any
     ) -> tuple[MoMoScalars, MoMoCarried]:
         beta1, beta2, e, rate = at(betas[0], step), at(betas[1], step), at(eps, step), at(lr, step)
-        grads, weights = wide(updates), wide(params)
-        means = _means(grads, wide(states.exp_avg), beta1, 1 - beta1)
-        squared = _means([g * g for g in grads], wide(states.exp_avg_sq), beta2, 1 - beta2)
+        mean, mean_of_squares, given = _mean(beta1), _mean(beta2), [updates, states.exp_avg]
         root, corrected = safe_sqrt(debias(beta2, step)), debias(beta1, step)
-        scaled = [m * m / (safe_sqrt(v) / like(root, v) + like(e, v)) for m, v in zip(means, squared, strict=True)]
+
+        def scaled(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            v = mean_of_squares(g * g, v)
+            term: Tensor = mean(g, m).square() / (safe_sqrt(v) / like(root, v) + like(e, v))
+            return term
+
         f = beta1 * carried.loss_avg + (1 - beta1) * loss_at(value, step)
-        q = beta1 * carried.grad_dot_w + (1 - beta1) * dot(grads, weights, step)
+        q = beta1 * carried.grad_dot_w + (1 - beta1) * dot(updates, params, step)
         decay = rate * at(weight_decay, step)
-        h = (1 + decay) * (f - corrected * at(lb, step) - q) + dot(means, weights, step)
-        tau = bounded(rate / corrected, at_least(h, 0.0), total(scaled, step))
+        way = total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
+        h = (1 + decay) * (f - corrected * at(lb, step) - q) + way
+        tau = bounded(rate / corrected, at_least(h, 0.0), total(scaled, [*given, states.exp_avg_sq], step))
         return MoMoScalars(beta1, 1 - beta1, beta2, 1 - beta2, root, e, tau, decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoAdamState, p: Any, s: MoMoScalars) -> Any:
@@ -200,8 +204,14 @@ def _carry() -> MoMoCarried:
     return MoMoCarried(0.0, 0.0)
 
 
-def _means(new: list[Tensor], old: list[Tensor], beta: Any, weight: Any) -> list[Tensor]:
-    return [like(beta, x) * m + like(weight, x) * x for x, m in zip(new, old, strict=True)]
+def _mean(beta: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that adds a tensor to a running mean."""
+
+    def added(x: Tensor, mean: Tensor) -> Tensor:
+        new: Tensor = like(beta, x) * mean + like(1 - beta, x) * x
+        return new
+
+    return added
 
 
 def _check(lr: Any, weight_decay: Any, lb: Any) -> None:

@@ -11,7 +11,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
 from functorch_optim._core.vector import common_dtype
-from functorch_optim._numerics import safe_norm, safe_sqrt, where
+from functorch_optim._numerics import or_one, safe_norm, safe_sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.scaling import scale_by_learning_rate
 
@@ -93,7 +93,7 @@ def novograd(
     def update(g: Tensor, state: NovoGradState, p: Any, s: NovoGradScalars) -> Any:
         v = s.beta2 * state.exp_avg_sq + s.weight2 * safe_norm(g).square()
         root = safe_sqrt(v) + s.eps
-        d = g / root.masked_fill(root == 0, 1)
+        d = g / or_one(root)
         d = d + s.decay * p if decays else d
         m = s.beta1 * state.exp_avg + s.weight1 * d
         return m, NovoGradState(m, v)

@@ -9,7 +9,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import at_least
-from functorch_optim.optimizers._whole import bounded, loss_at, squares, wide
+from functorch_optim.optimizers._whole import bounded, loss_at, squares
 
 
 @factory
@@ -61,7 +61,7 @@ def polyak(
     def scalars(step: Any, *, updates: Any, value: Any) -> Any:
         gap = loss_at(value, step) - at(f_min, step)
         gap = at_least(gap, 0.0) if variant == "sps+" else gap
-        size = at(c, step) * squares(wide(updates), step) + at(eps, step)
+        size = at(c, step) * squares(updates, step) + at(eps, step)
         return bounded(at(max_lr, step), gap, size)
 
     def update(g: Tensor, state: Any, p: Any, eta: Any) -> Any:

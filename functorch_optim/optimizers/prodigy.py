@@ -10,9 +10,9 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
-from functorch_optim._numerics import debias, maximum, minimum, quotient, safe_sqrt, sqrt, where
+from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
-from functorch_optim.optimizers._whole import differences, dot, like, total, wide
+from functorch_optim.optimizers._whole import like, total
 
 
 class ProdigyCarried(NamedTuple):
@@ -139,13 +139,11 @@ def prodigy(
         eta = d * rate
         if use_bias_correction:
             eta = eta * sqrt(debias(beta2, k)) / debias(beta1, k)
-        grads, sums = wide(updates), wide(states.s)
         weight3 = where(live, d / start * (d if safeguard_warmup else eta), 0.0)
         b3 = where(live, b3, 1.0)
-        r = b3 * carried.d_numerator + where(live, d / start * eta, 0.0) * dot(
-            grads, differences(states.p0, params), step
-        )
-        size = total([(like(b3, g) * s + like(weight3, g) * g).abs() for g, s in zip(grads, sums, strict=True)], step)
+        way = total(lambda g, p0, p: g * (p0 - p), [updates, states.p0, params], step)
+        r = b3 * carried.d_numerator + where(live, d / start * eta, 0.0) * way
+        size = total(lambda g, s: (like(b3, g) * s + like(weight3, g) * g).abs(), [updates, states.s], step)
         moves = live & (size != 0)
         d_hat = at(d_coef, step) * quotient(r, size)
         begun = where(d == start, maximum(d, d_hat), d)
@@ -171,7 +169,7 @@ def prodigy(
         m = s.beta1 * state.exp_avg + s.weight1 * g
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         root = safe_sqrt(v) + s.eps
-        u = -(s.rate * m / root.masked_fill(root == 0, 1) + s.decay * p)  # where it is zero, m is
+        u = -(s.rate * m / or_one(root) + s.decay * p)  # where it is zero, m is
         return u, ProdigyState(state.p0, total_g, m, v)
 
     rule = of_rule(_init, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functorch_optim._core.combine import masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, is_zero
-from functorch_optim._core.rule import leaf_state
+from functorch_optim._core.rule import leaf_state, unchanged
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import maximum, where
 from functorch_optim.tree import Tree
@@ -105,13 +105,7 @@ def add_decayed_weights(
         check("lr_max", lr_max, "value > 0")
     if is_zero(weight_decay):
         # It still counts steps, so that its state does not depend on the number.
-        return of_rule(
-            None,
-            lambda g, state, p, s: (g, state),
-            lambda step: at(weight_decay, step),
-            elementwise=True,
-            sparse="touched",
-        )
+        return of_rule(None, unchanged, lambda step: at(weight_decay, step), elementwise=True, sparse="touched")
 
     carries = kind == "corrected" and lr_max is None
 

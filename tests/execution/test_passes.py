@@ -1,0 +1,65 @@
+"""No pass over memory that changes nothing, and none more than the calls of a program need."""
+
+import pytest
+import torch
+
+import functorch_optim as fo
+from functorch_optim._core.rule import Rule
+from functorch_optim._execution.blocks import InBlocks
+from functorch_optim._execution.foreach import Foreach
+from functorch_optim._execution.program import record
+from functorch_optim._execution.reference import Stage
+from functorch_optim._numerics import or_one
+
+
+def counted(monkeypatch, name, *owners):
+    calls = []
+    for owner in owners:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, m=method, **options: calls.append(name) or m(*args, **options))
+    return calls
+
+
+def optimizer(tx):
+    p = torch.randn(300, 300, requires_grad=True)
+    p.grad = torch.randn_like(p)
+    return fo.Optimizer([p], tx)
+
+
+@pytest.mark.parametrize(("weight_decay", "copies"), [(0.0, 0), (0.1, 1)])
+def test_weight_decay_of_zero_before_a_rule_that_sees_the_tree_makes_no_copy(monkeypatch, weight_decay, copies):
+    opt = optimizer(fo.dog(weight_decay=weight_decay))
+    opt.step()
+    calls = counted(monkeypatch, "new", InBlocks, Foreach)
+    opt.step()
+    assert len(calls) == copies
+    assert opt.state_dict()["state"][0]["step"] == 2  # it counts all the same
+
+
+def test_links_that_change_nothing_may_stand_alone():
+    g = [torch.randn(3)]
+    tx = fo.chain(fo.identity(), fo.clip_by_global_norm(1e-3), fo.identity())
+    alone = fo.clip_by_global_norm(1e-3)
+    assert torch.equal(tx.update(g, tx.init(g))[0][0], alone.update(g, alone.init(g))[0][0])
+    [same], _ = fo.identity().update(g, fo.identity().init(g))
+    assert torch.equal(same, g[0])
+
+
+@pytest.mark.parametrize(("tx", "used"), [(fo.dog(), 0), (fo.sgd(0.1), 1), (fo.sgd(0.1, momentum=0.9), 1)])
+def test_a_product_and_sgd_is_no_kernel_after_another(monkeypatch, tx, used):
+    opt = optimizer(tx)
+    opt.step()
+    calls = counted(monkeypatch, "_fused_sgd_", torch)
+    opt.step()
+    assert len(calls) == used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("machine", [InBlocks, lambda program: Foreach(program, [])])
+def test_one_for_zero_has_the_bits_of_the_function(machine, dtype):
+    like = torch.empty(0, dtype=dtype)
+    rule = Rule(None, lambda g, state, p, s: (or_one(g) / or_one(or_one(g) - 1), state), elementwise=True)
+    program = record([Stage(rule)], [()], False, [()], like)
+    x = torch.tensor([0.0, -0.0, 1.0, -2.0, 1e-40, -1e-40, torch.inf, -torch.inf, torch.nan, 0.3], dtype=dtype)
+    [[found]] = machine(program).new([[x]], [])
+    torch.testing.assert_close(found, rule.update(x, (), None, ())[0], rtol=0, atol=0, equal_nan=True)
