@@ -22,6 +22,7 @@ from benchmarks.curves import curves
 from benchmarks.functional import donated, functional, pure
 from benchmarks.measure import MANY, Comparison, Outcome, Summary, compare, environment
 from benchmarks.meta import maml, unroll
+from benchmarks.packages import flops, packages
 from benchmarks.shapes import Setting
 from benchmarks.startup import first_step, imported
 from benchmarks.stateful import chain, eager, fused, matrices, rules
@@ -33,6 +34,8 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "chain": chain,
     "rules": rules,
     "matrices": matrices,
+    "packages": packages,
+    "flops": flops,
     "first": first_step,
     "functional": functional,
     "calls": calls,

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 Way = Callable[[], Callable[[], Any]]  # prepares everything, and returns the function that is measured
-PACKAGES = ("functorch_optim", "torch", "optree", "torchopt", "higher", "optax", "jax")
+PACKAGES = (
+    *("functorch_optim", "torch", "optree", "torchopt", "higher", "optax", "jax"),
+    *("pytorch_optimizer", "prodigyopt", "schedulefree", "dog-optimizer"),
+)
 MANY, FEW = 25, 5  # rounds
 ENOUGH = 10.0  # seconds for a comparison, after which there are few rounds
 WORTH_TIMING = 2e-3  # seconds; what is faster is called many times
