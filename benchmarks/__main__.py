@@ -27,6 +27,7 @@ from benchmarks.shapes import Setting
 from benchmarks.startup import first_step, imported
 from benchmarks.stateful import chain, eager, fused, matrices, rules
 from benchmarks.storage import memory, saved
+from benchmarks.wrapping import wrappers
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "eager": eager,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
     "matrices": matrices,
     "packages": packages,
     "flops": flops,
+    "wrappers": wrappers,
     "first": first_step,
     "functional": functional,
     "calls": calls,

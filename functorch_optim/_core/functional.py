@@ -11,7 +11,7 @@ from functorch_optim import tree
 from functorch_optim._core.checks import check_is_param, check_params, check_updates
 from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link, select, unnest
-from functorch_optim._core.numbers import Bucket
+from functorch_optim._core.numbers import Bucket, read_number
 from functorch_optim._core.prepare import Prepared
 from functorch_optim._core.rule import ADD, TreeRule, check_extras, tree_state_type
 from functorch_optim._execution import mode as modes
@@ -337,18 +337,11 @@ def _bucket(prepared: Prepared, parts: _Parts, numbers: Sequence[Tensor], known:
     for (k, j), number in zip(parts.numbers, numbers, strict=True):
         part: Any = parts.each[k]
         if j or not part.counts:
-            carried[k] = (*carried[k], _read(number, known, 0))
+            carried[k] = (*carried[k], read_number(number, known))
         else:
-            last, read = number, read if number is last else _read(number, known, 1)
+            last, read = number, read if number is last else read_number(number, known, 1)
             steps[k] = read
     return Bucket(range(len(prepared.numbers.shapes)), steps, carried)
-
-
-def _read(number: Tensor, known: bool, more: int) -> Any:
-    """Read a number of a state, plus some; wait for no device."""
-    if known and type(number) in modes.PLAIN and number.device.type == "cpu" and not number.requires_grad:
-        return float(number.item() + more)
-    return number.to(torch.float64) + more if more else number
 
 
 def new_states(links: Sequence[Link], made: Call) -> list[Any]:

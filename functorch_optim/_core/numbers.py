@@ -14,6 +14,7 @@ from functorch_optim._core import injected
 from functorch_optim._core.checks import Path
 from functorch_optim._core.leaf import DiffersError, Leaf, marked, numbers_for
 from functorch_optim._core.links import Link
+from functorch_optim._execution.mode import PLAIN
 from functorch_optim._execution.reference import Held, Masked
 from functorch_optim._numerics import where
 from functorch_optim.tree import Tree
@@ -36,7 +37,7 @@ class Bucket(NamedTuple):
 
     members: Sequence[int]
     steps: list[Step | None]
-    carried: Sequence[tuple[Step, ...]]
+    carried: list[tuple[Step, ...]]
 
 
 class Shares(NamedTuple):
@@ -235,6 +236,13 @@ class Numbers:
         used = [k for k in members if bucket.carried[k] or any(self.active[k][i] for i in here)]
         self.used[members[0], number] = used
         return used
+
+
+def read_number(number: Tensor, known: bool, more: int = 0) -> Any:
+    """Read a number of a state, plus some: as a float where that is asked for and waits for no device."""
+    if known and type(number) in PLAIN and number.device.type == "cpu" and not number.requires_grad:
+        return float(number.item() + more)
+    return number.to(torch.float64) + more if more else number
 
 
 def _as_known(gate: Condition) -> Condition:

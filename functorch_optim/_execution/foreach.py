@@ -1,6 +1,7 @@
 """Foreach: each call of a program is one `torch._foreach_*` call over lists of tensors."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +24,9 @@ def norms(tensors: list[Tensor], p: float) -> list[Tensor]:
     if not isinstance(tensors, Plain) or tensors[0].is_complex() or not all(map(Tensor.numel, tensors)):
         return [safe_norm(tensor, p) for tensor in tensors]
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
+    if p == math.inf and tensors[0].device.type == "cpu":  # torch's takes five times as long (2.13)
+        lows, highs = zip(*map(torch.aminmax, tensors), strict=True)
+        return list(torch.maximum(-torch.stack(lows), torch.stack(highs)).to(dtype).unbind())
     return list(torch._foreach_norm(tensors, p, dtype=dtype))
 
 

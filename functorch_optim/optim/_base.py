@@ -162,7 +162,8 @@ class OptimizerBase(torch.optim.Optimizer):
         """Prepare the step of a tree, or find it where the last one was like it."""
         prepared = self.__dict__.setdefault("_steps", {})
         known = prepared.get(index)
-        if known is not None and known.plan is plan and known.fits(self.state):
+        tree_states = self._tree_states(index, plan) if plan.whole else {}
+        if known is not None and known.plan is plan and known.fits(self.state, tree_states):
             return known  # type: ignore[no-any-return]
         self._check_gradients()
         if self._may_warn:
@@ -170,7 +171,7 @@ class OptimizerBase(torch.optim.Optimizer):
             self._may_warn = False
         prepared.pop(index, None)
         group = self.param_groups[index] if self._has_factory else self.defaults
-        step = PreparedStep(plan, self.state, self._tree_states(index, plan), way_of(group), self._rounds)
+        step = PreparedStep(plan, self.state, tree_states, way_of(group), self._rounds)
         if step.adds:
             prepared[index] = step
         return step

@@ -11,7 +11,7 @@ from functorch_optim import tree
 from functorch_optim._core.checks import check_updates
 from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link
-from functorch_optim._core.numbers import Bucket
+from functorch_optim._core.numbers import Bucket, read_number
 from functorch_optim._core.prepare import Prepared
 from functorch_optim._core.rule import ADD, step_dtype
 from functorch_optim._execution import mode as modes
@@ -105,13 +105,15 @@ class PreparedStep:
         if self.adds:
             self.columns.append(())
         leaves = Leaves(grads, self.params, self.columns)
+        keeps = self.adds and not plan.whole  # a function of the whole tree may return a parameter for an update
         self.prepared = Prepared(
-            links, plan.structure, plan.path, leaves, active, self.mode, way, overwrites=self.adds, keeps=self.adds
+            links, plan.structure, plan.path, leaves, active, self.mode, way, overwrites=self.adds, keeps=keeps
         )
         self.counted = [self._counted(position, members) for position, members in groups.items()]
         self.buckets = [counted.bucket for counted in self.counted]
         self.first = True  # until the states that were completed are the optimizer's
         self.numbers: list[Tensor] = []
+        self.whole: dict[int, Any] = {}  # states of functions of the whole tree after the last step, by link
         self.places: list[int] | None = None  # of the overwritten tensors, once a step was made
         self.versions: list[int] | None = None  # of numbers after the last step; unknown if that was interrupted
 
@@ -153,7 +155,7 @@ class PreparedStep:
         for k, key in enumerate(links):
             if key is not None:
                 steps[k] = 1.0 if k in position.fresh else done[key] + 1
-            numbers[k] = tuple([tensors[0] for tensors in carried[k]])
+            numbers[k] = self._read(carried[k])
         more = 1 if self.adds else 0
         bucket = Bucket(members, steps + [None] * more, numbers + [()] * more)
         return _Counted(bucket, links, done, counters, carried, torch.zeros((), dtype=torch.float64, device="cpu"))
@@ -183,6 +185,10 @@ class PreparedStep:
             self._write(rest, state)
         for n, counted in enumerate(self.counted):
             self._count(counted, outcome.due[n], outcome.carried[n], state)
+        if rest is not None:
+            self.whole.update(rest.whole)
+            for k, new in rest.whole.items():
+                self.columns[k] = new
         self.remember(state)
         return {} if rest is None else rest.whole
 
@@ -245,6 +251,8 @@ class PreparedStep:
         for k, lists in enumerate(counted.carried):
             for j, tensors in enumerate(lists):
                 self._carry(counted, k, j, tensors, carried[k][j], state)
+            if lists and self.mode == "plain":
+                counted.bucket.carried[k] = self._read(lists)
         for key in {key for key, on in zip(counted.keys, due, strict=False) if key is not None and on}:
             counted.done[key] = counted.done[key] + 1 if plan.count is not None else 1.0
             if counted.counters[key]:
@@ -256,6 +264,11 @@ class PreparedStep:
         for k, name in enumerate(counted.keys):
             if name is not None:
                 steps[k] = counted.done[name] + 1
+
+    def _read(self, lists: list[list[Tensor]]) -> tuple[Any, ...]:
+        """Read the numbers that a link carries on: as floats, if that loses no digits and nothing differentiates."""
+        firsts = [tensors[0] for tensors in lists]
+        return tuple([read_number(t, self.mode == "plain" and t.dtype == torch.float64) for t in firsts])
 
     def _carry(
         self, counted: _Counted, k: int, j: int, tensors: list[Tensor], new: Any, state: dict[Any, State]
@@ -289,7 +302,6 @@ class PreparedStep:
         own = [plan.params[i] for i in self.moving]
         if (
             not (self.adds and own)
-            or plan.whole
             or plan.count is int
             or any(type(local(p.grad)) not in PLAIN for p in own)
             or any(t.is_inference() or t.device.type != "cpu" or type(t) not in PLAIN for t in self.numbers)
@@ -312,9 +324,11 @@ class PreparedStep:
         self.storages = set(map(_storage, self.shards))
         self.places = list(map(Tensor.data_ptr, self.shards))
 
-    def fits(self, state: Mapping[Any, State]) -> bool:
+    def fits(self, state: Mapping[Any, State], tree_states: Mapping[int, Any]) -> bool:
         """Tell whether all tensors are where they were after the last step, and the gradients are of the same kinds."""
         if self.places is None or torch.is_grad_enabled():
+            return False
+        if any([tree_states.get(k) is not kept for k, kept in self.whole.items()]):  # noqa: C419
             return False
         grads: list[Any] = [p.grad for p in self.own]
         shards = self.shards

@@ -43,7 +43,7 @@ def taken(monkeypatch):
     """List what was prepared for an earlier step, each time that it is taken for another one."""
     steps = []
     fits = PreparedStep.fits
-    monkeypatch.setattr(PreparedStep, "fits", lambda self, state: fits(self, state) and not steps.append(self))
+    monkeypatch.setattr(PreparedStep, "fits", lambda self, *given: fits(self, *given) and not steps.append(self))
     return steps
 
 
@@ -100,6 +100,7 @@ def test_numbers_that_are_read_at_every_step_keep_it_steady(taken):
 
 OTHERS = {
     "tree_rule": lambda: fo.chain(fo.adam(0.1), fo.stateless(lambda updates, params: updates)),
+    "tree_state": lambda: fo.monitor(fo.cautious(fo.adam(0.1))),
     "whole_tensors": lambda: fo.chain(fo.adam(0.1), fo.clip_by_norm(0.1)),
     "a_number_for_each": lambda: fo.sgd([0.1, 0.2, 0.3, 0.4, 0.5], momentum=0.9),
     "norm_in_the_middle": lambda: fo.chain(fo.trace(0.9), fo.clip_by_global_norm(0.1), fo.sgd(0.1)),
@@ -118,7 +119,53 @@ def test_other_chains_are_the_functional_form(name, taken):
         params, state = fo.step(tx, [p.grad for p in parameters(optimizer)], state, params)
         for p, q in zip(parameters(optimizer), params, strict=True):
             torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
-    assert len(taken) == (0 if name == "tree_rule" else 4)  # a function of the whole tree may return anything
+    assert len(taken) == 4
+
+
+def test_a_function_of_the_whole_tree_may_return_anything(taken):
+    """Parameters, gradients, and None, at some steps."""
+    returned = iter(range(12))
+
+    def update(updates, state, params):
+        kind = next(returned) // 2  # of both forms
+        return [updates, params, [None] * 5, fo.tree.map(torch.neg, params), updates, params][kind], state
+
+    tx = fo.chain(fo.GradientTransformation(lambda params: (), update), fo.identity())
+    optimizer = fo.Optimizer(make_params(), tx)
+    params = [p.detach() for p in make_params()]
+    state = tx.init(params)
+    for step in range(6):
+        give_gradients(optimizer, step)
+        optimizer.step()
+        params, state = fo.step(tx, [p.grad for p in parameters(optimizer)], state, params)
+        for p, q in zip(parameters(optimizer), params, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
+    assert len(taken) == 5
+
+
+def test_a_state_of_the_whole_tree_that_is_loaded_is_used(taken):
+    def momentum(updates, state, params):
+        new = fo.tree.map(lambda m, g: 0.9 * m + g, state, updates)
+        return fo.tree.map(lambda m: -0.1 * m, new), new
+
+    optimizer = fo.Optimizer(make_params(), fo.GradientTransformation(fo.tree.zeros_like, momentum))
+
+    def trained(*steps):
+        for step in steps:
+            give_gradients(optimizer, step)
+            optimizer.step()
+        return [p.detach().clone() for p in parameters(optimizer)]
+
+    trained(0, 1)
+    saved, params = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters(optimizer)]
+    expected = trained(2, 3, 4)
+    assert len(taken) == 4
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for p, old in zip(parameters(optimizer), params, strict=True):
+            p.copy_(old)
+    for p, q in zip(trained(2, 3, 4), expected, strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("lr", [[0.1], {"w": 0.1}])
