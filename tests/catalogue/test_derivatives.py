@@ -39,6 +39,7 @@ INACTIVE = {
         "lbfgs": {"H_diag", "prev_loss"},  # computed anew in every iteration
         "lbfgs_search": {"H_diag", "prev_loss"},
         "reduce_on_plateau": {"best"},  # is only compared
+        "apply_if_finite": {"notfinite_count"},  # a finite gradient sets it to zero
         "prodigy_options": {"d_max"},  # d grows as fast as it may
         "accumulate_clipped": {"mini_step"},  # is only compared, where the sum is taken
         "schedule_free": {"lr_max"},  # to the power of 0
