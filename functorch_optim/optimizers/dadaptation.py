@@ -175,7 +175,7 @@ def dadapt_adam(
         sums = s.q * state.s + s.weight3 * g
         m = s.beta1 * state.exp_avg + s.weight1 * g
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
-        u = -s.moves * m / or_one(safe_sqrt(v) + s.eps)  # where that is zero, s and m are
+        u = -s.moves * (m / or_one(safe_sqrt(v) + s.eps))  # where that is zero, s and m are
         return u - s.decay * p if decoupled_weight_decay else u, DAdaptAdamState(sums, m, v)
 
     rule = of_rule(

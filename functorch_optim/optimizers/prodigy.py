@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite
+from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite, is_zero
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
 from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
@@ -127,6 +127,7 @@ def prodigy(
     check("d0", d0, "value > 0", trees=False)
     check("d_coef", d_coef, trees=False)
     check("growth_rate", growth_rate, "value >= 1", trees=False)
+    decays = not is_zero(weight_decay)
 
     def carry() -> ProdigyCarried:
         return ProdigyCarried(at_first(d0), at_first(d0), 0.0, 0.0)
@@ -169,8 +170,8 @@ def prodigy(
         m = s.beta1 * state.exp_avg + s.weight1 * g
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         root = safe_sqrt(v) + s.eps
-        u = -(s.rate * m / or_one(root) + s.decay * p)  # where it is zero, m is
-        return u, ProdigyState(state.p0, total_g, m, v)
+        u = -s.rate * (m / or_one(root))  # where it is zero, m is
+        return u - s.decay * p if decays else u, ProdigyState(state.p0, total_g, m, v)
 
     rule = of_rule(_init, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
