@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
@@ -18,7 +19,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     Adam, RMSprop and Adagrad divide by the root of a running mean of squares. That mean is zero for a unit that never
     fired. There the root's derivative is infinite, and the chain rule makes it inf * 0 = NaN. The value is `x.sqrt()`
-    everywhere (NaN for NaN and for negative numbers; 0 for -0).
+    everywhere (NaN for NaN and for negative numbers).
 
     Args:
         x: real tensor of any shape.
@@ -35,8 +36,21 @@ def safe_sqrt(x: Tensor) -> Tensor:
         return math.sqrt(x)
     if has_torch_function_unary(x):  # recorded as one call, for which machines have their own kernel
         return handle_torch_function(safe_sqrt, (x,), x)
+    if _is_constant(x):
+        return x.sqrt()
     zero = x == 0
     return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
+def _is_constant(x: Tensor) -> bool:
+    """Tell whether nobody can differentiate by a tensor, now or in a trace."""
+    return not (
+        x.requires_grad
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad._current_level >= 0
+    )
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

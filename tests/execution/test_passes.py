@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import functorch_optim as fo
 from functorch_optim._core.rule import Rule
@@ -52,6 +54,24 @@ def test_a_product_and_sgd_is_no_kernel_after_another(monkeypatch, tx, used):
     calls = counted(monkeypatch, "_fused_sgd_", torch)
     opt.step()
     assert len(calls) == used
+
+
+def test_a_root_that_nobody_differentiates_is_one_call(monkeypatch):
+    x = torch.tensor([0.0, 4.0, -1.0, torch.nan])
+    expected = fo.safe_sqrt(x.clone().requires_grad_()).detach()
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda *args: pytest.fail("the root of a constant is masked"))
+    torch.testing.assert_close(fo.safe_sqrt(x), expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(pytest.fail.Exception, match="is masked"):
+        torch.func.grad(fo.safe_sqrt)(torch.tensor(0.0))
+
+
+def test_a_traced_root_has_the_derivative_zero_at_zero():
+    graph = make_fx(fo.safe_sqrt)(torch.tensor(1.0))
+    assert torch.func.grad(graph)(torch.tensor(0.0)) == 0
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.tensor(0.0), torch.tensor(1.0))
+        assert forward_ad.unpack_dual(fo.safe_sqrt(dual)).tangent == 0
+    assert torch.func.vmap(torch.func.grad(fo.safe_sqrt))(torch.tensor([0.0, 4.0])).tolist() == [0.0, 0.25]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
