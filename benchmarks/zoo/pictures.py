@@ -40,7 +40,7 @@ def draw(book: Book, path: pathlib.Path) -> None:
     for axes in panels.flat[len(order) :]:
         axes.set_axis_off()
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=(len(labels) + 1) // 2, frameon=False, fontsize=9)
     figure.supxlabel("learning rate; the dotted line is the default", fontsize=10)
     figure.supylabel("way to the best loss of all", fontsize=10)
     figure.savefig(path, dpi=110)

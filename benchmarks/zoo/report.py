@@ -32,8 +32,8 @@ class Discipline(NamedTuple):
 
 
 def error(result: Result, target: float) -> float:
-    """Return the mean error on test data."""
-    return statistics.fmean(result.errors)
+    """Return the median error on test data."""
+    return statistics.median(result.errors)
 
 
 def fewest_steps(result: Result, target: float) -> float:
@@ -178,7 +178,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def number(value: float) -> str:
     """Write a number with three digits."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def sections(book: Book) -> dict[str, list[str]]:
