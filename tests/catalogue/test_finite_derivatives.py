@@ -156,7 +156,8 @@ JUMPING = (
     *("prodigy", "prodigy_options", "dadapt_adam_options"),  # which do not decay before a gradient has come
     *("momo_bounded", "momo_adam_bounded"),  # whose model of the loss has its corner at the smallest loss
     *("soap", "soap_normalized"),  # whose bases are any
-    "sam_adaptive",  # whose point of evaluation lies in the direction of the gradient
+    *("sam", "sam_adaptive"),  # whose point of evaluation lies in the direction of the gradient
+    *("cautious", "cautious_count"),  # which keep what has the sign of the gradient
 )
 STEEP = (
     "came_corrected",  # whose means of equal numbers depend on decay rates by rounding
