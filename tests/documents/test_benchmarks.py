@@ -21,7 +21,19 @@ from benchmarks.startup import printed
 from benchmarks.storage import peak, saved_by
 
 ROOT = pathlib.Path(__file__).parents[2]
-UNCOMPILED = ("eager", "packages", "flops", "functional", "calls", "memory", "unroll", "maml", "saved", "curves")
+UNCOMPILED = (
+    "wrappers",
+    "eager",
+    "packages",
+    "flops",
+    "functional",
+    "calls",
+    "memory",
+    "unroll",
+    "maml",
+    "saved",
+    "curves",
+)
 
 
 def constant(number):
