@@ -115,9 +115,9 @@ def get(spec: Any) -> Any:
     Args:
         spec: a name, see `fo.names`, gives the function of the library.
             A line of text with calls gives their results; `|` makes a chain. Arguments are numbers, text in quotes,
-            True, False, None, tuples, lists, dicts, names of the library, and calls. `schedules.swa` is the schedule
-            where a transformation has that name, too. Nothing else is read, and nothing is executed but functions of
-            this library.
+            True, False, None, tuples, lists, dicts, names of the library, and calls. `swa` is a wrapper and a
+            schedule: `swa(sgd(0.1), 1000)` is the first, `swa(0.1, 0.05)` and `schedules.swa` the second. Nothing else
+            is read, and nothing is executed but functions of this library.
             A dict with `"name"` is a call with its other entries as arguments.
             Any other dict is a chain: name -> arguments: a dict by keyword, a list by position, one value, or None.
             A list is a chain of such texts and dicts.
@@ -134,7 +134,7 @@ def get(spec: Any) -> Any:
         TypeError: an argument is unknown or missing, or a part between `|` is no transformation.
 
     The text of a transformation, `repr(tx)`, makes the transformation again, as far as its arguments are numbers, text,
-    schedules and transformations, and no schedule has the name of a transformation.
+    schedules and transformations.
 
     Example:
         >>> import functorch_optim as fo
@@ -256,7 +256,10 @@ def _evaluated(node: ast.expr) -> Any:
             if not callable(called):
                 raise ValueError(f"{ast.unparse(function)!r} cannot be called: it is no function")
             given = {str(keyword.arg): _evaluated(keyword.value) for keyword in keywords}
-            return _called(called, [_evaluated(arg) for arg in args], given)
+            values = [_evaluated(arg) for arg in args]
+            if isinstance(function, ast.Name) and isinstance([*values, given.get("value")][0], int | float):
+                called = vars(schedules).get(function.id, called)  # swa(0.1, 0.05), as a schedule prints
+            return _called(called, values, given)
         case ast.BinOp(op=ast.BitOr()):
             return chain(*[_evaluated(part) for part in _piped(node)])
     raise ValueError(

@@ -145,6 +145,8 @@ def test_text_makes_what_the_calls_make(text, expected):
         fo.masked(fo.sgd(0.1), {"w": True, "b": False}),
         fo.partition({"a": fo.sgd(0.1), "b": fo.adam(0.1)}, {"w": "a", "b": "b"}),
         fo.chain(fo.clip_by_norm(0.5, float("inf")), fo.sgd(schedules.join([schedules.constant(0.1)], []))),
+        fo.swa(fo.sgd(schedules.swa(0.1, 0.05, 3)), 1),
+        fo.sgd(schedules.swa(value=0.1, swa_lr=0.05)),
     ],
     ids=repr,
 )
