@@ -122,6 +122,8 @@ class Rule:
     @property
     def name(self) -> str:
         """Return the name of the function that made the rule, for messages."""
+        if self.update is unchanged:
+            return "identity" if self.scalars is None else _name(self.scalars)
         return _name(self.update)
 
     def of(self, dtype: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
-from functorch_optim._numerics import at_least, known, where
+from functorch_optim._numerics import at_least, known, sqrt, where
 from functorch_optim.optimizers._descent import descent
 
 
@@ -38,12 +38,13 @@ leaf_state(ScaleByAdaiState, AdaiCarried)
 
 
 class AdaiScalars(NamedTuple):
-    """The numbers of Adai at a step: beta2, 1 - beta2; beta0 / mean(v); 1 - eps."""
+    """The numbers of Adai at a step: beta2, 1 - beta2; beta0; 1 / sqrt(mean(v)); eps."""
 
     beta2: Any
     weight2: Any
-    slope: Any
-    largest: Any
+    beta0: Any
+    scale: Any
+    eps: Any
 
 
 @factory
@@ -93,16 +94,18 @@ def scale_by_adai(
     def scalars(step: Tensor, carried: AdaiCarried, *, updates: list[Tensor]) -> tuple[AdaiScalars, AdaiCarried]:
         beta0, beta2 = at(betas[0], step), at(betas[1], step)
         mean = beta2 * carried.mean_exp_avg_sq + (1 - beta2) * _mean_square(updates, step)
-        slope = beta0 / where(mean == 0, 1.0, mean)
-        return AdaiScalars(beta2, 1 - beta2, slope, 1 - at(eps, step)), AdaiCarried(mean)
+        scale = 1 / sqrt(where(mean == 0, 1.0, mean))
+        return AdaiScalars(beta2, 1 - beta2, beta0, scale, at(eps, step)), AdaiCarried(mean)
 
     def update(g: Tensor, state: ScaleByAdaiState, p: Tensor | None, s: AdaiScalars) -> Any:
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
-        line = at_least(1 - s.slope * v, 0.0)
-        inertia = torch.where(line > s.largest, s.largest, line)
-        q = inertia * state.beta1_prod
-        m = torch.lerp(g, state.exp_avg, inertia)
-        return m / (1 - q), ScaleByAdaiState(m, v, q)
+        # 1 - beta1, which keeps its digits where beta1 is near 1; scaled twice, as the square may not fit into float32.
+        line = -at_least(-s.beta0 * (v * s.scale * s.scale), -1.0)
+        weight = torch.where(line < s.eps, s.eps, line)
+        q = (1 - weight) * state.beta1_prod
+        m = torch.lerp(state.exp_avg, g, weight)
+        rest = torch.where(1 - q < s.eps, s.eps, 1 - q)  # it is not, but for rounding
+        return m / rest, ScaleByAdaiState(m, v, q)
 
     return leafwise(_init, update, scalars, carry=carry, elementwise=True)
 
