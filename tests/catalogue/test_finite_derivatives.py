@@ -228,7 +228,7 @@ def test_where_gradients_are_very_small_or_large(row, size, eps):
     """In float32."""
     row = with_numbers(row, eps=eps)
     if row.name in ("adai", "sam", "sam_adaptive"):  # after a step as long as a gradient, the next would have no square
-        row = with_numbers(row, lr=0.1 / size)
+        row = with_numbers(row, lr=0.1 / max(size, 1.0))
 
     def quadratic(params, x):
         return size * sum((leaf - 1).square().sum() for leaf in fo.tree.flatten(params)[0])
