@@ -83,7 +83,7 @@ def scale_by_adai(
         >>> tx = fo.scale_by_adai()
         >>> updates, state = tx.update(torch.tensor([3.0, 1.0]), tx.init(torch.zeros(2)))
         >>> updates, state.beta1_prod
-        (tensor([3., 1.]), tensor([0.8200, 0.9800]))
+        (tensor([3.0000, 1.0000]), tensor([0.8200, 0.9800]))
     """
     check_betas(betas)
     check("epsilon value", eps, "value > 0")
