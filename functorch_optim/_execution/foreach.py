@@ -55,6 +55,11 @@ class Foreach:
             lowered = _Lowered(program, home, self.known)
         return lowered
 
+    @functools.cached_property
+    def only_overwrites(self) -> bool:
+        """Tell whether all calls overwrite: then none is made before a step, and none takes memory."""
+        return not self.in_place.before and all(result < 0 for *_, result in self.in_place.after)
+
     def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
         """Run into new tensors."""
         if all([tensor.dtype == self.program.dtype for column in inputs for tensor in column]):  # noqa: C419
@@ -205,7 +210,7 @@ class _Lowered:
         if not all(is_tensor(arg) or is_factor(arg) for arg in args):  # a condition, or a tensor of the rule's own
             return _Each(instruction), tuple(instruction.names), None
         kinds = "".join(["l" if is_tensor(arg) else "n" for arg in args])
-        if kwargs.keys() == {"alpha"} and kinds == "ll":
+        if name == "add" and kwargs.keys() == {"alpha"} and kinds == "ll":
             return _add_scaled, (*args, kwargs["alpha"]), _add_scaled_
         if kwargs.keys() == {"value"} and kinds == "lll":
             args, kinds, kwargs = (*args, kwargs["value"]), "llln", {}

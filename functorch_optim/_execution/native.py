@@ -114,7 +114,7 @@ def _after(program: Program, states: int) -> Program | None:
     for state, output in zip(own, outputs, strict=True):
         one = made.get(output)
         if output != state and (
-            one is None or one.args[0] != state or not {*one.names} <= {moved, state, *program.numbers}
+            one is None or one.args[:1] != (state,) or not {*one.names} <= {moved, state, *program.numbers}
         ):
             return None
     return replace(
@@ -187,7 +187,9 @@ class Native:
 
     def over(self, columns: Sequence[list[Tensor]]) -> Overwriting:
         """Get ready to overwrite parameters and states."""
-        taken = _lie_alike(columns) and self._takes(columns)
+        # The calls after the kernel read what it has written.
+        follows = self.after is None or self.after.only_overwrites
+        taken = follows and _lie_alike(columns) and self._takes(columns)
         return _OverNative(self, columns) if taken else self.other.over(columns)
 
     def _takes(self, columns: Sequence[list[Tensor]]) -> bool:

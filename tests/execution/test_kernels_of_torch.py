@@ -1,6 +1,7 @@
 """torch's kernels run programs: the numbers are those of the program, and what is written is counted."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ NUMBERS = {
     "momentum": 0.8,
     "gain": 0.7,
 }
+
+
+@fo.leaf_state
+class Kept(NamedTuple):
+    kept: torch.Tensor
 
 
 def described(kernel):
@@ -231,6 +237,33 @@ OTHERS = {
     "of_several_calls": lambda p, moved, g, a: torch.maximum(a, moved * moved),
     "that_is_forgotten": lambda p, moved, g, a: moved * 2.0,
 }
+
+
+MAKING = {
+    "of_a_call_that_has_no_form_in_place": lambda a, moved: torch.atan2(a, moved),
+    "of_a_call_by_keyword": lambda a, moved: torch.maximum(input=a, other=moved),
+    "of_a_call_with_an_option": lambda a, moved: torch.sub(a, moved, alpha=2),
+    "weighted_by_a_tensor": lambda a, moved: torch.lerp(a, moved, torch.tensor(0.25, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("size", [3, 1 << 15])
+@pytest.mark.parametrize("name", MAKING)
+def test_a_state_that_cannot_be_overwritten_after_the_kernel_is_of_the_new_parameter(name, size):
+    """A call that makes a tensor takes memory, and so is made before the step, when the parameter is the old one."""
+    update, added = (
+        fo.sgd(0.5),
+        fo.leafwise(
+            lambda p: Kept(torch.ones_like(p)),
+            lambda u, state, p, s: (u, Kept(MAKING[name](state.kept, p + u))),
+            elementwise=True,
+            needs_params=True,
+        ),
+    )
+    tx, g = fo.chain(update, added), torch.linspace(2, 3, size, dtype=torch.float64)
+    params, state = by_update(tx, g, tx.init(g), g)
+    found = fo.step_(tx, g.clone(), tx.init(g), g.clone())
+    torch.testing.assert_close(found, (params, state), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", OTHERS)
