@@ -3,7 +3,7 @@
 | rules, on tensors | machine |
 |---|---|
 | elementwise ones, on plain tensors of which no derivative is wanted | a recorded program: |
-| - overwriting, one of torch's fused kernels computes it, or all but what the new parameters make (an average); unless `fused=False` or `foreach` is given | native |
+| - overwriting, one of torch's fused kernels computes it, alone or before an average of the new parameters; unless `fused=False` or `foreach` is given | native |
 | - the same into new tensors, all of them small | native, on copies |
 | - `fused=True`, and no kernel of torch's computes it | fused, compiled once; in blocks where that fails |
 | - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |

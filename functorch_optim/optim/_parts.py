@@ -33,7 +33,8 @@ def warn_of_parts(plan: Plan) -> None:
     if partial:
         names = ", ".join(dict.fromkeys([rule.name for rule in partial]))
         warnings.warn(
-            f"{cause}, and {names} sees those alone, so that its numbers differ between processes. Clip with {remedy} "
-            "before opt.step(); or shard by torch.distributed.fsdp.fully_shard, where they are those of one process",
+            f"{cause}, and {names} sees those alone, so that its numbers differ between processes. Under "
+            "torch.distributed.fsdp.fully_shard they are those of one process. For clipping alone call "
+            f"{remedy} before opt.step()",
             stacklevel=2,
         )

@@ -104,7 +104,7 @@ def scale_by_adai(
         weight = torch.where(line < s.eps, s.eps, line)
         q = (1 - weight) * state.beta1_prod
         m = torch.lerp(state.exp_avg, g, weight)
-        rest = torch.where(1 - q < s.eps, s.eps, 1 - q)  # it is not, but for rounding
+        rest = torch.where(1 - q < s.eps, s.eps, 1 - q)  # only rounding makes 1 - q less than eps
         return m / rest, ScaleByAdaiState(m, v, q)
 
     return leafwise(_init, update, scalars, carry=carry, elementwise=True)

@@ -56,6 +56,12 @@ def test_parameters_that_cannot_be_optimized(params, message):
         fo.adam().init(params)
 
 
+def test_a_rule_that_changes_nothing_has_the_name_of_its_factory():
+    tx, state = fo.chain(fo.identity(), fo.sgd(0.1)), fo.adam().init(PARAMS)[1]
+    with pytest.raises(ValueError, match="state of identity is a ScaleByAdamState"):
+        tx.update(PARAMS, (state, tx.init(PARAMS)[1]), PARAMS)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

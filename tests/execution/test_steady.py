@@ -98,6 +98,18 @@ def test_numbers_that_are_read_at_every_step_keep_it_steady(taken):
     assert len(taken) == 7
 
 
+def assert_functional(tx, same, steps):
+    """Train by an optimizer around one transformation, and by the functional form of the same."""
+    optimizer, params = fo.Optimizer(make_params(), tx), [p.detach() for p in make_params()]
+    state = same.init(params)
+    for step in range(steps):
+        give_gradients(optimizer, step)
+        optimizer.step()
+        params, state = fo.step(same, [p.grad for p in parameters(optimizer)], state, params)
+        for p, q in zip(parameters(optimizer), params, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
+
+
 OTHERS = {
     "tree_rule": lambda: fo.chain(fo.adam(0.1), fo.stateless(lambda updates, params: updates)),
     "tree_state": lambda: fo.monitor(fo.cautious(fo.adam(0.1))),
@@ -110,15 +122,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_chains_are_the_functional_form(name, taken):
-    optimizer, tx = fo.Optimizer(make_params(), OTHERS[name]()), OTHERS[name]()
-    params = [p.detach() for p in make_params()]
-    state = tx.init(params)
-    for step in range(5):
-        give_gradients(optimizer, step)
-        optimizer.step()
-        params, state = fo.step(tx, [p.grad for p in parameters(optimizer)], state, params)
-        for p, q in zip(parameters(optimizer), params, strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
+    assert_functional(OTHERS[name](), OTHERS[name](), steps=5)
     assert len(taken) == 4
 
 
@@ -131,15 +135,7 @@ def test_a_function_of_the_whole_tree_may_return_anything(taken):
         return [updates, params, [None] * 5, fo.tree.map(torch.neg, params), updates, params][kind], state
 
     tx = fo.chain(fo.GradientTransformation(lambda params: (), update), fo.identity())
-    optimizer = fo.Optimizer(make_params(), tx)
-    params = [p.detach() for p in make_params()]
-    state = tx.init(params)
-    for step in range(6):
-        give_gradients(optimizer, step)
-        optimizer.step()
-        params, state = fo.step(tx, [p.grad for p in parameters(optimizer)], state, params)
-        for p, q in zip(parameters(optimizer), params, strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
+    assert_functional(tx, tx, steps=6)
     assert len(taken) == 5
 
 
