@@ -16,6 +16,12 @@ REFUSED = {
         for name in ("scale_by_rss", "adagrad_decay")
     },
     ("yogi", "initial_accumulator_value"): "A state begins with the value",
+    **{("sophia", name): "is a tree, and here one number is needed" for name in ("beta2", "rho", "eps")},
+    **{
+        (row.name, name): "keeps hyperparameters as numbers"
+        for row, name in HYPERPARAMETERS
+        if row.name in ("inject_hyperparams", "inject_hyperparams_chain")
+    },
     ("adai", "beta2"): "keeps mean_exp_avg_sq once for all",
     **{(name, "lr"): "A state begins with the value" for name in ("scale_by_rprop", "rprop")},
     **{(name, "beta1"): "keeps mu_product once for all" for name in ("scale_by_nadam", "nadam", "nadam_decoupled")},

@@ -446,7 +446,7 @@ CATALOGUE = [
     Row(
         "adafactor_t5",
         partial(adafactor, relative_step=False, add_eps=True, decay="step"),
-        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-5, "eps2": 1e-3, "d": 1.01, "beta1": 0.9},
+        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-3, "eps2": 1e-3, "d": 1.015, "beta1": 0.9},
         complex=False,
     ),
     Row(
@@ -545,7 +545,7 @@ CATALOGUE = [
     Row("momo", fo.momo, {"lr": 10.0, "weight_decay": 0.01, "beta": 0.5, "lb": -0.1}),
     Row("momo_bounded", fo.momo, {"lr": 1e-3, "weight_decay": 0.1, "beta": 0.5}),
     Row("momo_adam", with_betas(fo.momo_adam), {"lr": 10.0, "weight_decay": 0.01, **ADAM, "lb": -0.1}),
-    Row("momo_adam_bounded", with_betas(fo.momo_adam), {"lr": 1e-3, "weight_decay": 0.1, **ADAM}),
+    Row("momo_adam_bounded", with_betas(fo.momo_adam), {"lr": 1e-2, "weight_decay": 0.1, **ADAM}),
     Row("cocob", partial(fo.cocob, maximize=True), {**DECAYED, "alpha": 6.0, "eps": 0.1}, initial=("eps",)),
     Row("madgrad", partial(fo.madgrad, maximize=True), {**DECAYED, "momentum": 0.5, "eps": 0.1}),
     Row(

@@ -43,7 +43,17 @@ def as_factory(named, make, numbers):
     return fo.Optimizer(named, factory, differentiable=True, **numbers)
 
 
-forms = pytest.mark.parametrize("form", [as_transformation, as_factory], ids=["transformation", "factory"])
+def keeps_hyperparameters(row):
+    """Tell whether the state keeps hyperparameters, so that param groups must not."""
+    return any(link.rule.keeps is not None for link in row()._links)
+
+
+IN_GROUPS = [row for row in CATALOGUE if not keeps_hyperparameters(row)]
+cells = pytest.mark.parametrize(
+    ("row", "form"),
+    [pytest.param(row, as_transformation, id=f"transformation-{row.name}") for row in CATALOGUE]
+    + [pytest.param(row, as_factory, id=f"factory-{row.name}") for row in IN_GROUPS],
+)
 
 
 def both(row, form=as_factory, **options):
@@ -69,8 +79,7 @@ def named(name):
 
 
 @pytest.mark.sampled
-@rows
-@forms
+@cells
 def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(row, form):
     """The former by each argument, and by each argument test_derivatives.py compares them with finite differences."""
     outcome, stateful, arguments = both(row, form)
@@ -81,7 +90,7 @@ def test_derivatives_are_those_of_the_functional_form_and_of_finite_differences(
 
 
 @pytest.mark.sampled
-@rows
+@pytest.mark.parametrize("row", IN_GROUPS, ids=lambda row: row.name)
 def test_derivatives_are_finite_and_right_where_units_are_dead(row):
     outcome, stateful, arguments = both(row, loss=RELU, shifts=tuple(DEAD))
     function, gradient = gradient_of(stateful, arguments)
