@@ -27,6 +27,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(pytree.tree_leaves(found), pytree.tree_leaves(expected))
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_another_process_loads_what_was_exported(tmp_path):
     files, expected = [], {}
     for name, tx in CASES.items():
@@ -44,6 +45,7 @@ def test_another_process_loads_what_was_exported(tmp_path):
         assert_same(torch.load(arguments), results)
 
 
+@pytest.mark.sampled(pool="compiled")
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_state_dict_is_loaded_and_made_inside(strict):
     tx = CASES["chain"]

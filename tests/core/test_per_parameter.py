@@ -140,7 +140,9 @@ def test_derivatives_equal_finite_differences(row, name):
         trained, _ = train(fo.chain(row(**{name: values}), fo.scale(0.1)), params, X, steps=2)
         return loss(trained, X)
 
-    params, values = make_params(), tree_of(row.hyperparameters[name])
+    # Clipping of one element begins at d = 1.
+    factor = 0.98 if (row.name, name) == ("adafactor_t5", "d") else 0.99
+    params, values = make_params(), tree_of(row.hyperparameters[name], factor)
     gradient = torch.func.grad(outer)(values)
     direction = fo.tree.map(lambda value: value * torch.randn_like(value), values)
     up, down = [outer(fo.tree.map(lambda v, d: v + by * d, values, direction)) for by in (1e-5, -1e-5)]

@@ -446,7 +446,7 @@ CATALOGUE = [
     Row(
         "adafactor_t5",
         partial(adafactor, relative_step=False, add_eps=True, decay="step"),
-        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-3, "eps2": 1e-3, "d": 1.015, "beta1": 0.9},
+        {**DECAYED, "beta2_decay": -0.8, "eps1": 1e-5, "eps2": 1e-3, "d": 1.01, "beta1": 0.9},
         complex=False,
     ),
     Row(

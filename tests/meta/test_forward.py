@@ -53,7 +53,8 @@ def test_is_reverse_mode_and_finite_differences(row, name):
     f, number = outcome(row), numbers_of(row)[name]
     forward, reverse = [grad(lambda number: f({name: number}))(number) for grad in (forward_grad, torch.func.grad)]
     torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-13)
-    [expected] = differences(lambda z: f({name: z[0]}), number.reshape(1))
+    width = 1e-2 if number.abs() < 1e-4 else 1e-4  # rounding hides the effect of a small part of a small number
+    [expected] = differences(lambda z: f({name: z[0]}), number.reshape(1), width)
     torch.testing.assert_close(forward, expected, rtol=1e-6, atol=1e-8)
     # Some have no effect: Rprop's bounds that are not met, machine epsilon.
     assert (forward != 0) == (expected != 0)

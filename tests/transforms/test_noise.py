@@ -60,6 +60,7 @@ def test_the_hash_is_that_of_its_paper():
     ]
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_compiled_it_is_the_same():
     """Of enough elements for a loop over vectors: an overflow in its index made it write past the end."""
     tx, params = fo.add_noise(1.0, generator=3), torch.zeros(300, dtype=torch.float64)
