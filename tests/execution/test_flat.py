@@ -47,7 +47,7 @@ def both_ways(joined, function):
 def has_state(row):
     """Tell whether some elementwise rule of a row has a state: without one a rule does too little for copies to pay.
 
-    What runs a whole transformation inside has its states.
+    `quantized` and `offload` run a transformation inside, and its rules have states.
     """
     params = {"a": torch.ones(2), "b": torch.ones(2, 2), "c": torch.ones(3), "d": torch.ones(2, 2)}
     states = [(link.rule, link.rule.init_leaf(params["b"])) for link in row()._links if hasattr(link.rule, "init_leaf")]

@@ -46,6 +46,11 @@ class Row(NamedTuple):
         """What the test kit checks."""
         return testing.Subject(self.make, self.hyperparameters, self.tolerance)
 
+    @property
+    def keeps_hyperparameters(self) -> bool:
+        """Whether its state keeps hyperparameters, so that param groups must not."""
+        return any(link.rule.keeps is not None for link in self()._links)
+
     def __call__(self, **changed: Any) -> fo.GradientTransformation:
         """Make the transformation, with some hyperparameters changed."""
         return self.make(**{**self.hyperparameters, **changed})

@@ -43,12 +43,7 @@ def as_factory(named, make, numbers):
     return fo.Optimizer(named, factory, differentiable=True, **numbers)
 
 
-def keeps_hyperparameters(row):
-    """Tell whether the state keeps hyperparameters, so that param groups must not."""
-    return any(link.rule.keeps is not None for link in row()._links)
-
-
-IN_GROUPS = [row for row in CATALOGUE if not keeps_hyperparameters(row)]
+IN_GROUPS = [row for row in CATALOGUE if not row.keeps_hyperparameters]
 cells = pytest.mark.parametrize(
     ("row", "form"),
     [pytest.param(row, as_transformation, id=f"transformation-{row.name}") for row in CATALOGUE]
