@@ -4,17 +4,11 @@ from functorch_optim import meta, optim, projections, schedules, tree
 from functorch_optim._control import cond
 from functorch_optim._core.combine import chain, masked, named_chain, partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at
+from functorch_optim._core.leafwise import identity, leafwise, stateless
 from functorch_optim._core.rule import EmptyState, StepState, leaf_state
 from functorch_optim._core.saving import Loaded, load_state_dict, migrate, state_dict
 from functorch_optim._core.stepping import eval_params, step, step_
-from functorch_optim._core.transformation import (
-    GradientTransformation,
-    apply_updates,
-    factory,
-    identity,
-    leafwise,
-    stateless,
-)
+from functorch_optim._core.transformation import GradientTransformation, apply_updates, factory
 from functorch_optim._labels.groups import label_table, param_groups
 from functorch_optim._labels.matching import label
 from functorch_optim._labels.uses import frozen, layer_decay, weight_decay_mask

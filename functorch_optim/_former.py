@@ -3,7 +3,6 @@
 import sys
 
 _FORMER = {
-    "base": "_core.transformation",
     "combine": "_core.combine",
     "recorded": "_core.recorded",
     "rule": "_core.rule",
@@ -16,5 +15,6 @@ _FORMER = {
     },
 }
 
+sys.modules["functorch_optim.base"] = sys.modules["functorch_optim"]  # all of it that pickles name is public
 for _old, _new in _FORMER.items():
     sys.modules[f"functorch_optim.{_old}"] = sys.modules[f"functorch_optim.{_new}"]

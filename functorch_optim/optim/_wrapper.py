@@ -1,8 +1,6 @@
 """A torch.optim.Optimizer around any transformation."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,22 +11,19 @@ from functorch_optim._core import saving
 from functorch_optim._core.checks import check_params
 from functorch_optim._core.links import nest
 from functorch_optim._core.places import REST
-from functorch_optim._core.transformation import GradientTransformation, check_transformation
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options
 from functorch_optim.optim import _factories as factories
 from functorch_optim.optim import _helpers_of_torch as helpers
-from functorch_optim.optim import _matching as matching
-from functorch_optim.optim._base import OptimizerBase
+from functorch_optim.optim._evaluation import EvaluatingOptimizer
+from functorch_optim.optim._migration import migrate
 from functorch_optim.optim._plan import Plan, scalar, tree_keys
 from functorch_optim.wrappers.injection import InjectingFactory
 from functorch_optim.wrappers.monitoring import metrics
 
-_TRAINED = "trained"
-"""The entry of `state[p]` that holds the parameter which is trained, while p is another to evaluate with."""
 
-
-class Optimizer(OptimizerBase):
+class Optimizer(EvaluatingOptimizer):
     """Train with a transformation through torch.optim's interface: a real `torch.optim.Optimizer`.
 
     There are two forms. With a transformation, all parameters in all groups are one tree, and the groups hold no
@@ -86,7 +81,6 @@ class Optimizer(OptimizerBase):
     """
 
     _complete = True  # whether all groups are there
-    _evaluates = True
 
     def __init__(
         self,
@@ -200,35 +194,7 @@ class Optimizer(OptimizerBase):
             >>> opt.migrate(training(frozen=False)).taken
             ('bias.exp_avg', 'bias.exp_avg_sq', 'bias.step')
         """
-        if self._has_factory:
-            raise TypeError(
-                "This optimizer has a factory, whose hyperparameters are in its groups; edit those: "
-                "opt.param_groups[0]['mask'] = mask"
-            )
-        check_transformation(transformation, "opt.migrate(adamw(1e-3, mask=mask))")
-        if self._evaluating:
-            raise RuntimeError("The parameters are where they are to be evaluated: call opt.train() before migrate")
-        params = [p for group in self.param_groups for p in group["params"]]
-        numbers: dict[Any, Any] = {p: number for number, p in enumerate(params)}
-        states = {numbers.get(key, key): state for key, state in self.state.items()}
-        if REST in states:
-            states[REST] = {key: saving.state_dict(state) for key, state in states[REST].items()}
-        candidate = type(self).__new__(type(self))
-        groups = [dict(group) for group in self.param_groups]
-        own = {"_transformation": transformation, "_plans": {}, "_steps": {}}
-        own["defaults"] = {**self.defaults, "transformation": transformation}
-        candidate.__dict__.update({**self.__dict__, **own})
-        for group in groups:
-            group.pop("lr", None)
-        groups = candidate.param_groups = [candidate._with_rate(group) for group in groups]
-        saved = {"state": states, "param_groups": [{"params": [numbers[p] for p in g["params"]]} for g in groups]}
-        found, report = matching.fitting(groups, [candidate._plan(0)], saved)
-        candidate.state = defaultdict(dict)
-        for key, state in found["state"].items():
-            candidate.state[key if key == REST else params[key]] = state
-        candidate._check_loaded(self, matching.Manner(strict=False))
-        self.__dict__.update(candidate.__dict__)
-        return report
+        return migrate(self, transformation)
 
     def _step(self, closure: Any = None, **extra: Any) -> Any:
         if not self.state and not torch.compiler.is_compiling() and helpers.asks_for_a_state():
@@ -334,111 +300,6 @@ class Optimizer(OptimizerBase):
             return scalar(rule.carried()[j], torch.float64), []
         p, key = keys[0]
         return plan.completed(users[0], self.state.get(p, {}))[1][key], keys
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Evaluate within: `with opt.averaged(): ...` is `eval` before and `train` after, errors or not.
-
-        Raises:
-            ValueError: nothing in the transformation has parameters to evaluate with.
-
-        Example:
-            >>> import functorch_optim as fo, torch
-            >>> model = torch.nn.Linear(1, 1, bias=False)
-            >>> opt = fo.Optimizer(model.parameters(), fo.swa(fo.sgd, start=0), lr=1.0)
-            >>> for _ in range(3):
-            ...     opt.zero_grad()
-            ...     model(torch.ones(1, 1)).sum().backward()
-            ...     opt.step()
-            >>> trained = model.weight.item()
-            >>> with opt.averaged():
-            ...     print(round(model.weight.item() - trained, 3))
-            1.0
-            >>> model.weight.item() == trained
-            True
-        """
-        if not self._averages:
-            raise ValueError(
-                f"Nothing in {factories.name_of(self._transformation)} has parameters to evaluate with; write "
-                "Optimizer(params, ema_weights(adamw(1e-3), decay=0.999)), or another wrapper that keeps two sets"
-            )
-        was_evaluating = self._evaluating
-        self.eval()
-        try:
-            yield
-        finally:
-            if not was_evaluating:
-                self.train()
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Write the average that a wrapper keeps to the parameters, to evaluate with it.
-
-        `step` is an error until `train` has put back those that are trained, bit for bit. They are in `state[p]` until
-        then, so that a checkpoint has both; it says the mode, as `train_mode` in its groups, and loading it restores
-        the mode. Without such a wrapper nothing moves.
-        """
-        if self._evaluating:
-            return
-        moved = []
-        for index in range(self._number_of_trees):
-            plan = self._plan(index)
-            for p, part in zip(plan.params, plan.parts, strict=True):
-                state, new = self.state.get(p, {}), None
-                for k, keys in zip(part.links, part.keys, strict=True):
-                    evaluate = plan.links[k].rule.evaluate
-                    if evaluate is not None and all(key in state for key in keys):  # the outermost is the last
-                        new = evaluate(p, plan.state_type(k, p)(*[state[key] for key in keys]))
-                if new is not None:
-                    moved.append((p, p.detach().clone(), new))
-        for p, trained, new in moved:
-            self.state[p][_TRAINED] = trained
-            p.copy_(new)
-        self._evaluating = True
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Put back the parameters that are trained."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                trained = self.state.get(p, {}).pop(_TRAINED, None)
-                if trained is not None:
-                    p.copy_(trained)
-        self._evaluating = False
-
-    @property
-    def _averages(self) -> bool:
-        """Whether some wrapper keeps two sets of weights; hyperparameters do not matter, and may be wrong now."""
-        kept = self.__dict__.get("_plans", {})
-        plans = [kept[index][1] if index in kept else self._plan(index) for index in range(self._number_of_trees)]
-        return any(link.rule.evaluate is not None for plan in plans for link in plan.links)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
-
-        Hyperparameters that are functions, schedules say, belong to the program and are left out. Where a wrapper keeps
-        two sets of weights, each group has `train_mode`: False while the parameters are those to evaluate with.
-        """
-        saved = super().state_dict()
-        if self._averages or self._evaluating:
-            for group in saved["param_groups"]:
-                group[matching.MODE] = not self._evaluating
-        return saved
-
-    def _check_loaded(self, former: OptimizerBase, manner: matching.Manner) -> None:
-        super()._check_loaded(former, manner)
-        for index in range(self._number_of_trees):
-            plan = self._plan(index)
-            for i, p in enumerate(plan.params):
-                trained = self.state.get(p, {}).get(_TRAINED)
-                if trained is not None and getattr(trained, "shape", None) != p.shape:
-                    raise ValueError(
-                        f"The saved {_TRAINED} of parameter {plan.path(i)!r} is no tensor of shape {tuple(p.shape)}; "
-                        "it was saved for another model"
-                    )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_evaluating": self._evaluating}
 
     def __repr__(self) -> str:
         name = type(self).__name__

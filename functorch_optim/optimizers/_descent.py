@@ -9,7 +9,8 @@ from torch import Tensor
 
 from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter, at, is_zero
-from functorch_optim._core.transformation import GradientTransformation, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.transforms.decay import add_decayed_weights
 from functorch_optim.transforms.scaling import maximize as ascend
 from functorch_optim.transforms.scaling import scale_by_learning_rate

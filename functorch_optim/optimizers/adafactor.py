@@ -17,8 +17,9 @@ from functorch_optim._core.hyperparameters import (
     check_integer,
     is_zero,
 )
+from functorch_optim._core.leafwise import leafwise, of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import clamped_from_below, minimum, rms
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
 from functorch_optim.optimizers._factored import LAST, estimate, excess, inverse_root, running_means

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, filled_like
+from functorch_optim._core.leafwise import leafwise, of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import safe_sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights

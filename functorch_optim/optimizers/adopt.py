@@ -10,8 +10,9 @@ from torch import Tensor
 
 from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, safe_sqrt, where
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.transforms.scaling import scale

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from functorch_optim._core.combine import partition
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_each
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import debias
 from functorch_optim.optimizers._descent import check_real, descent
 from functorch_optim.optimizers._factored import estimate, inverse_root, normalized, running_means

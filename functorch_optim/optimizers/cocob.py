@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, filled_like
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_integer, check_number
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype
 from functorch_optim._execution.mode import current, is_plain
 from functorch_optim._numerics import safe_sqrt

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.leafwise import of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import safe_norm, sqrt
 from functorch_optim.optimizers._descent import uphill_or_down
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functorch_optim._core.combine import masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, is_zero
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import safe_norm
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.momentum import trace

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, debias, safe_sqrt, where
 from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, total
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import safe_sqrt
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.optimizers._newton_schulz import (

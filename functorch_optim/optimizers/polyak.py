@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.leafwise import of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least
 from functorch_optim.optimizers._whole import bounded, loss_at, squares
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite, is_zero
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.optimizers._whole import like, total

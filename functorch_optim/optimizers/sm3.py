@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import check_real, descent
 
 

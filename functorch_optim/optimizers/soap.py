@@ -9,8 +9,9 @@ from torch import Tensor
 
 from functorch_optim._control import cond, same
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, check_integer, is_zero
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import debias, maximum, or_one, rms, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import check_real, descent
 from functorch_optim.optimizers._sides import as_sides, by_size, gram, initial, joined, parted, times

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, clamped_from_below, debias, rms, safe_sqrt
 from functorch_optim.optimizers._descent import check_real, uphill_or_down
 from functorch_optim.transforms.scaling import scale_by_learning_rate

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, check_number
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.foreach import norms
 from functorch_optim._execution.sharded import over_ranks, some_sharded
 from functorch_optim._numerics import at_least, isfinite, known, rms, safe_norm, safe_sqrt, where

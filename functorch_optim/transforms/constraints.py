@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import safe_norm
 
 

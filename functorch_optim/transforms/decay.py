@@ -10,8 +10,9 @@ from torch import Tensor
 
 from functorch_optim._core.combine import masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice, is_zero
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state, unchanged
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import maximum, where
 from functorch_optim.tree import Tree
 

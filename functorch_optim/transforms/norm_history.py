@@ -15,8 +15,9 @@ from functorch_optim._core.hyperparameters import (
     check_choice,
     check_integer,
 )
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import double, minimum, safe_sqrt, where
 from functorch_optim.transforms.clipping import finite_norm
 from functorch_optim.transforms.scaling import scaled

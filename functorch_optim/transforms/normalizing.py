@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, safe_norm, where
 from functorch_optim.transforms.clipping import global_norm
 

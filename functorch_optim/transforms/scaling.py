@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.leafwise import of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 
 
 @factory

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.combine import masked
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.tree import Tree
 
 

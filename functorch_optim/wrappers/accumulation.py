@@ -9,8 +9,9 @@ from torch import Tensor
 
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory
 from functorch_optim._numerics import where
 from functorch_optim.wrappers._wrapping import around, wrapped
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import minimum, quotient, where
 from functorch_optim.wrappers._wrapping import around, copied, wrapped
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.hyperparameters import Hyperparameter, at, is_tree
 from functorch_optim._core.injected import number_of
+from functorch_optim._core.leafwise import identity, of_rule
 from functorch_optim._core.links import shift
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, check_transformation, identity, of_rule
+from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim.schedules import Schedule
 
 

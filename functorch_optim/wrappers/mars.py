@@ -8,8 +8,9 @@ from torch import Tensor
 
 from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.transforms.clipping import clip_by_norm
 from functorch_optim.wrappers._wrapping import wrapped
 

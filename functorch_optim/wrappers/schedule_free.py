@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory, of_rule
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import maximum, quotient
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.optimizers.rmsprop import scale_by_rms

@@ -11,8 +11,9 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.combine import chain, masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
+from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import EmptyState
-from functorch_optim._core.transformation import GradientTransformation, factory, leafwise
+from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import where
 from functorch_optim.transforms.clipping import global_norm
 from functorch_optim.tree import Tree
