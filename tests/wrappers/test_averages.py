@@ -1,6 +1,5 @@
 """Wrappers that keep two sets of weights: their numbers, and where parameters are evaluated."""
 
-import copy
 import inspect
 import math
 import pickle
@@ -8,24 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from averaging_cases import RATE, WRAPPERS, each
 from catalogue import assert_close
 from histories import forms, give, make, optimize, pure, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import functorch_optim as fo
-from functorch_optim.testing._copies import through_a_file
-
-RATE = 0.1
-WRAPPERS = {
-    "ema_weights": lambda tx: fo.ema_weights(tx, 0.9),
-    "debiased": lambda tx: fo.ema_weights(tx, 0.9, debias=True, warmup="timm", start=1),
-    "swa": lambda tx: fo.swa(tx, start=1),
-    "polynomial_average": fo.polynomial_average,
-    "lookahead": lambda tx: fo.lookahead(tx, every=3),
-    "schedule_free": fo.schedule_free,
-    "gpa": lambda tx: fo.gpa(tx, 0.9),
-}
-each = pytest.mark.parametrize("name", WRAPPERS)
 
 
 def path(history, params):
@@ -355,208 +342,6 @@ def test_asgd_is_evaluated_at_its_average():
     own, opt = optimize(fo.asgd, params, history, lr=RATE, lambd=0.0, alpha=0.0, t0=2)
     with opt.averaged():
         assert_close(own[0].detach(), average["w"], rtol=1e-6, atol=1e-7)
-
-
-# In and out of evaluation. --------------------------------------------------------------------------------------------
-
-
-@each
-def test_evaluation_changes_nothing_errors_or_not(name):
-    params, history = make()
-    tx = WRAPPERS[name](fo.adamw(0.1))
-    expected, _ = optimize(tx, params, history)
-    own, opt = optimize(tx, params, history[:4])
-    before = [p.detach().clone() for p in own]
-    with opt.averaged():
-        assert not torch.equal(own[0], before[0])
-    with pytest.raises(KeyError), opt.averaged():
-        raise KeyError
-    assert all(map(torch.equal, own, before))
-    for _ in range(2):
-        opt.eval()
-    for _ in range(2):
-        opt.train()
-    for grads in history[4:]:
-        give(own, grads)
-        opt.step()
-    assert all(map(torch.equal, own, expected))
-
-
-def test_evaluation_within_evaluation_goes_on():
-    params, history = make(2)
-    own, opt = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
-    opt.eval()
-    average = own[0].detach().clone()
-    with opt.averaged():
-        pass
-    assert torch.equal(own[0], average)
-    with pytest.raises(RuntimeError, match=r"call opt.train\(\) before opt.step\(\)"):
-        opt.step()
-
-
-def test_a_closure_is_not_called_where_no_step_is_made():
-    params, history = make(2)
-    _, opt = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
-    with opt.averaged(), pytest.raises(RuntimeError, match=r"call opt.train\(\) before opt.step\(\)"):
-        opt.step(lambda: pytest.fail("called"))
-
-
-@each
-@pytest.mark.parametrize("how", ["file", "deepcopy", "not strict"])
-def test_a_checkpoint_says_the_mode_and_has_both_weights(name, how):
-    params, history = make()
-    tx = WRAPPERS[name](fo.adamw(0.1))
-    expected, _ = optimize(tx, params, history)
-    own, opt = optimize(tx, params, history[:4])
-    assert [group["train_mode"] for group in opt.state_dict()["param_groups"]] == [True]
-    opt.eval()
-    saved, weights = through_a_file(opt.state_dict()), [p.detach().clone() for p in own]
-    assert [group["train_mode"] for group in saved["param_groups"]] == [False]
-    if how == "deepcopy":
-        fresh = copy.deepcopy(opt)
-        own = fresh.param_groups[0]["params"]
-    else:
-        own = [torch.nn.Parameter(p) for p in weights]
-        fresh = fo.Optimizer(own, tx)
-        fresh.load_state_dict(saved, strict=how == "file")
-    assert "train_mode" not in fresh.param_groups[0]
-    with pytest.raises(RuntimeError, match=r"call opt.train\(\)"):
-        fresh.step()
-    fresh.train()
-    for grads in history[4:]:
-        give(own, grads)
-        fresh.step()
-    assert all(map(torch.equal, own, expected))
-
-
-def test_a_class_refuses_a_checkpoint_of_evaluation():
-    params, history = make(2)
-    own, opt = optimize(fo.asgd, params, history, lr=RATE)
-    plain = fo.optim.ASGD(own, lr=RATE)
-    plain.load_state_dict(opt.state_dict())
-    assert "train_mode" not in plain.param_groups[0]
-    opt.eval()
-    with pytest.raises(ValueError, match="was saved while parameters were evaluated"):
-        plain.load_state_dict(opt.state_dict())
-
-
-def test_loading_a_checkpoint_of_training_ends_evaluation():
-    params, history = make(2)
-    _, trained = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
-    _, opt = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
-    opt.eval()
-    opt.load_state_dict(trained.state_dict())
-    opt.step()
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(2), 1.0])
-def test_trained_parameters_of_another_model_are_refused(wrong):
-    params, history = make(2)
-    own, opt = optimize(WRAPPERS["swa"](fo.sgd(RATE)), params, history)
-    with opt.averaged():
-        saved = opt.state_dict()
-    saved["state"][0]["trained"] = wrong
-    before = own[0].detach().clone()
-    with pytest.raises(ValueError, match=r"The saved trained of parameter '0' is no tensor of shape \(4, 3\)"):
-        opt.load_state_dict(saved)
-    opt.step()
-    assert not torch.equal(own[0], before)
-
-
-@pytest.mark.sampled(pool="compiled")
-def test_steps_of_averages_compile_to_one_kernel():
-    params, history = make(4)
-    for tx in (fo.lookahead(fo.sgd(RATE), 2), fo.swa(fo.sgd(RATE), 1, every=2), fo.gpa(fo.sgd(RATE))):
-        own, state = fo.tree.map(torch.clone, params), tx.init(params)
-        for grads in history:
-            own, state = fo.step_(tx, grads, state, own, fused=True)
-        expected, expected_state = train(pure, tx, params, history)
-        assert_close(own, expected)
-        assert_close(fo.eval_params(tx, state, own), fo.eval_params(tx, expected_state, expected))
-
-
-def test_without_averages_checkpoints_are_those_of_torch():
-    _, opt = optimize(fo.sgd, *make(1), lr=0.1)
-    assert "train_mode" not in opt.state_dict()["param_groups"][0]
-
-
-def test_without_averages_nothing_is_evaluated():
-    _, opt = optimize(fo.adam, *make(1), lr=0.1)
-    with pytest.raises(ValueError, match="Nothing in adam has parameters to evaluate with"):
-        with opt.averaged():
-            pass
-
-
-def test_before_the_first_step_nothing_moves():
-    params, _ = make(0)
-    own, opt = optimize(WRAPPERS["ema_weights"](fo.sgd(RATE)), params, [])
-    with opt.averaged():
-        assert torch.equal(own[0], params["w"])
-
-
-@pytest.mark.parametrize("wrapper", [fo.lookahead, lambda tx: fo.ema_weights(tx, 0.9), lambda tx: fo.swa(tx, 1)])
-def test_schedulers_and_groups_drive_a_wrapped_factory(wrapper):
-    params, history = make()
-    own = [torch.nn.Parameter(p.clone()) for p in params.values()]
-    groups = [{"params": own[:1], "lr": 0.1}, {"params": own[1:], "lr": 0.2}]
-    opt = fo.Optimizer(groups, wrapper(fo.adamw), lr=0.3)
-    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
-    for grads in history:
-        give(own, grads)
-        opt.step()
-        scheduler.step()
-    parts = {k: wrapper(fo.adamw(fo.schedules.exponential(lr, 0.5))) for k, lr in (("w", 0.1), ("b", 0.2))}
-    found, _ = train(pure, fo.partition(parts, {"w": "w", "b": "b"}), params, history)
-    assert_close([p.detach() for p in own], list(found.values()), rtol=1e-6, atol=1e-7)
-
-
-# BatchNorm. -----------------------------------------------------------------------------------------------------------
-
-
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=0.3), torch.nn.Dropout(0.0))
-
-
-BATCHES = [(torch.randn(5, 3, generator=torch.Generator().manual_seed(i)), None) for i in range(3)]
-
-
-def test_statistics_are_those_of_torch():
-    ours, theirs = network(), network()
-    fo.update_bn(BATCHES, ours, "cpu")
-    torch.optim.swa_utils.update_bn(BATCHES, theirs, "cpu")
-    assert_close(fo.buffers_of(ours), fo.buffers_of(theirs), rtol=0, atol=0)
-    assert ours[1].running_mean.abs().sum() > 0
-    assert ours[1].momentum == 0.3
-
-
-def test_statistics_of_other_parameters():
-    ours, theirs = network(), network()
-    params = fo.tree.scale(2.0, fo.params_of(theirs))
-    fo.update_bn([batch for batch, _ in BATCHES], ours, params=params)
-    theirs.load_state_dict(params, strict=False)
-    torch.optim.swa_utils.update_bn(BATCHES, theirs)
-    assert_close(fo.buffers_of(ours), fo.buffers_of(theirs))
-    assert_close(fo.params_of(ours), fo.params_of(network()))
-
-
-@pytest.mark.parametrize(("batches", "error"), [([], "got no batch"), ([torch.ones(5, 2)], "shapes")])
-def test_an_error_leaves_modes_and_statistics(batches, error):
-    model = network()
-    model(BATCHES[0][0])
-    before = fo.buffers_of(model)
-    model[2].eval()
-    with pytest.raises((ValueError, RuntimeError), match=error):
-        fo.update_bn(batches, model)
-    assert_close(fo.buffers_of(model), before, rtol=0, atol=0)
-    assert [module.training for module in model.modules()] == [True, True, True, False]
-    assert model[1].momentum == 0.3
-
-
-def test_what_has_no_statistics_is_not_run():
-    fo.update_bn([torch.ones(1, 7)], torch.nn.Linear(3, 1))
-    with pytest.raises(TypeError, match=r"update_bn needs a torch.nn.Module.*update_bn\(loader, model\)"):
-        fo.update_bn([], [])
 
 
 # Errors. --------------------------------------------------------------------------------------------------------------
