@@ -73,6 +73,11 @@ def wrapped(wrapper: Callable[..., Any], factory: Callable[..., Any], default: f
     return make
 
 
+def quantized(bits: int) -> Callable[..., Any]:
+    """Keep moments in few bits, those of small tensors too: there are no others here."""
+    return partial(fo.quantized, bits=bits, min_size=1)
+
+
 ENTRANTS = [
     # Descent along the gradient, and its sign.
     Entrant("sgd", fo.sgd, L2),
@@ -145,6 +150,8 @@ ENTRANTS = [
     Entrant("cautious(adamw)", wrapped(fo.cautious, fo.adamw, 1e-3), DECOUPLED),
     Entrant("lookahead(adamw)", wrapped(fo.lookahead, fo.adamw, 1e-3), DECOUPLED, averages=True),
     Entrant("mars(adamw)", wrapped(fo.mars, fo.adamw, 1e-3), DECOUPLED),
+    Entrant("quantized(adamw)", wrapped(quantized(8), fo.adamw, 1e-3), DECOUPLED),
+    Entrant("quantized(adamw), 4 bits", wrapped(quantized(4), fo.adamw, 1e-3), DECOUPLED),
     Entrant("sam(adamw)", wrapped(fo.sam, fo.adamw, 1e-3), DECOUPLED),
     # With a model of the curvature.
     Entrant("sophia", fo.sophia, DECOUPLED),

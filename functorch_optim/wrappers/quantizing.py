@@ -59,8 +59,9 @@ def quantized(tx: Any, bits: int = 8, *, block_size: int | None = None, min_size
         TypeError: `tx` is neither a transformation nor a factory, or a size is no integer.
 
     The maps are the signed and the unsigned dynamic one of the paper; of 4 bits the unsigned one is linear without
-    zero. A block without negative numbers, such as those of a mean of squares, has the unsigned map. Tensors of float64
-    and of complex numbers are not quantized, nor of 4 bits those whose last dimension is odd.
+    zero. A block without negative numbers, such as those of a mean of squares, has the unsigned map. There a positive
+    number is not rounded to zero, since Adam divides by its root; bitsandbytes rounds it. Tensors of float64 and of
+    complex numbers are not quantized, nor of 4 bits those whose last dimension is odd.
 
     Wrap the moments alone, and let wrappers that keep parameters go around: `master_weights(quantized(adamw(1e-3)))`,
     `ema_weights(...)`. A NaN or infinite number spoils its block: let `apply_if_finite` go around. A step holds all
@@ -152,6 +153,8 @@ def _packed(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
     absmax, unsigned = blocks.abs().amax(1), blocks.amin(1) >= 0
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
     with_sign, without = [torch.bucketize(scaled, (m[1:] + m[:-1]) / 2) for m in _maps(bits, x.device)]
+    if bits == 8:  # 0 is the first number without sign
+        without = torch.maximum(without, (scaled > 0).to(without.dtype))
     codes = torch.where(unsigned.unsqueeze(1), without, with_sign).to(torch.uint8)
     codes = codes.reshape(-1)[: len(numbers)].reshape(x.shape)
     if bits == 4:
