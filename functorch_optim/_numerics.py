@@ -128,6 +128,8 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
         >>> safe_norm(torch.tensor([3.0, 4.0])), torch.func.grad(safe_norm)(torch.zeros(2))
         (tensor(5.), tensor([0., 0.]))
     """
+    if has_torch_function_unary(x):  # recorded as one call
+        return handle_torch_function(safe_norm, (x,), x, p)
     if not p > 0:
         raise ValueError(f"Invalid norm order: {p}; a norm needs p > 0, as in safe_norm(x, p=2.0)")
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -148,6 +150,8 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
 
 def rms(x: Tensor) -> Tensor:
     """Take the root mean square of all elements, 0 without elements; its derivative is zero where it is zero."""
+    if has_torch_function_unary(x):  # recorded as one call
+        return handle_torch_function(rms, (x,), x)
     if x.is_complex():
         x = x.abs()
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()

@@ -24,6 +24,7 @@ def leafwise(
     *,
     carry: Callable[[], Any] | None = None,
     elementwise: bool = False,
+    norms: bool = False,
     needs_params: bool = False,
     sparse: Literal["touched", "dense"] | None = None,
 ) -> GradientTransformation:
@@ -53,6 +54,8 @@ def leafwise(
             0-dim tensors, float64 in the state. It is then called as `scalars(step, carried) -> (s, carried)`.
         elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
             at will. Leave it False when the rule looks at shapes or reduces over elements.
+        norms: whether the rule is elementwise but for norms of its tensor, which `fo.safe_norm` takes. On the CPU it is
+            then run in blocks too, once for the norms and once for the results.
         needs_params: whether the rule uses `p`.
         sparse: the treatment of sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on their
             entries, so that all others keep their state. "dense": make them dense. None: refuse them.
@@ -91,6 +94,7 @@ def leafwise(
         scalars,
         carry=carry,
         elementwise=elementwise,
+        norms=norms,
         needs_params=needs_params,
         sparse=sparse,
     )

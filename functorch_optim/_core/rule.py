@@ -87,6 +87,7 @@ class Rule:
     scalars: Callable[..., Any] | None = None
     carry: Callable[[], Any] | None = None
     elementwise: bool = False
+    norms: bool = False  # whether it is elementwise but for norms of its tensor, which `safe_norm` and `rms` take
     needs_params: bool = False
     sparse: Literal["touched", "dense"] | None = None
     stacks: bool = False  # whether torch.vmap may run it on many tensors of one shape

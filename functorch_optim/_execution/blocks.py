@@ -247,6 +247,7 @@ class OverBlocks:
     """Parameters and states, cut into blocks that are overwritten."""
 
     length: int | None = BLOCK
+    small: int = SMALL
 
     def __init__(self, program: Program, overwritten: tuple[str, ...], columns: Sequence[list[Tensor]]) -> None:
         self.program, self.overwritten = program, overwritten
@@ -254,7 +255,7 @@ class OverBlocks:
         layouts = [layout_of(tensor) for tensor in columns[0]]
         self.mirrors: list[tuple[Tensor, Tensor]] = []  # tensors that lie otherwise, and copies that lie right
         lying = [self._lying(column, layouts) for column in columns]
-        self.blocks = Blocks(program.dtype, lying, layouts, self.length)
+        self.blocks = Blocks(program.dtype, lying, layouts, self.length, self.small)
         self.cuts = [self.blocks.cut(column) for column in lying]
         self.written = [self.cuts[program.inputs.index(name) - 1] for name in overwritten]
 

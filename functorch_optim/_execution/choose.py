@@ -27,6 +27,7 @@ from functorch_optim._execution.foreach import Foreach, Overwriting
 from functorch_optim._execution.mode import Mode
 from functorch_optim._execution.program import Program
 from functorch_optim._execution.recomputed import can_recompute
+from functorch_optim._execution.reduced import Reduced
 from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns
 from functorch_optim._execution.stacked import can_stack, stacked
@@ -87,6 +88,8 @@ def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way:
         way: the user's choice.
         overwrites: whether parameters and states are given up.
     """
+    if program.takes_norms:
+        return Reduced(program)
     small = [size < blocks.SMALL for size in sizes]
     on_cpu = program.device.type == "cpu"
     if way == "foreach" or (way is None and (not on_cpu or (all(small) and (not overwrites or len(sizes) <= FEW)))):

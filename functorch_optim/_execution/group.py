@@ -68,7 +68,8 @@ class Group:
         self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
         self.plain, self.wholes = plain, wholes
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
-        self.runs = _runs(stages)
+        reduces = plain and sample.device.type == "cpu" and not self.is_complex and wholes is None
+        self.runs = _runs([stage.rule.elementwise or (reduces and stage.rule.norms) for stage in stages], stages)
         self.one_program = plain and len(self.runs) == 1 and self.runs[0].elementwise and sample.layout == torch.strided
         self.moves = stages[-1].rule is ADD
         self.like = widened(
@@ -354,11 +355,11 @@ class _Run(NamedTuple):
     source: tuple[int, Any] | None
 
 
-def _runs(stages: Sequence[Stage]) -> list[_Run]:
-    """Part stages into runs."""
+def _runs(as_program: Sequence[bool], stages: Sequence[Stage]) -> list[_Run]:
+    """Part stages into runs: those that are recorded as programs, and others."""
     runs = []
     sources = [None if stage.source is None else stage.source[0] for stage in stages]
-    for elementwise, alike in groupby(range(len(stages)), key=lambda k: stages[k].rule.elementwise):
+    for elementwise, alike in groupby(range(len(stages)), key=as_program.__getitem__):
         together = list(alike)
         if all(sources[k] is None or sources[k] in together for k in together):
             runs.append(_Run(elementwise, together, [_shifted(stages[k], together[0]) for k in together], None))

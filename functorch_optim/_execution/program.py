@@ -17,6 +17,7 @@ from functorch_optim import tree
 from functorch_optim._core.rule import ADD, Rule
 from functorch_optim._core.stand_in import StandIn
 from functorch_optim._execution.reference import Stage, applied
+from functorch_optim._numerics import rms, safe_norm
 
 
 class Name(str):
@@ -72,6 +73,11 @@ class Program:
     moves: bool = False
     updates: bool = True
 
+    @property
+    def takes_norms(self) -> bool:
+        """Tell whether some number is a norm of the tensor."""
+        return any(instruction.function in NORMS for instruction in self.instructions)
+
     def __str__(self) -> str:
         lines = [f"{i.result} = {_name(i.function)}({', '.join(map(str, i.args))})" for i in self.instructions]
         return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
@@ -109,6 +115,7 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     numbers = tree.map(recording.number, list(scalars))
     outputs: list[Any] = []
     for k, (stage, s) in enumerate(zip(stages, numbers, strict=True)):
+        recording.takes_norms = stage.rule.norms
         g, new_state = applied(stage, g, symbols, k, p, s)
         outputs += new_state
     program = recording.finished(stages[-1].rule, [g, *outputs])
@@ -118,6 +125,9 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
         _recorded[key] = program
     return program
 
+
+NORMS = (safe_norm, rms)
+"""Functions of all elements of a tensor, which make a number of it."""
 
 _LARGEST = 256
 _recorded: dict[Any, Program] = {}
@@ -228,6 +238,7 @@ class _Recording:
         self.numbers: list[Name] = []
         self.instructions: list[Instruction] = []
         self.sums: dict[Any, _Symbol] = {}
+        self.takes_norms = False
 
     def input(self, name: str) -> _Symbol:
         self.inputs.append(Name(name))
@@ -261,7 +272,9 @@ class _Recording:
             return sample  # its dtype and device are those of all
         elements = sample if isinstance(sample, Tensor) and sample.ndim > 0 else None
         dtype = None if elements is None else elements.dtype
-        if elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
+        if function in NORMS and self.takes_norms:
+            pass
+        elif elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
             raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; declare elementwise=False")
         place = None if elements is None else elements.data_ptr()
         seen = [v for v in values if _differs(v) and v.sample.data_ptr() == place]

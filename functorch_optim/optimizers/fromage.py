@@ -54,4 +54,6 @@ def fromage(
         relative = torch.clamp_min(safe_norm(p), least) / torch.clamp_min(safe_norm(g), least)
         return -(rate * relative * g + shrinkage * p), state
 
-    return uphill_or_down(of_rule(None, update, scalars, needs_params=True, turns=True, lr=lr), maximize=maximize)
+    return uphill_or_down(
+        of_rule(None, update, scalars, norms=True, needs_params=True, turns=True, lr=lr), maximize=maximize
+    )

@@ -69,7 +69,7 @@ def scale_by_lars(
         ratio = s.trust_coefficient * p_norm / torch.where(is_one, 1.0, g_norm + s.weight_decay * p_norm + s.eps)
         return (g + s.weight_decay * p) * torch.where(is_one, 1.0, ratio), state
 
-    return leafwise(None, update, scalars, needs_params=True)
+    return leafwise(None, update, scalars, norms=True, needs_params=True)
 
 
 @factory

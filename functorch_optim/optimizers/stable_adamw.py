@@ -104,5 +104,5 @@ def stable_adamw(
         u = m / (root + s.eps)
         return (u + s.weight_decay * p if decays else u) / c, StableAdamWState(m, v)
 
-    rule = leafwise(init, update, scalars, needs_params=decays)
+    rule = leafwise(init, update, scalars, norms=True, needs_params=decays)
     return uphill_or_down(rule, scale_by_learning_rate(lr), maximize=maximize)

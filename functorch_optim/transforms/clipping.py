@@ -72,7 +72,7 @@ def clip_by_norm(max_norm: Hyperparameter, norm_type: float = 2.0) -> GradientTr
     def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
         return g * shrink(safe_norm(g, norm_type), c), state
 
-    return leafwise(None, update, lambda step: at(max_norm, step))
+    return leafwise(None, update, lambda step: at(max_norm, step), norms=True)
 
 
 @factory
@@ -164,7 +164,7 @@ def clip_by_block_rms(threshold: Hyperparameter) -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Tensor | None, c: Any) -> Any:
         return g * shrink(rms(g), c), state
 
-    return leafwise(None, update, lambda step: at(threshold, step))
+    return leafwise(None, update, lambda step: at(threshold, step), norms=True)
 
 
 @factory

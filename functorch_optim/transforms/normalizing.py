@@ -115,7 +115,7 @@ def scale_by_trust_ratio(
     def scalars(step: Tensor) -> Any:
         return at(min_norm, step), at(trust_coefficient, step), at(eps, step), at(max_ratio, step)
 
-    return leafwise(None, update, scalars, needs_params=True)
+    return leafwise(None, update, scalars, norms=True, needs_params=True)
 
 
 @factory

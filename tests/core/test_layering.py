@@ -42,6 +42,7 @@ LAYERS = [
     "_execution.recomputed",
     "_execution.flat",
     "_execution.stacked",
+    "_execution.reduced",
     "_execution.choose",
     "_execution.group",
     "_execution",

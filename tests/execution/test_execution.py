@@ -9,7 +9,7 @@ import torch
 
 import functorch_optim as fo
 from functorch_optim._core.rule import Rule
-from functorch_optim._execution import blocks, choose, flat, fused, recomputed
+from functorch_optim._execution import blocks, choose, flat, fused, recomputed, reduced
 from functorch_optim._execution.foreach import Foreach
 from functorch_optim._execution.program import record
 from functorch_optim._execution.reference import Stage
@@ -111,6 +111,7 @@ RUNS = [
     ("foreach", Foreach, "new"),
     ("foreach", Foreach, "_ready"),
     ("in_blocks", blocks, "_run"),
+    ("reduced", reduced.Reduced, "numbers"),
     ("fused", fused._OverFused, "run"),
     ("flat", flat, "flat"),
     ("recomputed", recomputed, "recomputed"),
@@ -155,7 +156,8 @@ def test_what_runs_updates():
     assert updating(adam, MANY) == ["foreach"]
     assert updating(adam, LARGE) == ["in_blocks"]
     assert updating(adam, {**PARAMS, **LARGE}) == ["foreach", "in_blocks"]
-    assert updating(fo.chain(fo.trace(), fo.clip_by_norm(1.0), adam)) == ["foreach", "tensor_by_tensor", "foreach"]
+    assert updating(fo.chain(fo.trace(), fo.centralize(), adam)) == ["foreach", "tensor_by_tensor", "foreach"]
+    assert updating(fo.chain(fo.trace(), fo.clip_by_norm(1.0), adam)) == ["reduced", "in_blocks", "in_blocks"]
     assert updating(adam, {**PARAMS, "c": torch.ones(1).double(), "d": torch.ones(1).double()}) == ["foreach"] * 2
 
 
@@ -178,6 +180,8 @@ def test_what_overwrites():
         assert overwriting(adam, params, fused=False) == ["in_blocks"]
         assert overwriting(adam, params, foreach=False) == ["in_blocks"]
         assert overwriting(adam, params, foreach=True) == ["foreach"]
+        for options in ({}, {"fused": True}, {"foreach": True}):
+            assert overwriting(fo.lars(0.1), params, **options) == ["reduced", *["in_blocks"] * len(params)]
         assert overwriting(rmsprop, params) == (["foreach"] if params is PARAMS else ["in_blocks"])
 
 

@@ -1,0 +1,271 @@
+"""Rules that take norms of their tensor: programs that are run in blocks, once for the norms and once for the results.
+
+A norm splits a program. The tensor that it is of is computed block by block and added up, and is not kept. The norms of
+all tensors make a vector, from which numbers are computed for all tensors at once. With these the program is run again.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_optim._execution.blocks import Blocks, Cut, InBlocks, OverBlocks, Scratch, layout_of
+from functorch_optim._execution.kernel import kernel
+from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
+from functorch_optim._numerics import rms
+
+
+class Inputs(NamedTuple):
+    """The inputs of a program for one tensor, in blocks."""
+
+    blocks: Blocks
+    cuts: Sequence[Cut]
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return self.blocks.layouts[0].numel()
+
+    def rows(self, scratch: Scratch) -> Iterator[Sequence[Tensor]]:
+        """Yield the blocks, one at least: a tensor for each input."""
+        if not self.size:
+            yield [scratch.part("nothing", self.blocks.dtype, 0)] * len(self.cuts)
+            return
+        yield from zip(*[cut.alone for cut in self.cuts], strict=True)
+        yield from self.blocks.joined(self.cuts, [], scratch)
+
+
+class Norm(NamedTuple):
+    """A norm that a program takes.
+
+    Attributes:
+        of: the value that it is of.
+        result: its name.
+        p: its order.
+        mean: whether it is that of a mean.
+    """
+
+    of: Name
+    result: Name
+    p: float
+    mean: bool
+
+    @classmethod
+    def taken(cls, instruction: Instruction) -> "Norm":
+        """Read a norm off the instruction that takes it."""
+        order: Any = (*instruction.args[1:], *dict(instruction.kwargs).values(), 2.0)[0]
+        return cls(instruction.args[0], instruction.result, float(order), instruction.function is rms)
+
+    def part(self, block: Tensor) -> Tensor:
+        """Return what a float64 block contributes; the block is overwritten."""
+        if self.p == math.inf:
+            return block.abs_().amax() if block.numel() else block.sum()
+        if self.p == 2:
+            return block.dot(block)
+        return block.abs_().sum() if self.p == 1 else block.abs_().pow_(self.p).sum()
+
+    def whole(self, parts: list[list[Tensor]], sizes: list[int]) -> Tensor:
+        """Return the norms of all tensors, given the parts of each."""
+        if self.p == math.inf:
+            return torch.stack([torch.stack(some).amax() for some in parts])
+        total = torch.stack([some[0] if len(some) == 1 else torch.stack(some).sum() for some in parts])
+        if self.mean:
+            total = total / torch.tensor(sizes, dtype=torch.float64).clamp_(min=1)
+        return total.sqrt() if self.p == 2 else total.pow(1 / self.p)
+
+
+class Level:
+    """Norms that depend on no others but those of the levels before.
+
+    Args:
+        before: instructions that compute numbers which `program` reads.
+        program: computes the values that the norms are of, where these are no inputs.
+        norms: the norms.
+    """
+
+    def __init__(self, before: Sequence[Instruction], program: Program, norms: Sequence[Norm]) -> None:
+        self.before, self.program, self.norms = before, program, norms
+        inputs, outputs = program.inputs, program.outputs
+        self.places = [inputs.index(n.of) if n.of in inputs else len(inputs) + outputs.index(n.of) for n in norms]
+
+    def take(self, tensors: Sequence[Inputs], values: "_Values") -> None:
+        """Take the norms of all tensors."""
+        values.compute(self.before)
+        of = kernel(self.program, None)
+        scratch = Scratch.of(self.program.device)
+        dtype = self.program.dtype
+        parts: list[list[list[Tensor]]] = [[] for _ in self.norms]
+        for one, numbers in zip(tensors, values.rows(self.program.numbers), strict=True):
+            for found in parts:
+                found.append([])
+            for row in one.rows(scratch):
+                size = row[0].numel()
+                outputs = [scratch.part(f"norm {j}", dtype, size) for j in range(len(self.program.outputs))]
+                if outputs:
+                    buffers = [scratch.part(f"{i} {kind}", kind, size) for i, kind in enumerate(of.buffers)]
+                    of.function(*row, *outputs, *numbers, *buffers)
+                columns = (*row, *outputs)
+                for norm, found, place in zip(self.norms, parts, self.places, strict=True):
+                    block = scratch.part("norm", torch.float64, size).copy_(columns[place].view(-1))
+                    found[-1].append(norm.part(block))
+        sizes = [one.size for one in tensors]
+        for norm, found in zip(self.norms, parts, strict=True):
+            values.known[norm.result] = norm.whole(found, sizes).to(dtype)
+
+
+class _Values:
+    """Numbers of a step: one for all tensors, or a vector that has one for each.
+
+    Args:
+        known: those that are known.
+        count: of the tensors.
+    """
+
+    def __init__(self, known: dict[Any, Any], count: int) -> None:
+        self.known, self.count = known, count
+
+    def compute(self, instructions: Sequence[Instruction]) -> None:
+        """Compute numbers from numbers."""
+        for instruction in instructions:
+            differs = any([self._differs(name) for name in instruction.names])  # noqa: C419
+
+            def given(value: Any, differs: bool = differs) -> Any:
+                number = self.known[value] if isinstance(value, Name) else value
+                # Functions such as torch.maximum take tensors alone.
+                is_number = differs and isinstance(value, Name) and not isinstance(number, Tensor)
+                return torch.tensor(number, dtype=self._dtype) if is_number else number
+
+            kwargs = {key: given(value) for key, value in instruction.kwargs}
+            self.known[instruction.result] = instruction.function(*map(given, instruction.args), **kwargs)
+
+    def rows(self, names: Sequence[Name]) -> Iterator[tuple[Any, ...]]:
+        """Yield the values of numbers for one tensor after the other."""
+        columns = [self._column(name) for name in names]
+        return zip(*columns, strict=True) if columns else iter([()] * self.count)
+
+    def _column(self, name: Name) -> Sequence[Any]:
+        number = self.known[name]
+        if not self._differs(name):
+            return [number] * self.count
+        return number.unbind() if number.dtype == torch.bool else number.tolist()  # type: ignore[no-any-return]
+
+    def _differs(self, name: Name) -> bool:
+        number = self.known[name]
+        return isinstance(number, Tensor) and number.ndim > 0
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        vectors = [n for n in self.known.values() if isinstance(n, Tensor) and n.ndim > 0 and n.is_floating_point()]
+        return vectors[0].dtype
+
+
+class Reduced:
+    """Runs a program that takes norms."""
+
+    def __init__(self, program: Program) -> None:
+        self.overwritten = overwritten(program)
+        self.given = program.numbers
+        self.levels, self.last, self.program = _parted(program)
+
+    def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
+        """Run into new tensors."""
+        rows = [[[tensor] for tensor in row] for row in zip(*inputs, strict=True)]
+        tensors = []
+        for row in rows:
+            blocks = Blocks(self.program.dtype, row, [layout_of(row[0][0])], small=0)
+            tensors.append(Inputs(blocks, [blocks.cut(column, to_read=True) for column in row]))
+        machine = InBlocks(self.program)
+        made = [machine.new(row, own) for row, own in zip(rows, self.numbers(tensors, numbers), strict=True)]
+        return [[columns[k][0] for columns in made] for k in range(len(self.overwritten))]
+
+    def over(self, columns: Sequence[list[Tensor]]) -> "_OverReduced":
+        """Get ready to overwrite parameters and states; see `Overwriting`."""
+        return _OverReduced(self, columns)
+
+    def numbers(self, tensors: Sequence[Inputs], numbers: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Take the norms, and yield the numbers of `program` for one tensor after the other."""
+        values = _Values(dict(zip(self.given, numbers, strict=True)), len(tensors))
+        for level in self.levels:
+            level.take(tensors, values)
+        values.compute(self.last)
+        return values.rows(self.program.numbers)
+
+
+class _OverReduced:
+    """Parameters and states that are overwritten, each tensor by itself."""
+
+    def __init__(self, machine: Reduced, columns: Sequence[list[Tensor]]) -> None:
+        self.machine = machine
+        rows = zip(*columns, strict=True)
+        self.tensors = [_OverOne(machine.program, machine.overwritten, [[tensor] for tensor in row]) for row in rows]
+        sizes = {bool(one.blocks.packs): one for one in sorted(self.tensors, key=_size)}
+        self.largest = list(sizes.values())
+
+    def __call__(self, updates: list[Tensor], numbers: Sequence[Any]) -> Callable[[], None]:
+        """Take the norms, and the memory for a step, and return the step."""
+        inputs = [one.inputs(update) for one, update in zip(self.tensors, updates, strict=True)]
+        own = list(self.machine.numbers(inputs, numbers))
+        for one in self.largest:
+            one.reserve()
+
+        def step() -> None:
+            for tensor, given, some in zip(self.tensors, inputs, own, strict=True):
+                tensor.step(given, some)
+
+        return step
+
+
+class _OverOne(OverBlocks):
+    """A parameter and its states."""
+
+    small = 0
+
+    def inputs(self, update: Tensor) -> Inputs:
+        """Return them and an update, as they are now."""
+        for tensor, mirror in self.mirrors:
+            mirror.copy_(tensor)
+        return Inputs(self.blocks, [self.blocks.cut([update], to_read=True), *self.cuts])
+
+    def step(self, inputs: Inputs, numbers: Sequence[Any]) -> None:
+        """Overwrite them."""
+        self._step(inputs.cuts, numbers)
+
+
+def _size(one: _OverOne) -> int:
+    return one.blocks.layouts[0].numel()
+
+
+def _parted(program: Program) -> tuple[list[Level], list[Instruction], Program]:
+    """Part a program by its norms.
+
+    Returns:
+        The levels; the instructions that compute numbers when all norms are known; and the program that is left.
+    """
+    others = [i for i in program.instructions if i.function not in NORMS]
+    depths: dict[Any, int] = dict.fromkeys((*program.inputs, *program.numbers), 0)
+    for instruction in program.instructions:
+        reached = max([depths[name] for name in instruction.names], default=0)
+        depths[instruction.result] = reached + (instruction.function in NORMS)
+    numbers = list(program.numbers)
+
+    def rest(outputs: tuple[Name, ...]) -> tuple[list[Instruction], Program]:
+        """Find the instructions that compute numbers for some outputs, and the program that computes these."""
+        computing = needed(others, outputs)
+        before = [i for i in computing if i.dtype is None and i.result not in numbers]
+        numbers.extend([i.result for i in before])
+        elementwise = tuple([i for i in computing if i.dtype is not None])
+        read = {name for i in elementwise for name in i.names}
+        own = tuple([name for name in numbers if name in read])
+        return before, replace(program, numbers=own, instructions=elementwise, outputs=outputs)
+
+    levels = []
+    for depth in range(max(depths.values())):
+        taken = [i for i in program.instructions if i.function in NORMS and depths[i.result] == depth + 1]
+        norms = [Norm.taken(i) for i in taken]
+        before, computing = rest(tuple(dict.fromkeys([n.of for n in norms if n.of not in program.inputs])))
+        levels.append(Level(before, computing, norms))
+        numbers.extend([norm.result for norm in norms])
+    return levels, *rest(program.outputs)
