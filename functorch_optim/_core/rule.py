@@ -206,6 +206,7 @@ class TreeRule:
     counters: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+    norms: ClassVar[bool] = False
     needs_params: ClassVar[bool] = False
     sees_tree: ClassVar[bool] = True
 

@@ -42,7 +42,8 @@ class Shards:
                 continue
             own = make(type(state), [list(map(layout_of, column)) for column in state])
             self.own.append(own)
-            self.inside.append(make(type(state), [self.layouts] * len(own)) if link.rule.elementwise else own)
+            alike = link.rule.elementwise or link.rule.norms
+            self.inside.append(make(type(state), [self.layouts] * len(own)) if alike else own)
 
     def local(self, leaves: Leaves) -> Leaves:
         """Return the local shards of leaves."""

@@ -31,6 +31,7 @@ from functorch_optim._execution.reduced import Reduced
 from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns
 from functorch_optim._execution.stacked import can_stack, stacked
+from functorch_optim._execution.wholes import Wholes
 
 FEW = 32
 """Tensors up to which foreach calls cost less than the copies that put small tensors together."""
@@ -78,7 +79,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
 
 
-def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way: Way, overwrites: bool) -> Machine:
+def machine(
+    program: Program,
+    sizes: Sequence[int],
+    numbers: Sequence[Any],
+    way: Way,
+    overwrites: bool,
+    shards: Wholes | None = None,
+) -> Machine:
     """Choose the machine for a program.
 
     Args:
@@ -87,9 +95,10 @@ def machine(program: Program, sizes: Sequence[int], numbers: Sequence[Any], way:
         numbers: those of the program.
         way: the user's choice.
         overwrites: whether parameters and states are given up.
+        shards: how tensors are sharded, where these are shards.
     """
     if program.takes_norms:
-        return Reduced(program)
+        return Reduced(program, shards)
     small = [size < blocks.SMALL for size in sizes]
     on_cpu = program.device.type == "cpu"
     if way == "foreach" or (way is None and (not on_cpu or (all(small) and (not overwrites or len(sizes) <= FEW)))):

@@ -68,7 +68,8 @@ class Group:
         self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
         self.plain, self.wholes = plain, wholes
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
-        reduces = plain and sample.device.type == "cpu" and not self.is_complex and wholes is None
+        reduces = plain and sample.device.type == "cpu" and not self.is_complex and (wholes is None or wholes.adds)
+        self.shards = None if wholes is None or wholes.layouts[0] is None else wholes
         self.runs = _runs([stage.rule.elementwise or (reduces and stage.rule.norms) for stage in stages], stages)
         self.one_program = plain and len(self.runs) == 1 and self.runs[0].elementwise and sample.layout == torch.strided
         self.moves = stages[-1].rule is ADD
@@ -183,7 +184,7 @@ class Group:
                 kept = needed(program.instructions, outputs)
                 program = replace(program, outputs=outputs, instructions=kept, updates=False)
             sizes = [tensor.numel() for tensor in inputs[0]]
-            self.machines[key] = choose.machine(program, sizes, numbers, self.way, use == "over")
+            self.machines[key] = choose.machine(program, sizes, numbers, self.way, use == "over", self.shards)
         return self.machines[key]
 
     def _restored(

@@ -15,6 +15,7 @@ from torch import Tensor
 from functorch_optim._execution.blocks import Blocks, Cut, InBlocks, OverBlocks, Scratch, layout_of
 from functorch_optim._execution.kernel import kernel
 from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
+from functorch_optim._execution.wholes import Wholes
 from functorch_optim._numerics import rms
 
 
@@ -67,11 +68,14 @@ class Norm(NamedTuple):
             return block.dot(block)
         return block.abs_().sum() if self.p == 1 else block.abs_().pow_(self.p).sum()
 
-    def whole(self, parts: list[list[Tensor]], sizes: list[int]) -> Tensor:
-        """Return the norms of all tensors, given the parts of each."""
+    def joined(self, parts: Tensor) -> Tensor:
+        """Join what blocks, or ranks, contribute: the first dimension."""
+        return parts.amax(0) if self.p == math.inf else parts.sum(0)
+
+    def of_total(self, total: Tensor, sizes: list[int]) -> Tensor:
+        """Return the norms of tensors of some sizes, given what all their elements contribute."""
         if self.p == math.inf:
-            return torch.stack([torch.stack(some).amax() for some in parts])
-        total = torch.stack([some[0] if len(some) == 1 else torch.stack(some).sum() for some in parts])
+            return total
         if self.mean:
             total = total / torch.tensor(sizes, dtype=torch.float64).clamp_(min=1)
         return total.sqrt() if self.p == 2 else total.pow(1 / self.p)
@@ -91,8 +95,8 @@ class Level:
         inputs, outputs = program.inputs, program.outputs
         self.places = [inputs.index(n.of) if n.of in inputs else len(inputs) + outputs.index(n.of) for n in norms]
 
-    def take(self, tensors: Sequence[Inputs], values: "_Values") -> None:
-        """Take the norms of all tensors."""
+    def take(self, tensors: Sequence[Inputs], values: "_Values", shards: Wholes | None) -> None:
+        """Take the norms of all tensors; of all their shards where these are some."""
         values.compute(self.before)
         of = kernel(self.program, None)
         scratch = Scratch.of(self.program.device)
@@ -111,9 +115,18 @@ class Level:
                 for norm, found, place in zip(self.norms, parts, self.places, strict=True):
                     block = scratch.part("norm", torch.float64, size).copy_(columns[place].view(-1))
                     found[-1].append(norm.part(block))
+        totals = torch.stack(
+            [
+                torch.stack([norm.joined(torch.stack(some)) for some in found])
+                for norm, found in zip(self.norms, parts, strict=True)
+            ]
+        )
         sizes = [one.size for one in tensors]
-        for norm, found in zip(self.norms, parts, strict=True):
-            values.known[norm.result] = norm.whole(found, sizes).to(dtype)
+        if shards is not None:
+            ranks, sizes = shards.of_ranks(totals), shards.sizes
+            totals = torch.stack([norm.joined(ranks[:, k]) for k, norm in enumerate(self.norms)])
+        for norm, total in zip(self.norms, totals, strict=True):
+            values.known[norm.result] = norm.of_total(total, sizes).to(dtype)
 
 
 class _Values:
@@ -163,9 +176,15 @@ class _Values:
 
 
 class Reduced:
-    """Runs a program that takes norms."""
+    """Runs a program that takes norms.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: the program.
+        shards: how tensors are sharded, where these are shards: the norms are those of the whole tensors.
+    """
+
+    def __init__(self, program: Program, shards: Wholes | None = None) -> None:
+        self.shards = shards
         self.overwritten = overwritten(program)
         self.given = program.numbers
         self.levels, self.last, self.program = _parted(program)
@@ -189,7 +208,7 @@ class Reduced:
         """Take the norms, and yield the numbers of `program` for one tensor after the other."""
         values = _Values(dict(zip(self.given, numbers, strict=True)), len(tensors))
         for level in self.levels:
-            level.take(tensors, values)
+            level.take(tensors, values, self.shards)
         values.compute(self.last)
         return values.rows(self.program.numbers)
 

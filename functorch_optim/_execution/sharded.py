@@ -204,7 +204,7 @@ def over_ranks(
         if not counted:  # all ranks take part in derivatives
             counted = [shard.flatten()[:0].sum() for shard, _ in shards]
         one = of_some(as_plain(counted)).reshape(1)
-        numbers.append(_gathered(one, mesh))
+        numbers.append(gathered(one, mesh))
     number = combined(torch.cat([number.to(numbers[0].device) for number in numbers]))
     return summed_gradient(number, max(meshes, key=_size)) if number.requires_grad else number
 
@@ -220,10 +220,10 @@ def summed_gradient(number: Tensor, mesh: Any) -> Tensor:
     return everywhere.to_local(grad_placements=_partial(mesh))  # type: ignore[no-any-return]
 
 
-def _gathered(number: Tensor, mesh: Any) -> Tensor:
-    """Collect a number of each rank of a mesh."""
+def gathered(numbers: Tensor, mesh: Any) -> Tensor:
+    """Collect the numbers of all ranks of a mesh, along the first dimension."""
     shard = _module().Shard(0)
-    each = _dtensor().from_local(number, mesh, [shard] * mesh.ndim, run_check=False)
+    each = _dtensor().from_local(numbers, mesh, [shard] * mesh.ndim, run_check=False)
     for done in reversed(range(mesh.ndim)):  # torch warns of two dimensions at once
         each = each.redistribute(placements=[shard] * done + _replicated(mesh)[done:])
     return local(each)

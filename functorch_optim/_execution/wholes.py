@@ -17,7 +17,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import Path
 from functorch_optim._execution.representation import Columns, make
-from functorch_optim._execution.sharded import Layout, everywhere, is_sharded, local, summed_gradient
+from functorch_optim._execution.sharded import Layout, everywhere, gathered, is_sharded, local, summed_gradient
 
 Layouts: TypeAlias = Sequence[Layout | None]
 """Those of a column of tensors; None where a tensor is the same on all ranks."""
@@ -70,6 +70,26 @@ class Wholes:
         columns = [new, *[column for state in new_states for column in state]]
         cut = iter(place.cut(layouts[:results], columns, shards[:results]))
         return next(cut), _arranged(cut, states)
+
+    @property
+    def adds(self) -> bool:
+        """Tell whether all ranks take part, each with shards of parameters and states that are cut alike."""
+        here = self.layouts[0] is None or self.layouts[0].mesh.get_coordinate() is not None
+        return here and all(list(column) == list(self.layouts) for state in self.states for column in state)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the numbers of elements of whole tensors, which are sharded."""
+        return [layout.shape.numel() for layout in self.layouts if layout is not None]
+
+    def of_ranks(self, numbers: Tensor) -> Tensor:
+        """Collect numbers of the shards of each tensor, which is the last dimension, from all ranks: the first one.
+
+        Where several ranks have the same shard, it counts once; the others have zeros.
+        """
+        layouts = [layout for layout in self.layouts if layout is not None]
+        counts = torch.tensor([layout.counts for layout in layouts], device=numbers.device)
+        return gathered(numbers.where(counts, torch.zeros_like(numbers)).unsqueeze(0), layouts[0].mesh)
 
     def numbers(self, scalars: Any, elementwise: bool) -> Any:
         """Return numbers of a rule as it is run: those that differ between elements as shards, or whole.
