@@ -67,11 +67,14 @@ class Prepared:
         self.shards = None if mode == "compiled" else shards_of(links, leaves, keeps)
         local = leaves if self.shards is None else self.shards.local(leaves)
         self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(local))
+        # All ranks choose the same way, also where one of them alone is watched, or they wait for each other.
+        seen: Mode = "recorded" if torch.is_grad_enabled() else "plain"
+        together = mode == "watched" and self.shards is not None and is_plain(seen, _tensors(local))
         self.extras = [link.rule.extras for link in links]
         self.asks = any(extras.any or extras.names - OF_TREE for extras in self.extras)
         shapes = [None if u is None else u.shape for u in leaves.updates]
         self.numbers = Numbers(links, active, shapes, structure, path)
-        make_group = functools.partial(Group, mode=mode, plain=self.plain, way=way, keeps=keeps)
+        make_group = functools.partial(Group, mode=mode, plain=self.plain, together=together, way=way, keeps=keeps)
         dtypes = [p.dtype if isinstance(p, Tensor) else None for p in leaves.params or leaves.updates]
         self.groups = LeafGroups(links, active, self.numbers, dtypes, path, make_group, self.shards)
         for p in leaves.params or () if way == "fused" else ():

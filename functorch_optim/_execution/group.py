@@ -47,6 +47,7 @@ class Group:
         path: names a tensor, for messages.
         mode: how torch treats tensors.
         plain: whether all tensors are plain, and none wants a derivative.
+        together: whether it is only for being watched that they are not.
         way: the user's choice of how to run.
         still: whether nothing moves: the update is not needed.
         keeps: whether the tensors that are overwritten stay the same, so that the cuts of them are kept.
@@ -60,12 +61,14 @@ class Group:
         path: Path,
         mode: Mode,
         plain: bool,
+        together: bool,
         way: Way,
         still: bool,
         keeps: bool,
         wholes: Wholes | None = None,
     ) -> None:
         self.stages, self.path, self.mode, self.way, self.still, self.keeps = stages, path, mode, way, still, keeps
+        plain = plain or (together and any(stage.rule.norms for stage in stages))
         self.plain, self.wholes = plain, wholes
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
         reduces = plain and sample.device.type == "cpu" and not self.is_complex and (wholes is None or wholes.adds)
@@ -296,7 +299,7 @@ class Group:
             return touched(scalar.expand(update.shape)) if is_for_each else scalar
 
         values = update.values()
-        inner = Group(self.stages, values, self.path, self.mode, self.plain, self.way, self.still, keeps=False)
+        inner = Group(self.stages, values, self.path, self.mode, self.plain, False, self.way, self.still, keeps=False)
         new, some = inner.compute(
             [values],
             [touched(p) for p in params] if params is not None else None,

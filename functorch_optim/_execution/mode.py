@@ -6,10 +6,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-Mode: TypeAlias = Literal["compiled", "transformed", "recorded", "plain"]
-"""compiled: torch.compile traces; transformed: by torch.func, in forward mode, or by a dispatch mode such as make_fx;
-recorded: autograd records operations that need derivatives; plain: none of these."""
+Mode: TypeAlias = Literal["compiled", "transformed", "watched", "recorded", "plain"]
+"""compiled: torch.compile traces; transformed: by torch.func, in forward mode, or by make_fx; watched: by another
+dispatch mode, such as FlopCounterMode; recorded: autograd records operations that need derivatives; plain: none."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 PLAIN_TYPES = frozenset(PLAIN)
@@ -20,18 +21,16 @@ def current() -> Mode:
     """Ask torch for the mode."""
     if torch.compiler.is_compiling():
         return "compiled"
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "transformed"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "watched" if get_proxy_mode() is None else "transformed"
     return "recorded" if torch.is_grad_enabled() else "plain"
 
 
 def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
     """Tell whether tensors may be cut, put together and overwritten: plain ones, of which no derivative is wanted."""
-    if mode in ("compiled", "transformed"):
+    if mode in ("compiled", "transformed", "watched"):
         return False
     tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if any(type(tensor) not in PLAIN for tensor in tensors):

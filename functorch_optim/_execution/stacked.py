@@ -21,7 +21,7 @@ def can_stack(
     mode: Mode, stages: Sequence[Stage], updates: list[Tensor], states: Sequence[Columns], params: list[Tensor] | None
 ) -> bool:
     """Tell whether some tensors can be stacked, and whether that is of use."""
-    if mode in ("compiled", "transformed") or not all([stage.rule.stacks for stage in stages]):  # noqa: C419
+    if mode in ("compiled", "transformed", "watched") or not all([stage.rule.stacks for stage in stages]):  # noqa: C419
         return False
     columns = [updates, *([] if params is None else [params]), *[column for state in states for column in state]]
     if not PLAIN_TYPES.issuperset([type(tensor) for column in columns for tensor in column]):

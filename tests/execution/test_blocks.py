@@ -45,7 +45,7 @@ def cut_at(patch, block, small):
     patch.setattr(blocks, "BLOCK", block)
     patch.setattr(blocks.OverBlocks, "length", block)
     patch.setattr(blocks, "SMALL", small)
-    patch.setattr(choose, "machine", lambda program, sizes, numbers, way, overwrites: InBlocks(program))
+    patch.setattr(choose, "machine", lambda program, *_: InBlocks(program))
 
 
 @pytest.fixture

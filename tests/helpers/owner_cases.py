@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.flop_counter import FlopCounterMode
 
 import functorch_optim as fo
+from functorch_optim._execution import wholes
 
 SHAPES = {"a": (8, 6), "b": (5, 7), "c": (1, 3), "d": (6, 6), "stack": (3, 4, 5)}
 OPTIMIZERS = {
@@ -21,6 +22,9 @@ OPTIMIZERS = {
     "adafactor": lambda: fo.adafactor(0.1),
     "shampoo": lambda: fo.shampoo(0.1),
     "lamb": lambda: fo.lamb(0.1, weight_decay=0.1),
+    "norms": lambda: fo.chain(
+        fo.lamb(0.1, weight_decay=0.1), fo.clip_by_block_rms(0.01), fo.clip_by_norm(0.005, norm_type=math.inf)
+    ),
 }
 
 
@@ -49,12 +53,12 @@ def trains_as_one_process(mesh, placements, names=OPTIMIZERS):
 
 def rows_columns_and_grids_train_as_one_process(mesh):
     trains_as_one_process(mesh, [Shard(0)])
-    trains_as_one_process(mesh, [Shard(1)], ["muon", "normuon"])
+    trains_as_one_process(mesh, [Shard(1)], ["muon", "normuon", "norms"])
     if mesh.size() == 4:
         grid = torch.distributed.init_device_mesh("cpu", (2, 2))
-        trains_as_one_process(grid, [Shard(0), Shard(1)], ["muon", "adafactor"])
-        trains_as_one_process(grid, [Shard(0), Shard(0)], ["muon"])
-        trains_as_one_process(grid, [Replicate(), Shard(0)], ["muon"])
+        trains_as_one_process(grid, [Shard(0), Shard(1)], ["muon", "adafactor", "norms"])
+        trains_as_one_process(grid, [Shard(0), Shard(0)], ["muon", "norms"])
+        trains_as_one_process(grid, [Replicate(), Shard(0)], ["muon", "norms"])
 
 
 def stateful_steps_are_those_of_one_process(mesh):
@@ -139,11 +143,30 @@ def two_collectives_send_the_bytes_of_the_formula(mesh):
 def a_rank_may_be_watched_alone(mesh):
     """All ranks are to choose the same way, or they wait for each other."""
     grads = sharded(parameters(), mesh, [Shard(0)])
-    tx = OPTIMIZERS["muon"]()
+    for name in ("muon", "lamb"):
+        tx = OPTIMIZERS[name]()
+        state = tx.init(grads)
+        watched = FlopCounterMode(display=False) if mesh.get_rank() == 0 else contextlib.nullcontext()
+        with watched:
+            updates, _ = tx.update(grads, state, grads)
+        expected, _ = tx.update(whole(grads), tx.init(whole(grads)), whole(grads))
+        torch.testing.assert_close(whole(updates), expected, **EXACT)
+
+
+def norms_take_one_collective_and_send_no_tensor(mesh):
+    """Also where some shards are empty, or the same on several ranks."""
+    grads = sharded(parameters(), mesh, [Shard(0)])
+    tx = OPTIMIZERS["norms"]()
     state = tx.init(grads)
-    watched = FlopCounterMode(display=False) if mesh.get_rank() == 0 else contextlib.nullcontext()
-    with watched:
-        updates, _ = tx.update(grads, state, grads)
+    gathering, gathered = [], wholes.gathered
+    wholes.gathered = lambda *args: gathering.append(1) or gathered(*args)
+    try:
+        with exchanges() as sent:
+            updates, _ = tx.update(grads, state, grads)
+    finally:
+        wholes.gathered = gathered
+    assert not sent
+    assert len(gathering) == 3, "of parameters and updates together, and then of one result after the other"
     expected, _ = tx.update(whole(grads), tx.init(whole(grads)), whole(grads))
     torch.testing.assert_close(whole(updates), expected, **EXACT)
 
@@ -181,6 +204,7 @@ def owners_name_their_own_parameters(mesh):
 
 
 CASES = [
+    norms_take_one_collective_and_send_no_tensor,
     rows_columns_and_grids_train_as_one_process,
     stateful_steps_are_those_of_one_process,
     each_tensor_is_computed_once,
@@ -189,6 +213,7 @@ CASES = [
     a_rank_may_be_watched_alone,
 ]
 OF_FOUR = [
+    norms_take_one_collective_and_send_no_tensor,
     rows_columns_and_grids_train_as_one_process,
     two_collectives_send_the_bytes_of_the_formula,
     modules_that_are_also_parallel_in_tensors_train_as_whole_ones,
