@@ -55,6 +55,7 @@ class Program:
 
     Attributes:
         inputs: names of values that differ between elements: "g", the parameter "p" where it is given, and the states.
+            Names of states that are one number for each tensor begin with n.
         numbers: names of the scalars; they begin with n, as do those of results computed from numbers alone.
         instructions: in order.
         outputs: the transformed update, and the new states in the order of the inputs.
@@ -108,10 +109,11 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     recording = _Recording(like)
     g = recording.input("g")
     p = recording.input("p") if with_params else None
-    symbols = [
-        type(state)(*[recording.input(f"x{k}_{j}") for j in range(len(state))]) if state else ()
-        for k, state in enumerate(states)
-    ]
+    symbols = []
+    for k, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        held = _held(stage.rule, like) if state else ()
+        fields = [recording.input(f"x{k}_{j}", j in held) for j in range(len(state))]
+        symbols.append(type(state)(*fields) if state else ())
     numbers = tree.map(recording.number, list(scalars))
     outputs: list[Any] = []
     for k, (stage, s) in enumerate(zip(stages, numbers, strict=True)):
@@ -128,6 +130,14 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
 
 NORMS = (safe_norm, rms)
 """Functions of all elements of a tensor, which make a number of it."""
+
+
+def _held(rule: Rule, like: Tensor) -> list[int]:
+    """List the fields of a rule's state that are one number for each tensor."""
+    if not rule.norms:
+        return []
+    return [j for j, field in enumerate(rule.init_leaf(like.new_zeros(_LENGTH))) if field.ndim == 0]
+
 
 _LARGEST = 256
 _recorded: dict[Any, Program] = {}
@@ -176,7 +186,7 @@ def _kind(scalar: Any) -> Any:
 
 def overwritten(program: Program) -> tuple[str, ...]:
     """Name for each output the input in whose place it stands: the parameter, if it is one, and the states."""
-    states = [name for name in program.inputs if name.startswith("x")]
+    states = [name for name in program.inputs if name.startswith(("x", "n_x"))]
     first = ("p" if program.moves else "g",) if program.updates else ()
     return (*first, *states)
 
@@ -240,9 +250,9 @@ class _Recording:
         self.sums: dict[Any, _Symbol] = {}
         self.takes_norms = False
 
-    def input(self, name: str) -> _Symbol:
-        self.inputs.append(Name(name))
-        return _Symbol(self, self.inputs[-1], torch.ones(_LENGTH, dtype=self.like.dtype, device=self.like.device))
+    def input(self, name: str, is_number: bool = False) -> _Symbol:
+        self.inputs.append(Name(f"n_{name}" if is_number else name))
+        return _Symbol(self, self.inputs[-1], self.like.new_ones(() if is_number else _LENGTH))
 
     def number(self, value: Any) -> _Symbol:
         self.numbers.append(Name(f"n{len(self.numbers)}{_mark(value)}"))
@@ -300,8 +310,10 @@ class _Recording:
 
     def finished(self, rule: Rule, outputs: list[Any]) -> Program:
         names, name = [], rule.name
-        for output in outputs:
-            if not isinstance(output, _Symbol) or not isinstance(output.sample, Tensor) or output.sample.ndim == 0:
+        kept = ["g", *[name for name in self.inputs if name not in ("g", "p")]]
+        for output, like in zip(outputs, kept, strict=True):
+            dims = 0 if like.startswith("n") else 1
+            if not isinstance(output, _Symbol) or getattr(output.sample, "ndim", -1) != dims:
                 raise TypeError(f"The rule of {name} must return tensors like those it was given, got {output!r}")
             if output.sample.dtype != self.like.dtype:
                 raise TypeError(

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim._execution.blocks import Blocks, Cut, InBlocks, OverBlocks, Scratch, layout_of
+from functorch_optim._execution.calls import is_tensor
 from functorch_optim._execution.kernel import kernel
 from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
+from functorch_optim._execution.representation import widened
 from functorch_optim._execution.wholes import Wholes
 from functorch_optim._numerics import rms
 
@@ -185,32 +187,65 @@ class Reduced:
 
     def __init__(self, program: Program, shards: Wholes | None = None) -> None:
         self.shards = shards
-        self.overwritten = overwritten(program)
         self.given = program.numbers
-        self.levels, self.last, self.program = _parted(program)
+        self.inputs = program.inputs
+        pairs = zip(overwritten(program), program.outputs, strict=True)
+        self.held: dict[str, Name] = {name: made for name, made in pairs if not is_tensor(Name(name))}
+        elementwise = replace(
+            program,
+            inputs=tuple(filter(is_tensor, program.inputs)),
+            outputs=tuple(filter(is_tensor, program.outputs)),
+        )
+        self.overwritten = overwritten(elementwise)
+        self.levels, self.last, self.program = _parted(
+            elementwise, [Name(name) for name in self.held], tuple(self.held.values())
+        )
+
+    def parted(self, columns: Sequence[list[Tensor]]) -> tuple[list[list[Tensor]], dict[Any, list[Tensor]]]:
+        """Part the last inputs, or all: those that differ between elements, and those that are numbers, by name."""
+        named = list(zip(self.inputs[-len(columns) :], columns, strict=True))
+        return [some for name, some in named if is_tensor(name)], {n: some for n, some in named if not is_tensor(n)}
 
     def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
         """Run into new tensors."""
+        inputs, held = self.parted(inputs)
         rows = [[[tensor] for tensor in row] for row in zip(*inputs, strict=True)]
         tensors = []
         for row in rows:
             blocks = Blocks(self.program.dtype, row, [layout_of(row[0][0])], small=0)
             tensors.append(Inputs(blocks, [blocks.cut(column, to_read=True) for column in row]))
         machine = InBlocks(self.program)
-        made = [machine.new(row, own) for row, own in zip(rows, self.numbers(tensors, numbers), strict=True)]
-        return [[columns[k][0] for columns in made] for k in range(len(self.overwritten))]
+        own, kept = self.numbers(tensors, held, numbers)
+        made = [machine.new(row, some) for row, some in zip(rows, own, strict=True)]
+        outputs = iter([[columns[k][0] for columns in made] for k in range(len(self.overwritten))])
+        states = [name for name in self.inputs if name.startswith(("x", "n_x"))]
+        first = [next(outputs)] if self.program.updates else []
+        return [*first, *[kept[name] if name in kept else next(outputs) for name in states]]
 
     def over(self, columns: Sequence[list[Tensor]]) -> "_OverReduced":
         """Get ready to overwrite parameters and states; see `Overwriting`."""
         return _OverReduced(self, columns)
 
-    def numbers(self, tensors: Sequence[Inputs], numbers: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Take the norms, and yield the numbers of `program` for one tensor after the other."""
+    def numbers(
+        self, tensors: Sequence[Inputs], held: dict[Any, list[Tensor]], numbers: Sequence[Any]
+    ) -> tuple[list[tuple[Any, ...]], dict[Any, list[Tensor]]]:
+        """Take the norms.
+
+        Args:
+            tensors: that are given, in blocks.
+            held: the numbers of states, by name.
+            numbers: those of the step.
+
+        Returns:
+            The numbers of `program`, for one tensor after the other; and the new numbers of states.
+        """
         values = _Values(dict(zip(self.given, numbers, strict=True)), len(tensors))
+        values.known.update({name: widened(torch.stack(column)) for name, column in held.items()})
         for level in self.levels:
             level.take(tensors, values, self.shards)
         values.compute(self.last)
-        return values.rows(self.program.numbers)
+        new = {name: values.known[made].to(held[name][0].dtype).unbind() for name, made in self.held.items()}
+        return list(values.rows(self.program.numbers)), {name: list(some) for name, some in new.items()}
 
 
 class _OverReduced:
@@ -218,6 +253,7 @@ class _OverReduced:
 
     def __init__(self, machine: Reduced, columns: Sequence[list[Tensor]]) -> None:
         self.machine = machine
+        columns, self.held = machine.parted(columns)
         rows = zip(*columns, strict=True)
         self.tensors = [_OverOne(machine.program, machine.overwritten, [[tensor] for tensor in row]) for row in rows]
         sizes = {bool(one.blocks.packs): one for one in sorted(self.tensors, key=_size)}
@@ -226,13 +262,15 @@ class _OverReduced:
     def __call__(self, updates: list[Tensor], numbers: Sequence[Any]) -> Callable[[], None]:
         """Take the norms, and the memory for a step, and return the step."""
         inputs = [one.inputs(update) for one, update in zip(self.tensors, updates, strict=True)]
-        own = list(self.machine.numbers(inputs, numbers))
+        own, kept = self.machine.numbers(inputs, self.held, numbers)
         for one in self.largest:
             one.reserve()
 
         def step() -> None:
             for tensor, given, some in zip(self.tensors, inputs, own, strict=True):
                 tensor.step(given, some)
+            for name, column in self.held.items():
+                torch._foreach_copy_(column, kept[name])
 
         return step
 
@@ -257,22 +295,29 @@ def _size(one: _OverOne) -> int:
     return one.blocks.layouts[0].numel()
 
 
-def _parted(program: Program) -> tuple[list[Level], list[Instruction], Program]:
+def _parted(
+    program: Program, given: Sequence[Name], held: tuple[Name, ...]
+) -> tuple[list[Level], list[Instruction], Program]:
     """Part a program by its norms.
+
+    Args:
+        program: the program.
+        given: numbers of states.
+        held: those that they become.
 
     Returns:
         The levels; the instructions that compute numbers when all norms are known; and the program that is left.
     """
     others = [i for i in program.instructions if i.function not in NORMS]
-    depths: dict[Any, int] = dict.fromkeys((*program.inputs, *program.numbers), 0)
+    depths: dict[Any, int] = {}
     for instruction in program.instructions:
-        reached = max([depths[name] for name in instruction.names], default=0)
+        reached = max([depths.get(name, 0) for name in instruction.names], default=0)
         depths[instruction.result] = reached + (instruction.function in NORMS)
-    numbers = list(program.numbers)
+    numbers = [*program.numbers, *given]
 
-    def rest(outputs: tuple[Name, ...]) -> tuple[list[Instruction], Program]:
+    def rest(outputs: tuple[Name, ...], held: tuple[Name, ...] = ()) -> tuple[list[Instruction], Program]:
         """Find the instructions that compute numbers for some outputs, and the program that computes these."""
-        computing = needed(others, outputs)
+        computing = needed(others, (*outputs, *held))
         before = [i for i in computing if i.dtype is None and i.result not in numbers]
         numbers.extend([i.result for i in before])
         elementwise = tuple([i for i in computing if i.dtype is not None])
@@ -281,10 +326,10 @@ def _parted(program: Program) -> tuple[list[Level], list[Instruction], Program]:
         return before, replace(program, numbers=own, instructions=elementwise, outputs=outputs)
 
     levels = []
-    for depth in range(max(depths.values())):
+    for depth in range(max(depths.values(), default=0)):
         taken = [i for i in program.instructions if i.function in NORMS and depths[i.result] == depth + 1]
         norms = [Norm.taken(i) for i in taken]
         before, computing = rest(tuple(dict.fromkeys([n.of for n in norms if n.of not in program.inputs])))
         levels.append(Level(before, computing, norms))
         numbers.extend([norm.result for norm in norms])
-    return levels, *rest(program.outputs)
+    return levels, *rest(program.outputs, held)

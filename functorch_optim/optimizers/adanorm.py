@@ -11,7 +11,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import debias, safe_norm, safe_sqrt, sqrt, where
+from functorch_optim._numerics import debias, safe_norm, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import check_real, descent
 
 
@@ -94,11 +94,11 @@ def scale_by_adanorm(
         norm = safe_norm(g)
         n = torch.lerp(state.exp_grad_norm, norm, s.weight)
         short = (norm > 0) & (n > norm)
-        m = torch.lerp(state.exp_avg, g * where(short, n / where(short, norm, 1.0), 1.0), s.weight1)
+        m = torch.lerp(state.exp_avg, g * torch.where(short, n / torch.where(short, norm, 1.0), 1.0), s.weight1)
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         return s.rate * m / (safe_sqrt(v) + s.eps), ScaleByAdaNormState(m, v, n)
 
-    return leafwise(init, update, scalars)
+    return leafwise(init, update, scalars, norms=True)
 
 
 @factory

@@ -168,7 +168,7 @@ def ldog(
         G = state.G + safe_norm(g).square()  # noqa: N806
         return quotient(rbar, safe_sqrt(G + e)) * g, LDoGState(state.p0, rbar, G)
 
-    rule = of_rule(_init_ldog, update, scalars, needs_params=True)
+    rule = of_rule(_init_ldog, update, scalars, norms=True, needs_params=True)
     return descent(rule, lr=lr, weight_decay=weight_decay, maximize=maximize)
 
 

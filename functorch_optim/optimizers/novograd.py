@@ -99,7 +99,7 @@ def novograd(
         m = s.beta1 * state.exp_avg + s.weight1 * d
         return m, NovoGradState(m, v)
 
-    rule = leafwise(_init, update, scalars, needs_params=decays)
+    rule = leafwise(_init, update, scalars, norms=True, needs_params=decays)
     return uphill_or_down(rule, scale_by_learning_rate(lr), maximize=maximize)
 
 

@@ -24,10 +24,10 @@ def compiled(monkeypatch):
         made = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
         return lambda *args: calls.append(1) or made(*args)
 
-    def chosen(program, sizes, numbers, way, overwrites):
+    def chosen(program, sizes, numbers, way, overwrites, shards=None):
         none_found = mock.patch.object(native, "match", return_value=None)
         with none_found if way == "fused" else contextlib.nullcontext():
-            return machine(program, sizes, numbers, way, overwrites)
+            return machine(program, sizes, numbers, way, overwrites, shards)
 
     monkeypatch.setattr(fused, "_compiled", compile_it)
     monkeypatch.setattr(choose, "machine", chosen)

@@ -41,6 +41,9 @@ RULES = {
     "fromage": fo.fromage(0.1),
     "clip_by_norm": fo.chain(*[fo.clip_by_norm(0.7, norm_type=p) for p in (1.0, 2.0, 3.5, math.inf)]),
     "clip_by_block_rms": fo.chain(fo.clip_by_block_rms(0.1), fo.adam(0.1)),
+    "novograd": fo.novograd(0.1, weight_decay=0.1),
+    "adanorm": fo.adanorm(0.1),
+    "ldog": fo.ldog(0.1, reps_rel=0.1),
     "masked": fo.masked(fo.lars(0.1), lambda params: fo.tree.map(lambda p: p.ndim != 1, params)),
 }
 rules = pytest.mark.parametrize("tx", RULES.values(), ids=RULES)

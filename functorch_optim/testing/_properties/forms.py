@@ -16,6 +16,8 @@ from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution import choose
 from functorch_optim._execution.blocks import InBlocks
 from functorch_optim._execution.foreach import Foreach
+from functorch_optim._execution.program import Program
+from functorch_optim._execution.reduced import Reduced
 from functorch_optim.optim._wrapper import Optimizer
 from functorch_optim.testing._comparison import assert_same, unmodified
 from functorch_optim.testing._copies import through_a_file, through_pickle
@@ -35,8 +37,8 @@ def saving(subject: Subject, problem: Problem) -> None:
 
 
 _MACHINES: dict[str, Callable[..., Any]] = {
-    "in blocks": lambda program, sizes, numbers, way, overwrites: InBlocks(program),
-    "by foreach kernels": lambda program, sizes, numbers, way, overwrites: Foreach(program, numbers),
+    "in blocks": lambda program, numbers: InBlocks(program),
+    "by foreach kernels": Foreach,
 }
 
 
@@ -55,7 +57,11 @@ def ways(subject: Subject, problem: Problem) -> None:
         with mock.patch.object(prepare, "is_plain", return_value=False):
             expected = rounded(given.train(subject()))
         for name, machine in _MACHINES.items():
-            with mock.patch.object(choose, "machine", machine):
+
+            def chosen(program: Program, sizes: Any, numbers: Any, *_: Any) -> Any:
+                return Reduced(program) if program.takes_norms else machine(program, numbers)  # noqa: B023
+
+            with mock.patch.object(choose, "machine", chosen):
                 trained = rounded(given.train(subject()))
             assert_same_training(trained, expected, f"{name}, in {dtype},", subject, given)
     recorded = problem.map(lambda leaf: leaf.detach().requires_grad_())
