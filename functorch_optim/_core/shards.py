@@ -40,10 +40,13 @@ class Shards:
                 self.own.append(())
                 self.inside.append(())
                 continue
-            own = make(type(state), [list(map(layout_of, column)) for column in state])
-            self.own.append(own)
-            alike = link.rule.elementwise or link.rule.norms
-            self.inside.append(make(type(state), [self.layouts] * len(own)) if alike else own)
+            own = [list(map(layout_of, column)) for column in state]
+            fields = [
+                self.layouts if link.rule.elementwise or (link.rule.norms and _have_elements(column)) else layouts
+                for column, layouts in zip(state, own, strict=True)
+            ]
+            self.own.append(make(type(state), own))
+            self.inside.append(make(type(state), fields))
 
     def local(self, leaves: Leaves) -> Leaves:
         """Return the local shards of leaves."""
@@ -119,6 +122,11 @@ class Shards:
 def shards_of(links: Sequence[Link], leaves: Leaves, keeps: bool) -> Shards | None:
     """Return the layouts of leaves; None where none is sharded."""
     return Shards(links, leaves, keeps) if some_sharded(leaves.params or leaves.updates) else None
+
+
+def _have_elements(column: Sequence[Any]) -> bool:
+    """Tell whether some tensor of a column is more than one number."""
+    return any(isinstance(tensor, torch.Tensor) and tensor.ndim > 0 for tensor in column)
 
 
 def _each(function: Any, layouts: Sequence[Layout | None], tensors: Sequence[Any]) -> list[Any]:

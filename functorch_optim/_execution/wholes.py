@@ -73,9 +73,10 @@ class Wholes:
 
     @property
     def adds(self) -> bool:
-        """Tell whether all ranks take part, each with shards of parameters and states that are cut alike."""
+        """Tell whether all ranks take part, with shards that are cut alike; numbers of states are on all of them."""
         here = self.layouts[0] is None or self.layouts[0].mesh.get_coordinate() is not None
-        return here and all(list(column) == list(self.layouts) for state in self.states for column in state)
+        own = [column for state in self.states for column in state if list(column) != list(self.layouts)]
+        return here and not any(layout and layout.chunked != [] for column in own for layout in column)
 
     @property
     def sizes(self) -> list[int]:

@@ -22,6 +22,8 @@ OPTIMIZERS = {
     "adafactor": lambda: fo.adafactor(0.1),
     "shampoo": lambda: fo.shampoo(0.1),
     "lamb": lambda: fo.lamb(0.1, weight_decay=0.1),
+    "novograd": lambda: fo.novograd(0.1, weight_decay=0.1),
+    "ldog": lambda: fo.ldog(0.1, reps_rel=0.1),
     "norms": lambda: fo.chain(
         fo.lamb(0.1, weight_decay=0.1), fo.clip_by_block_rms(0.01), fo.clip_by_norm(0.005, norm_type=math.inf)
     ),
@@ -56,7 +58,7 @@ def rows_columns_and_grids_train_as_one_process(mesh):
     trains_as_one_process(mesh, [Shard(1)], ["muon", "normuon", "norms"])
     if mesh.size() == 4:
         grid = torch.distributed.init_device_mesh("cpu", (2, 2))
-        trains_as_one_process(grid, [Shard(0), Shard(1)], ["muon", "adafactor", "norms"])
+        trains_as_one_process(grid, [Shard(0), Shard(1)], ["muon", "adafactor", "norms", "ldog"])
         trains_as_one_process(grid, [Shard(0), Shard(0)], ["muon", "norms"])
         trains_as_one_process(grid, [Replicate(), Shard(0)], ["muon", "norms"])
 
