@@ -161,6 +161,11 @@ class _Values:
         columns = [self._column(name) for name in names]
         return zip(*columns, strict=True) if columns else iter([()] * self.count)
 
+    def vector(self, name: Name) -> Tensor:
+        """Return a number for each tensor."""
+        number = self.known[name]
+        return number if self._differs(name) else torch.full((self.count,), float(number), dtype=torch.float64)
+
     def _column(self, name: Name) -> Sequence[Any]:
         number = self.known[name]
         if not self._differs(name):
@@ -244,7 +249,7 @@ class Reduced:
         for level in self.levels:
             level.take(tensors, values, self.shards)
         values.compute(self.last)
-        new = {name: values.known[made].to(held[name][0].dtype).unbind() for name, made in self.held.items()}
+        new = {name: values.vector(made).to(held[name][0].dtype).unbind() for name, made in self.held.items()}
         return list(values.rows(self.program.numbers)), {name: list(some) for name, some in new.items()}
 
 
