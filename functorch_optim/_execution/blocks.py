@@ -104,7 +104,10 @@ class Blocks:
         alone: list[Tensor] = []
         for i in self.alone:
             elements = flat(column[i], self.layouts[i])
-            alone += [elements] if self.length is None else torch.split(elements, self.length)
+            if self.length is None or elements.numel() <= self.length:
+                alone.append(elements)
+            else:
+                alone += torch.split(elements, self.length)
         packs = [
             self._pieces(column, pack)
             if not (to_read and in_order)
@@ -184,7 +187,7 @@ _MANY = 64
 """Lists of parts that are kept."""
 
 
-def _run(
+def run(
     program: Program,
     blocks: Blocks,
     inputs: Sequence[Cut],
@@ -235,7 +238,7 @@ class InBlocks:
             for name in self.overwritten
         ]
         cuts = [blocks.cut(some) for some in inputs], [blocks.cut(some) for some in outputs]
-        _run(self.program, blocks, *cuts, self.overwritten, numbers)
+        run(self.program, blocks, *cuts, self.overwritten, numbers)
         return outputs
 
     def over(self, columns: Sequence[list[Tensor]]) -> "OverBlocks":
@@ -282,7 +285,7 @@ class OverBlocks:
 
     def run(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
         """Overwrite."""
-        _run(self.program, self.blocks, inputs, self.written, self.overwritten, numbers)
+        run(self.program, self.blocks, inputs, self.written, self.overwritten, numbers)
 
     def _lying(self, column: list[Tensor], layouts: list[Tensor]) -> list[Tensor]:
         """Replace tensors that do not lie in memory as their parameter does by copies."""

@@ -8,7 +8,7 @@
 | - `fused=True`, and no kernel of torch's computes it | fused, compiled once; in blocks where that fails |
 | - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |
 | - `fused=False` or `foreach=False`; all else on the CPU | in blocks |
-| elementwise ones but for norms of their tensor, on plain tensors of the CPU | reduced: a program in blocks, once for the norms and once for the results |
+| elementwise ones but for norms of their tensor, on plain tensors of the CPU; into new tensors only if one is large | reduced: a program in blocks, once for the norms and once for the results |
 | elementwise ones, on many small tensors that are differentiated or vmapped | flat: once on all of them, end to end |
 | elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
 | rules that need their tensor whole and say that they may be stacked, on small tensors of one shape | stacked |
@@ -78,6 +78,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if options.get("fused") and options.get("differentiable"):
         raise RuntimeError("`fused` does not support `differentiable`")
+
+
+def norms_by_tensor(updates: Sequence[Tensor]) -> bool:
+    """Tell whether rules that take norms make new tensors faster as they are: of small ones."""
+    return all([update.numel() < blocks.SMALL for update in updates])  # noqa: C419
 
 
 def machine(

@@ -73,7 +73,10 @@ class Group:
         self.dtype, self.device, self.is_complex = sample.dtype, sample.device, sample.is_complex()
         reduces = plain and sample.device.type == "cpu" and not self.is_complex and (wholes is None or wholes.adds)
         self.shards = None if wholes is None or wholes.layouts[0] is None else wholes
-        self.runs = _runs([stage.rule.elementwise or (reduces and stage.rule.norms) for stage in stages], stages)
+        self.by_tensor = _runs([stage.rule.elementwise for stage in stages], stages)
+        takes_norms = reduces and any(stage.rule.norms for stage in stages)
+        as_program = [stage.rule.elementwise or stage.rule.norms for stage in stages]
+        self.runs = _runs(as_program, stages) if takes_norms else self.by_tensor
         self.one_program = plain and len(self.runs) == 1 and self.runs[0].elementwise and sample.layout == torch.strided
         self.moves = stages[-1].rule is ADD
         self.like = widened(
@@ -98,11 +101,13 @@ class Group:
             rules = [stage.rule for stage in self.stages]
             scalars = [self.wholes.numbers(s, r.elementwise) for s, r in zip(scalars, rules, strict=True)]
         known = self._numbers(scalars)
-        if self.one_program and known is not None:
+        few = self.runs is not self.by_tensor and self.shards is None and choose.norms_by_tensor(updates)
+        runs = self.by_tensor if few else self.runs
+        if self.one_program and runs is self.runs and known is not None:
             inputs = self._inputs(updates, params, states)
-            outputs = self._machine("new", 0, inputs, states, scalars, *known).new(inputs, known[0])
+            outputs = self._machine("new", runs[0], inputs, states, scalars, *known).new(inputs, known[0])
             return self._restored(outputs, updates, params, states)
-        return self._compute_by_rules(updates, params, states, scalars, eagerly=self.plain and known is not None)
+        return self._compute_by_rules(runs, updates, params, states, scalars, eagerly=self.plain and known is not None)
 
     def overwrite(
         self, updates: list[Tensor], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]
@@ -125,7 +130,7 @@ class Group:
             elif not writing.can_overwrite(updates, [params, *[column for state in states for column in state]]):
                 return None
             inputs = self._inputs(updates, params, states)
-            bound = self._machine("over", 0, inputs, states, scalars, numbers, kinds).over(inputs[1:])
+            bound = self._machine("over", self.runs[0], inputs, states, scalars, numbers, kinds).over(inputs[1:])
             if self.keeps:
                 self.kept, self.bound[kinds] = (params, states), bound
         return bound([as_reals(u) for u in updates] if self.is_complex else updates, numbers)
@@ -167,7 +172,7 @@ class Group:
     def _machine(
         self,
         use: str,
-        run: int,
+        run: "_Run",
         inputs: list[list[Tensor]],
         states: Sequence[Columns],
         scalars: Sequence[Any],
@@ -175,9 +180,9 @@ class Group:
         kinds: Kinds,
     ) -> Machine:
         """Choose the machine for a run of elementwise rules, once for the kinds of numbers."""
-        key = (use, run, kinds)
+        key = (use, *run.members, kinds)
         if key not in self.machines:
-            stages = self.runs[run].stages
+            stages = run.stages
             with_params = len(inputs) > 1 + sum([len(state) for state in states])
             structure = tree.flatten(list(scalars))[1]
             given = [k if isinstance(k, bool) else n for k, n in zip(kinds, numbers, strict=True)] if kinds else numbers
@@ -208,6 +213,7 @@ class Group:
 
     def _compute_by_rules(
         self,
+        runs: Sequence["_Run"],
         updates: list[Tensor],
         params: list[Tensor] | None,
         states: Sequence[Columns],
@@ -220,7 +226,8 @@ class Group:
         wide_params = each(widened, params) if params is not None else None
         given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
         versions = _versions(given) if eagerly else []
-        for run, (elementwise, members, stages, source) in enumerate(self.runs):
+        for run in runs:
+            elementwise, members, stages, source = run
             handed = wide_params
             if source is not None and wide_params is not None:
                 holder, hands = source
@@ -247,7 +254,7 @@ class Group:
 
     def _results(
         self,
-        run: int,
+        run: "_Run",
         scalars: list[Any],
         eagerly: bool,
         sample: Tensor,
@@ -257,7 +264,7 @@ class Group:
         path: Path,
     ) -> tuple[list[Tensor], list[Columns]]:
         """Run the rules of one run, and check what they return."""
-        elementwise, members, stages, _ = self.runs[run]
+        elementwise, members, stages, _ = run
         view = as_reals if elementwise and self.is_complex else as_it_is
         arguments = (
             each(view, updates),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._execution.blocks import Blocks, Cut, InBlocks, OverBlocks, Scratch, layout_of
+from functorch_optim._execution.blocks import Blocks, Cut, OverBlocks, Scratch, empty_like, layout_of, run
 from functorch_optim._execution.calls import is_tensor
 from functorch_optim._execution.kernel import kernel
 from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
@@ -214,15 +214,18 @@ class Reduced:
     def new(self, inputs: Sequence[list[Tensor]], numbers: Sequence[Any]) -> list[list[Tensor]]:
         """Run into new tensors."""
         inputs, held = self.parted(inputs)
-        rows = [[[tensor] for tensor in row] for row in zip(*inputs, strict=True)]
+        layouts = list(map(layout_of, inputs[0]))
         tensors = []
-        for row in rows:
-            blocks = Blocks(self.program.dtype, row, [layout_of(row[0][0])], small=0)
-            tensors.append(Inputs(blocks, [blocks.cut(column, to_read=True) for column in row]))
-        machine = InBlocks(self.program)
+        for layout, *row in zip(layouts, *inputs, strict=True):
+            blocks = Blocks(self.program.dtype, [[tensor] for tensor in row], [layout], small=0)
+            tensors.append(Inputs(blocks, [blocks.cut([tensor]) for tensor in row]))
         own, kept = self.numbers(tensors, held, numbers)
-        made = [machine.new(row, some) for row, some in zip(rows, own, strict=True)]
-        outputs = iter([[columns[k][0] for columns in made] for k in range(len(self.overwritten))])
+        columns = [inputs[self.program.inputs.index(name)] for name in self.overwritten]
+        made = [[empty_like(t, layout) for t, layout in zip(some, layouts, strict=True)] for some in columns]
+        for one, some, *row in zip(tensors, own, *made, strict=True):
+            written = [one.blocks.cut([tensor]) for tensor in row]
+            run(self.program, one.blocks, one.cuts, written, self.overwritten, some)
+        outputs = iter(made)
         states = [name for name in self.inputs if name.startswith(("x", "n_x"))]
         first = [next(outputs)] if self.program.updates else []
         return [*first, *[kept[name] if name in kept else next(outputs) for name in states]]

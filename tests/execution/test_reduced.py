@@ -185,7 +185,7 @@ def test_derivatives_are_those_of_the_rule():
     ],
 )
 def test_rules_that_do_more_than_take_norms_are_errors(rule, message):
-    tx, params = fo.leafwise(None, rule, norms=True), {"w": torch.ones(3, 2)}
+    tx, params = fo.leafwise(None, rule, norms=True), {"w": torch.ones(BLOCK)}
     with pytest.raises((TypeError, AttributeError), match=message):
         tx.update(params, tx.init(params))
 
