@@ -211,14 +211,16 @@ def run(
     apart = over_inputs if donated else kernel(program, None)
     scratch = Scratch.of(program.device)
 
-    def call(of: Kernel, row: Sequence[Tensor]) -> None:
-        size = row[0].numel()
-        of.function(*row, *numbers, *[scratch.part(f"{i} {dtype}", dtype, size) for i, dtype in enumerate(of.buffers)])
-
     for row in zip(*[cut.alone for cut in (inputs if donated else (*inputs, *outputs))], strict=True):
-        call(apart, row)
+        call(apart, row, numbers, scratch)
     for copies in blocks.joined(inputs, list(zip(outputs, indices, strict=True)), scratch):
-        call(over_inputs, copies)
+        call(over_inputs, copies, numbers, scratch)
+
+
+def call(of: Kernel, row: Sequence[Tensor], numbers: Sequence[Any], scratch: Scratch) -> None:
+    """Call a kernel on tensors of one size: inputs, and outputs where it has some."""
+    size = row[0].numel()
+    of.function(*row, *numbers, *[scratch.part(f"{i} {dtype}", dtype, size) for i, dtype in enumerate(of.buffers)])
 
 
 class InBlocks:
@@ -266,7 +268,7 @@ class OverBlocks:
         """Take the memory for a step, and return the step."""
         inputs = [self.blocks.cut(updates, to_read=True), *self.cuts]
         self.reserve()
-        return functools.partial(self._step, inputs, numbers)
+        return functools.partial(self.step, inputs, numbers)
 
     def reserve(self) -> None:
         """Take the memory that a step works in, so that it does not run out when something has been written."""
@@ -276,7 +278,8 @@ class OverBlocks:
         for i, dtype in enumerate(kernel(self.program, self.overwritten).buffers):
             scratch.part(f"{i} {dtype}", dtype, longest)
 
-    def _step(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
+    def step(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
+        """Overwrite, also tensors that lie otherwise."""
         for tensor, mirror in self.mirrors:
             mirror.copy_(tensor)
         self.run(inputs, numbers)

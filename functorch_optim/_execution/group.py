@@ -47,7 +47,7 @@ class Group:
         path: names a tensor, for messages.
         mode: how torch treats tensors.
         plain: whether all tensors are plain, and none wants a derivative.
-        together: whether it is only for being watched that they are not.
+        together: whether they are plain but for a dispatch mode, and sharded: all ranks choose as without it.
         way: the user's choice of how to run.
         still: whether nothing moves: the update is not needed.
         keeps: whether the tensors that are overwritten stay the same, so that the cuts of them are kept.

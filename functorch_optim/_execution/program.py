@@ -221,10 +221,10 @@ class _Symbol(StandIn):
                 return super().__getattr__(name)
             except AttributeError:
                 pass
-        raise AttributeError(f"An elementwise rule must not look at .{name}; declare it with elementwise=False")
+        raise AttributeError(f"An elementwise rule must not look at .{name}; {self.recording.remedy}")
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError("An elementwise rule must not pick elements; declare it with elementwise=False")
+        raise TypeError(f"An elementwise rule must not pick elements; {self.recording.remedy}")
 
     def __bool__(self) -> bool:
         raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
@@ -250,6 +250,11 @@ class _Recording:
         self.sums: dict[Any, _Symbol] = {}
         self.takes_norms = False
 
+    @property
+    def remedy(self) -> str:
+        """Say what to do about a rule that is not elementwise."""
+        return "leave norms=True out" if self.takes_norms else "declare it with elementwise=False"
+
     def input(self, name: str, is_number: bool = False) -> _Symbol:
         self.inputs.append(Name(f"n_{name}" if is_number else name))
         return _Symbol(self, self.inputs[-1], self.like.new_ones(() if is_number else _LENGTH))
@@ -269,7 +274,7 @@ class _Recording:
         values = list(_values(args, kwargs))
         if any(isinstance(value, Tensor) and value.requires_grad for value in values):
             raise TypeError("A tensor that requires grad is a number of the rule: compute it in scalars(step)")
-        several = f"An elementwise rule cannot use {name}, of several tensors in one; declare elementwise=False"
+        several = f"An elementwise rule cannot use {name}, of several tensors in one; {self.remedy}"
         lists = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple | list)]
         if any(isinstance(item, _Symbol) for value in lists for item in value):
             raise TypeError(several)
@@ -285,7 +290,7 @@ class _Recording:
         if function in NORMS and self.takes_norms:
             pass
         elif elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
-            raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; declare elementwise=False")
+            raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; {self.remedy}")
         place = None if elements is None else elements.data_ptr()
         seen = [v for v in values if _differs(v) and v.sample.data_ptr() == place]
         if seen and seen[0].sample.dtype == dtype:

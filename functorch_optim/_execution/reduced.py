@@ -1,7 +1,8 @@
 """Rules that take norms of their tensor: programs that are run in blocks, once for the norms and once for the results.
 
-A norm splits a program. The tensor that it is of is computed block by block and added up, and is not kept. The norms of
-all tensors make a vector, from which numbers are computed for all tensors at once. With these the program is run again.
+A norm splits a program. The first part computes its argument block by block, and adds up; the argument is not kept. The
+norms of all tensors make a vector. Numbers that depend on them are computed for all tensors at once. With these numbers
+the program is run again.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._execution.blocks import Blocks, Cut, OverBlocks, Scratch, empty_like, layout_of, run
+from functorch_optim._execution.blocks import Blocks, Cut, OverBlocks, Scratch, call, empty_like, layout_of, run
 from functorch_optim._execution.calls import is_tensor
 from functorch_optim._execution.kernel import kernel
 from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
@@ -102,7 +103,7 @@ class Level:
         values.compute(self.before)
         of = kernel(self.program, None)
         scratch = Scratch.of(self.program.device)
-        dtype = self.program.dtype
+        dtype = values.dtype
         parts: list[list[list[Tensor]]] = [[] for _ in self.norms]
         for one, numbers in zip(tensors, values.rows(self.program.numbers), strict=True):
             for found in parts:
@@ -110,10 +111,9 @@ class Level:
             for row in one.rows(scratch):
                 size = row[0].numel()
                 outputs = [scratch.part(f"norm {j}", dtype, size) for j in range(len(self.program.outputs))]
-                if outputs:
-                    buffers = [scratch.part(f"{i} {kind}", kind, size) for i, kind in enumerate(of.buffers)]
-                    of.function(*row, *outputs, *numbers, *buffers)
                 columns = (*row, *outputs)
+                if outputs:
+                    call(of, columns, numbers, scratch)
                 for norm, found, place in zip(self.norms, parts, self.places, strict=True):
                     block = scratch.part("norm", torch.float64, size).copy_(columns[place].view(-1))
                     found[-1].append(norm.part(block))
@@ -137,10 +137,11 @@ class _Values:
     Args:
         known: those that are known.
         count: of the tensors.
+        dtype: that of vectors.
     """
 
-    def __init__(self, known: dict[Any, Any], count: int) -> None:
-        self.known, self.count = known, count
+    def __init__(self, known: dict[Any, Any], count: int, dtype: torch.dtype) -> None:
+        self.known, self.count, self.dtype = known, count, dtype
 
     def compute(self, instructions: Sequence[Instruction]) -> None:
         """Compute numbers from numbers."""
@@ -151,7 +152,7 @@ class _Values:
                 number = self.known[value] if isinstance(value, Name) else value
                 # Functions such as torch.maximum take tensors alone.
                 is_number = differs and isinstance(value, Name) and not isinstance(number, Tensor)
-                return torch.tensor(number, dtype=self._dtype) if is_number else number
+                return torch.tensor(number, dtype=self.dtype) if is_number else number
 
             kwargs = {key: given(value) for key, value in instruction.kwargs}
             self.known[instruction.result] = instruction.function(*map(given, instruction.args), **kwargs)
@@ -175,11 +176,6 @@ class _Values:
     def _differs(self, name: Name) -> bool:
         number = self.known[name]
         return isinstance(number, Tensor) and number.ndim > 0
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        vectors = [n for n in self.known.values() if isinstance(n, Tensor) and n.ndim > 0 and n.is_floating_point()]
-        return vectors[0].dtype
 
 
 class Reduced:
@@ -247,7 +243,7 @@ class Reduced:
         Returns:
             The numbers of `program`, for one tensor after the other; and the new numbers of states.
         """
-        values = _Values(dict(zip(self.given, numbers, strict=True)), len(tensors))
+        values = _Values(dict(zip(self.given, numbers, strict=True)), len(tensors), self.program.dtype)
         values.known.update({name: widened(torch.stack(column)) for name, column in held.items()})
         for level in self.levels:
             level.take(tensors, values, self.shards)
@@ -276,7 +272,7 @@ class _OverReduced:
 
         def step() -> None:
             for tensor, given, some in zip(self.tensors, inputs, own, strict=True):
-                tensor.step(given, some)
+                tensor.step(given.cuts, some)
             for name, column in self.held.items():
                 torch._foreach_copy_(column, kept[name])
 
@@ -293,10 +289,6 @@ class _OverOne(OverBlocks):
         for tensor, mirror in self.mirrors:
             mirror.copy_(tensor)
         return Inputs(self.blocks, [self.blocks.cut([update], to_read=True), *self.cuts])
-
-    def step(self, inputs: Inputs, numbers: Sequence[Any]) -> None:
-        """Overwrite them."""
-        self._step(inputs.cuts, numbers)
 
 
 def _size(one: _OverOne) -> int:
