@@ -221,10 +221,12 @@ class _Symbol(StandIn):
                 return super().__getattr__(name)
             except AttributeError:
                 pass
-        raise AttributeError(f"An elementwise rule must not look at .{name}; {self.recording.remedy}")
+        raise AttributeError(
+            f"An elementwise rule must not look at .{name}; {self.recording.remedy('declare it with')}"
+        )
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(f"An elementwise rule must not pick elements; {self.recording.remedy}")
+        raise TypeError(f"An elementwise rule must not pick elements; {self.recording.remedy('declare it with')}")
 
     def __bool__(self) -> bool:
         raise TypeError("A rule must not branch on values: use torch.where(condition, a, b)")
@@ -250,10 +252,9 @@ class _Recording:
         self.sums: dict[Any, _Symbol] = {}
         self.takes_norms = False
 
-    @property
-    def remedy(self) -> str:
+    def remedy(self, declare: str = "declare") -> str:
         """Say what to do about a rule that is not elementwise."""
-        return "leave norms=True out" if self.takes_norms else "declare it with elementwise=False"
+        return "leave norms=True out" if self.takes_norms else f"{declare} elementwise=False"
 
     def input(self, name: str, is_number: bool = False) -> _Symbol:
         self.inputs.append(Name(f"n_{name}" if is_number else name))
@@ -274,7 +275,7 @@ class _Recording:
         values = list(_values(args, kwargs))
         if any(isinstance(value, Tensor) and value.requires_grad for value in values):
             raise TypeError("A tensor that requires grad is a number of the rule: compute it in scalars(step)")
-        several = f"An elementwise rule cannot use {name}, of several tensors in one; {self.remedy}"
+        several = f"An elementwise rule cannot use {name}, of several tensors in one; {self.remedy()}"
         lists = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple | list)]
         if any(isinstance(item, _Symbol) for value in lists for item in value):
             raise TypeError(several)
@@ -290,7 +291,7 @@ class _Recording:
         if function in NORMS and self.takes_norms:
             pass
         elif elements.shape != (_LENGTH,) if elements is not None else any(map(_differs, values)):
-            raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; {self.remedy}")
+            raise TypeError(f"An elementwise rule must keep shapes, which {name} does not; {self.remedy()}")
         place = None if elements is None else elements.data_ptr()
         seen = [v for v in values if _differs(v) and v.sample.data_ptr() == place]
         if seen and seen[0].sample.dtype == dtype:

@@ -195,5 +195,5 @@ def test_rules_that_do_more_than_take_norms_are_errors(rule, message):
 
 def test_elementwise_rules_take_no_norms():
     tx, params = fo.leafwise(None, lambda g, state, p, s: (g / fo.safe_norm(g), state), elementwise=True), torch.ones(3)
-    with pytest.raises(TypeError, match="which safe_norm does not; declare it with elementwise=False"):
+    with pytest.raises(TypeError, match="which safe_norm does not; declare elementwise=False"):
         tx.update(params, tx.init(params))
