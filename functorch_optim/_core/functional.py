@@ -1,6 +1,5 @@
 """The functional form: links over trees, prepared once for each form of the arguments."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,85 +7,41 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import check_is_param, check_params, check_updates
+from functorch_optim._core.checks import check_is_param, check_updates
 from functorch_optim._core.leaves import Leaves, Outcome
-from functorch_optim._core.links import Link, select, unnest
+from functorch_optim._core.links import Link, nest, select, unnest
 from functorch_optim._core.numbers import Bucket, read_number
 from functorch_optim._core.prepare import Prepared
-from functorch_optim._core.rule import ADD, TreeRule, check_extras, tree_state_type
+from functorch_optim._core.rule import ADD, check_extras
 from functorch_optim._execution import mode as modes
 from functorch_optim._execution.choose import Way
 from functorch_optim._execution.sharded import is_sharded
-from functorch_optim._numerics import wide_device
-from functorch_optim.tree import MaskedNode, Tree
+from functorch_optim.tree import Tree
 
 _KEPT = 8
 """Forms that a transformation keeps for each way of calling it."""
-
-
-def init(links: Sequence[Link], params: Tree) -> list[Any]:
-    """Make the state of each link."""
-    leaves, structure = tree.flatten(params)
-    check_params(leaves, lambda i: tree.paths(params)[i])
-    tensors = [leaf for leaf in leaves if leaf is not None]
-    step = torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else None)
-    states = []
-    for link, active in zip(links, select(links, params), strict=True):
-        rule = link.rule
-        if isinstance(rule, TreeRule):
-            masked = [leaf if on else MaskedNode() for leaf, on in zip(leaves, active, strict=True)]
-            states.append(rule.init(tree.unflatten(structure, masked) if link.where else params))
-            continue
-        leaf_states = [
-            init_leaf(link, p, functools.partial(_path, params, i)) if on and p is not None else None
-            for i, (p, on) in enumerate(zip(leaves, active, strict=True))
-        ]
-        state_type = next((type(state) for state in leaf_states if state is not None), rule.state_type or tuple)
-        fields = [
-            tree.unflatten(structure, [MaskedNode() if state is None else state[field] for state in leaf_states])
-            for field in range(len(getattr(state_type, "_fields", ())))
-        ]
-        carried = [_own(value, step.device) for value in rule.carried()]
-        states.append(tree_state_type(state_type, rule.counters)(*([step] if rule.counts else []), *carried, *fields))
-    return states
-
-
-def _own(number: Tensor | float, device: torch.device) -> Tensor:
-    """Make a number of the state, which is no hyperparameter that the user may change in place."""
-    device = wide_device(device)
-    if isinstance(number, Tensor):
-        return number.to(device, torch.float64).clone()
-    return torch.tensor(number, dtype=torch.float64, device=device)
-
-
-def _path(params: Tree, i: int) -> str:
-    return tree.paths(params)[i]
-
-
-def init_leaf(link: Link, p: Tensor, path: Callable[[], str]) -> Any:
-    """Make the state of a link for one parameter; let errors name it."""
-    try:
-        return link.init_leaf(p)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"At {path()!r}: {error}") from error
 
 
 class Call(NamedTuple):
     """A call of a transformation, taken apart.
 
     Attributes:
-        structure: of the tree of parameters, or of updates where there are none.
+        form: of the arguments.
+        state: as it was given.
+        numbered: the leaves of the states of all rules, as the places of `form` number them.
         leaves: the leaves that the links are run over.
-        parts: the parts of the states of links.
-        states: of each link, as they were given.
         outcome: the results of the links.
     """
 
-    structure: Any
+    form: "_Form"
+    state: Any
+    numbered: list[Any]
     leaves: Leaves
-    parts: "_Parts"
-    states: list[Any]
     outcome: Outcome
+
+    def new_state(self) -> Any:
+        """Build the next state."""
+        return self.form.state(self.form.new_leaves(self), self)
 
 
 def call(
@@ -112,156 +67,298 @@ def call(
         way: the user's choice of how to run.
         overwrites: whether parameters and state are given up.
     """
-    like = updates if params is None else params
-    like_leaves, structure = tree.flatten(like)
-    update_leaves, param_leaves = like_leaves, None
-    if params is not None:
-        param_leaves = like_leaves
-        update_leaves = _aligned(structure, updates, params)
-    states = unnest(transformation._layout, state)
-    mode = modes.current()
-    forms = transformation._forms if mode != "compiled" else None
-    parts = _parts(transformation, states, forms)
-    columns: list[Any] = [()] * (len(states) + adds)
-    tensors = [*update_leaves, *(param_leaves or ())]
-    for k, start, leaf_type, names in parts.trees:
-        lists = [
-            tree.flatten_up_to(structure, field, f"the state's {name}", like, "params")
-            for name, field in zip(names, states[k][start:], strict=True)
-        ]
-        columns[k] = leaf_type(*lists)
-        for column in lists:
-            tensors += column
-    for k in parts.whole:
-        columns[k] = states[k]
-    numbers = [states[k][j] for k, j in parts.numbers]
-    leaves = Leaves(update_leaves, param_leaves, columns)
-    how = (mode, adds, way, overwrites)
-    prepared = _prepared(transformation, like, structure, leaves, tensors, numbers, how, forms)
+    mode, whole = modes.current(), transformation._whole
+    traced = mode == "compiled"
+    states = unnest(transformation._layout, state) if whole or traced else []
+    rules = [s for k, s in enumerate(states) if k not in whole] if states else state
+    trees = (updates, rules) if params is None else (updates, rules, params)
+    flat = _in_trace(*trees) if traced else [tree.flatten(one) for one in trees]
+    form = _form(transformation, trees, flat, states, (mode, adds, way, overwrites))
+    numbered = flat[1][0]
+    leaves = form.leaves([some for some, _ in flat], states)
+    prepared = form.prepared or form.prepare(leaves, numbered, updates if params is None else params)
     if extra or prepared.asks:
         in_place = "step_(tx, grads, state, params, " if overwrites else "step(tx, grads, state, params, "
         called = in_place if adds else "tx.update(updates, state, params, "
         check_extras([link.rule for link in prepared.links], extra, called)
-    bucket = _bucket(prepared, parts, numbers, mode in ("plain", "recorded"))
-    return Call(structure, leaves, parts, states, prepared.run(leaves, [bucket], extra))
+    bucket = form.bucket(len(leaves.updates), numbered, mode in ("plain", "recorded"))
+    return Call(form, state, numbered, leaves, prepared.run(leaves, [bucket], extra))
 
 
-def _aligned(structure: Any, updates: Tree, params: Tree) -> list[Any]:
-    """Flatten updates like the parameters.
+def _in_trace(updates: Tree, rules: Sequence[Any], *params: Tree) -> list[tuple[list[Any], Any]]:
+    """List updates, states and parameters as deep as needed: to number all leaves takes long to trace."""
+    fields = [field for state in rules for field in state]
+    kinds = _Fields([(type(state), len(state)) for state in rules])
+    return [([updates], None if params else tree.flatten(updates)[1]), (fields, kinds), *map(tree.flatten, params)]
+
+
+class _Fields(NamedTuple):
+    """The structure of states of which the fields are listed.
+
+    Attributes:
+        kinds: of each state, its type and the number of its fields.
+    """
+
+    kinds: list[tuple[Any, int]]
+
+    def unflatten(self, fields: Sequence[Any]) -> list[Any]:
+        """Build the states of these fields."""
+        remaining = iter(fields)
+        return [kind(*[next(remaining) for _ in range(count)]) for kind, count in self.kinds]
+
+
+class _Places(NamedTuple):
+    """The places of leaves in a list.
+
+    Attributes:
+        each: for each leaf its place; for one that is missing, the object that stands there.
+        together: the same as a slice, where they follow each other.
+    """
+
+    each: list[Any]
+    together: slice | None
+
+    @classmethod
+    def of(cls, each: list[Any]) -> "_Places":
+        """Note the places of leaves."""
+        first = each[0] if each else 0
+        follow = type(first) is int and each == list(range(first, first + len(each)))
+        return cls(each, slice(first, first + len(each)) if follow else None)
+
+    def read(self, leaves: list[Any]) -> list[Any]:
+        """Return the leaves at these places."""
+        if self.together is not None:
+            return leaves[self.together]
+        return [leaves[i] if type(i) is int else i for i in self.each]
+
+    def write(self, leaves: list[Any], new: Sequence[Any]) -> None:
+        """Put leaves in these places."""
+        if self.together is not None:
+            leaves[self.together] = new
+        else:
+            for i, leaf in zip(self.each, new, strict=True):
+                if type(i) is int:
+                    leaves[i] = leaf
+
+
+class _Subtree(NamedTuple):
+    """The place of a tree in a list.
+
+    Attributes:
+        place: the place.
+        structure: of another tree, which it is built like.
+        name: of the tree, for messages.
+        like: the other tree.
+    """
+
+    place: int
+    structure: Any
+    name: str
+    like: Tree
+
+    def read(self, listed: list[Any]) -> list[Any]:
+        """Return the leaves of the tree."""
+        return _aligned(self.structure, listed[self.place], self.name, self.like)
+
+    def write(self, listed: list[Any], new: Sequence[Any]) -> None:
+        """Put a tree of these leaves in its place."""
+        listed[self.place] = tree.unflatten(self.structure, new)
+
+
+class _Part(NamedTuple):
+    """The places of the state of one link.
+
+    Attributes:
+        counts: whether it begins with the step.
+        numbers: those of the numbers that are there once for all parameters, the step among them.
+        fields: those of its other fields, which are trees like the parameters.
+        leaf_type: the NamedTuple for one parameter.
+    """
+
+    counts: bool
+    numbers: list[int]
+    fields: list[_Places | _Subtree]
+    leaf_type: Any
+
+
+class _Form:
+    """A form of arguments: the places of everything among their leaves, and the run that was prepared for it.
+
+    Args:
+        transformation: with its links and layout.
+        trees: updates, the states of all rules, and parameters where there are some.
+        flat: the leaves and the structure of each of them.
+        states: of all links, where some are functions of the whole tree.
+        how: mode, whether updates are added, the user's choice of how to run, and whether arguments are given up.
+    """
+
+    def __init__(
+        self,
+        transformation: Any,
+        trees: Sequence[Tree],
+        flat: Sequence[tuple[list[Any], Any]],
+        states: list[Any],
+        how: tuple[Any, ...],
+    ) -> None:
+        self.own, self.whole, self.layout = transformation._links, transformation._whole, transformation._layout
+        mode, adds, *_ = self.how = how
+        traced = mode == "compiled"
+        self.links = (*self.own, Link(ADD)) if adds else self.own
+        last = -1 if len(trees) > 2 else 0
+        like, self.structure, self.states = trees[last], flat[last][1], flat[1][1]
+        structure, listed = self.structure, flat[1][0]
+
+        def places(numbered: Any, given: Tree, name: str) -> _Places | _Subtree:
+            """Find the places of the leaves of a tree that is built like the parameters; raise where it is not."""
+            if traced:
+                return _Subtree(numbered, structure, name, like)
+            try:
+                return _Places.of(structure.flatten_up_to(numbered))
+            except ValueError:
+                return _Places.of(_aligned(structure, given, name, like))  # raises
+
+        self.updates = places(0 if traced else flat[0][1].unflatten(range(len(flat[0][0]))), trees[0], "updates")
+        given, numbered = trees[1], self.states.unflatten(range(len(listed)))
+        if not states:
+            given, numbered = (unnest(self.layout, some) for some in (given, numbered))
+        remaining = zip(given, numbered, strict=True)
+        self.listed = bool(states)
+        self.parts = [
+            None if k in self.whole else _part(link, *next(remaining), places) for k, link in enumerate(self.own)
+        ]
+        found = [(k, part) for k, part in enumerate(self.parts) if part is not None]
+        self.fields = [(k, part.leaf_type, part.fields) for k, part in found if part.fields]
+        self.numbers = [(k, j, place) for k, part in found for j, place in enumerate(part.numbers)]
+        self.labels = [] if traced else _labels(self.own)
+        self.prepared: Prepared | None = None
+
+    def prepare(self, leaves: Leaves, numbered: list[Any], like: Tree) -> Prepared:
+        """Check arguments of this form, and prepare the run.
+
+        Args:
+            leaves: that the links are run over.
+            numbered: the leaves of the states of all rules.
+            like: the parameters; updates where there are none.
+        """
+        structure, count = self.structure, len(leaves.updates)  # the function below is kept, and must hold no tensors
+
+        def path(i: int) -> str:
+            return tree.paths(tree.unflatten(structure, range(count)))[i]
+
+        for i, p in enumerate(leaves.params or ()):
+            if p is not None and leaves.updates[i] is not None:
+                check_is_param(p, i, path)
+        only_added = all([link.rule is ADD for link in self.own])  # noqa: C419
+        check_updates(leaves.updates, leaves.params, path, wide=only_added)
+        _check_counters(self.own, [numbered[place] for _, _, place in self.numbers])
+        mode, _, way, overwrites = self.how
+        active = select(self.links, like)
+        self.prepared = Prepared(self.links, structure, path, leaves, active, mode, way, overwrites)
+        return self.prepared
+
+    def is_labelled(self) -> bool:
+        """Tell whether no label was edited since."""
+        return not self.labels or all([tree.flatten(labels)[0] == then for labels, then in self.labels])  # noqa: C419
+
+    def leaves(self, flat: list[list[Any]], states: list[Any]) -> Leaves:
+        """Find the leaves that the links are run over.
+
+        Args:
+            flat: the leaves of updates, the states of all rules, and parameters.
+            states: of all links, where some are functions of the whole tree.
+        """
+        columns: list[Any] = [()] * len(self.links)
+        for k, leaf_type, fields in self.fields:
+            columns[k] = leaf_type(*[places.read(flat[1]) for places in fields])
+        for k in self.whole:
+            columns[k] = states[k]
+        return Leaves(self.updates.read(flat[0]), flat[2] if len(flat) > 2 else None, columns)
+
+    def bucket(self, count: int, numbered: list[Any], known: bool) -> Bucket:
+        """Read the steps of all leaves and the numbers that are carried on: as floats where they are known."""
+        steps: list[Any] = [None] * len(self.links)
+        carried: list[tuple[Any, ...]] = [()] * len(self.links)
+        last, read = None, None
+        for k, j, place in self.numbers:
+            part: Any = self.parts[k]
+            number = numbered[place]
+            if j or not part.counts:
+                carried[k] = (*carried[k], read_number(number, known))
+            else:
+                last, read = number, read if number is last else read_number(number, known, 1)
+                steps[k] = read
+        return Bucket(range(count), steps, carried)
+
+    def new_leaves(self, made: Call) -> list[Any]:
+        """Arrange the results of links as the leaves of the states of all rules."""
+        leaves, outcome = list(made.numbered), made.outcome
+        columns, carried, due = outcome.columns, outcome.carried[0], outcome.due[0]
+        counted: list[tuple[Tensor, Any, Tensor]] = []
+        for k, j, place in self.numbers:
+            part: Any = self.parts[k]
+            if due[k] is not False or self.links[k].rule.hold is not None:
+                old = leaves[place]
+                counts = part.counts and j == 0
+                leaves[place] = _counted(old, due[k], counted) if counts else _kept(carried[k][j - part.counts], old)
+        for k, _, fields in self.fields:
+            if columns[k] is not made.leaves.columns[k]:
+                for places, column in zip(fields, columns[k], strict=True):
+                    places.write(leaves, column)
+        return leaves
+
+    def state(self, leaves: list[Any], made: Call) -> Any:
+        """Build the state of these leaves; functions of the whole tree have made theirs."""
+        rules = self.states.unflatten(leaves)
+        if not self.listed:
+            return rules
+        remaining, columns = iter(rules), made.outcome.columns
+        return nest(self.layout, [columns[k] if k in self.whole else next(remaining) for k in range(len(self.parts))])
+
+
+def _aligned(structure: Any, given: Tree, name: str, like: Tree) -> list[Any]:
+    """Flatten a tree like the parameters, whose structure is given.
 
     Raises:
-        ValueError: they are built differently.
+        ValueError: it is built differently.
     """
     try:
-        return tree.flatten_up_to(structure, updates, "updates", params, "params")
+        return tree.flatten_up_to(structure, given, name, like, "params")
     except ValueError as error:
-        if type(updates) is type(params) or (isinstance(updates, dict) and isinstance(params, dict)):
+        if name != "updates" or type(given) is type(like) or (isinstance(given, dict) and isinstance(like, dict)):
             raise
-        listed = isinstance(updates, tuple | list) and all(u is None or isinstance(u, Tensor) for u in updates)
+        listed = isinstance(given, tuple | list) and all(u is None or isinstance(u, Tensor) for u in given)
         hint = (
             "Of a list of gradients a tree is made by dict(zip(params, grads))"
-            if listed and isinstance(params, dict)
+            if listed and isinstance(like, dict)
             else "The order is tx.update(updates, state, params), which returns a pair: updates, state = tx.update(...)"
         )
         raise ValueError(f"{error} {hint}") from None
 
 
-class _Parts(NamedTuple):
-    """The parts of the states of all links.
-
-    Attributes:
-        each: the part of each link; None for a function of the whole tree.
-        trees: for each link that has some: its index, where its fields begin, the NamedTuple for one parameter, and the
-            names of the fields.
-        whole: the links that are functions of the whole tree.
-        numbers: the numbers that are there once for all parameters: the link, and which field.
-    """
-
-    each: list["_Part | None"]
-    trees: list[tuple[int, int, Any, tuple[str, ...]]]
-    whole: list[int]
-    numbers: list[tuple[int, int]]
-
-
-class _Part(NamedTuple):
-    """The parts of the state of one link.
-
-    Attributes:
-        counts: whether it begins with the step.
-        counters: how many numbers are there once for all parameters, the step among them.
-        names: of its fields, which are trees like the parameters.
-        leaf_type: the NamedTuple for one parameter.
-    """
-
-    counts: bool
-    counters: int
-    names: tuple[str, ...]
-    leaf_type: Any
-
-
-def _parts(transformation: Any, states: Sequence[Any], forms: dict[Any, Any] | None) -> _Parts:
-    """Find the parts of the states of all links.
-
-    Raises:
-        ValueError: a state is not one of its link.
-    """
-    types, parts = (None, None) if forms is None else forms.get("parts", (None, None))
-    if parts is None or types != list(map(type, states)):
-        each = [_part(link, state) for link, state in zip(transformation._links, states, strict=True)]
-        found = [(k, part) for k, part in enumerate(each) if part is not None]
-        parts = _Parts(
-            each,
-            [(k, part.counters, part.leaf_type, part.names) for k, part in found if part.names],
-            [k for k, part in enumerate(each) if part is None],
-            [(k, j) for k, part in found for j in range(part.counters)],
-        )
-        if forms is not None:
-            forms["parts"] = list(map(type, states)), parts
-    return parts
-
-
-def _prepared(
+def _form(
     transformation: Any,
-    like: Tree,
-    structure: Any,
-    leaves: Leaves,
-    tensors: list[Any],
-    numbers: list[Tensor],
+    trees: Sequence[Tree],
+    flat: Sequence[tuple[list[Any], Any]],
+    states: list[Any],
     how: tuple[Any, ...],
-    forms: dict[Any, Any] | None,
-) -> Prepared:
-    """Find the run that was prepared for arguments of this form, or prepare it."""
-    types: list[Any] = []
-    kinds: list[Any] = []
-    if forms is not None:
-        tensors = [*tensors, *numbers]
-        types = list(map(type, tensors))
-        if not modes.PLAIN_TYPES.issuperset(types):  # there may be None, MaskedNode(), or anything wrong
-            tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-            types += [(t.device_mesh, t.placements) for t in tensors if is_sharded(t)]
-        kinds = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors]
-        for known in forms.get(how, ()):
-            if known.kinds == kinds and known.types == types and known.structure == structure and known.is_labelled():
-                return known.prepared  # type: ignore[no-any-return]
-    mode, adds, way, overwrites = how
-    count = len(leaves.updates)  # the function below is kept, and must hold no tensors
-
-    def path(i: int) -> str:
-        return tree.paths(tree.unflatten(structure, range(count)))[i]
-
-    for i, p in enumerate(leaves.params or ()):
-        if p is not None and leaves.updates[i] is not None:
-            check_is_param(p, i, path)
-    only_added = all([link.rule is ADD for link in transformation._links])  # noqa: C419
-    check_updates(leaves.updates, leaves.params, path, wide=only_added)
-    _check_counters(transformation._links, numbers)
-    links = (*transformation._links, Link(ADD)) if adds else transformation._links
-    active = select(links, like)
-    prepared = Prepared(links, structure, path, leaves, active, mode, way, overwrites)
-    if forms is not None:
-        form = _Form(structure, types, kinds, _labels(links), prepared)
-        forms[how] = (form, *forms.get(how, ())[: _KEPT - 1])
-    return prepared
+) -> _Form:
+    """Find the form of arguments, with the run that was prepared for it; or prepare it."""
+    if how[0] == "compiled":
+        return _Form(transformation, trees, flat, states, how)
+    tensors = [leaf for some, _ in flat for leaf in some]
+    structures = [structure for _, structure in flat]
+    types: list[Any] = list(map(type, tensors))
+    if not modes.PLAIN_TYPES.issuperset(types):  # there may be None, or anything wrong
+        tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        types += [(t.device_mesh, t.placements) for t in tensors if is_sharded(t)]
+    kinds = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors]
+    forms = transformation._forms.get(how, ())
+    for key, form in forms:
+        if key == (kinds, types, structures) and form.is_labelled():
+            return form  # type: ignore[no-any-return]
+    form = _Form(transformation, trees, flat, states, how)
+    transformation._forms[how] = (((kinds, types, structures), form), *forms[: _KEPT - 1])
+    return form
 
 
 def _check_counters(links: Sequence[Link], counters: list[Tensor]) -> None:
@@ -275,42 +372,24 @@ def _check_counters(links: Sequence[Link], counters: list[Tensor]) -> None:
             )
 
 
-class _Form(NamedTuple):
-    """A form of arguments, and the run that was prepared for it.
-
-    Attributes:
-        structure: of the tree.
-        types: of all leaves.
-        kinds: of all tensors.
-        labels: trees of labels, and the labels in them.
-        prepared: the links.
-    """
-
-    structure: Any
-    types: list[Any]
-    kinds: list[Any]
-    labels: list[tuple[Tree, list[Any]]]
-    prepared: Prepared
-
-    def is_labelled(self) -> bool:
-        """Tell whether no label was edited since."""
-        return not self.labels or all([tree.flatten(labels)[0] == then for labels, then in self.labels])  # noqa: C419
-
-
 def _labels(links: Sequence[Link]) -> list[tuple[Tree, list[Any]]]:
     trees = {id(one.labels): one.labels for link in links for one in link.where if not callable(one.labels)}
     return [(labels, tree.flatten(labels)[0]) for labels in trees.values()]
 
 
-def _part(link: Link, state: Any) -> _Part | None:
-    """Find the parts of the state of a link.
+def _part(link: Link, state: Any, numbered: Any, places: Callable[..., _Places | _Subtree]) -> _Part:
+    """Find the places of the state of a link.
+
+    Args:
+        link: the link.
+        state: of the link.
+        numbered: the same, numbers in place of its leaves.
+        places: finds the places of the leaves of a field.
 
     Raises:
-        ValueError: it is not one of this link.
+        ValueError: it is not one of this link, or not for this tree.
     """
     rule: Any = link.rule
-    if isinstance(rule, TreeRule):
-        return None
     fields = getattr(state, "_fields", ())
     leaf_type = getattr(type(state), "_leaf_type", None)
     count = len(rule.counters)
@@ -325,46 +404,9 @@ def _part(link: Link, state: Any) -> _Part | None:
             f"The state of {rule.name} is a {type(state).__name__}: it belongs to another transformation. "
             "Make it with the init of the transformation whose update is called: state = tx.init(params)"
         )
-
-    return _Part(rule.counts, count, fields[count:], leaf_type)
-
-
-def _bucket(prepared: Prepared, parts: _Parts, numbers: Sequence[Tensor], known: bool) -> Bucket:
-    """Read the steps and the numbers that are carried on: as floats where they are known."""
-    steps: list[Any] = [None] * len(prepared.links)
-    carried: list[tuple[Any, ...]] = [()] * len(prepared.links)
-    last, read = None, None
-    for (k, j), number in zip(parts.numbers, numbers, strict=True):
-        part: Any = parts.each[k]
-        if j or not part.counts:
-            carried[k] = (*carried[k], read_number(number, known))
-        else:
-            last, read = number, read if number is last else read_number(number, known, 1)
-            steps[k] = read
-    return Bucket(range(len(prepared.numbers.shapes)), steps, carried)
-
-
-def new_states(links: Sequence[Link], made: Call) -> list[Any]:
-    """Arrange the results of links as states like those that were given."""
-    outcome = made.outcome
-    due, carried = outcome.due[0], outcome.carried[0]
-    counted: list[tuple[Tensor, Any, Tensor]] = []
-    states = []
-    for k, (part, old) in enumerate(zip(made.parts.each, made.states, strict=True)):
-        new = outcome.columns[k]
-        if part is None:
-            states.append(new)
-        elif not (part.counters or part.names) or (due[k] is False and links[k].rule.hold is None):
-            states.append(old)
-        else:
-            counters = [_counted(old[0], due[k], counted)] if part.counts else []
-            counters += [_kept(n, o) for n, o in zip(carried[k], old[part.counts : part.counters], strict=True)]
-            if new is made.leaves.columns[k]:
-                fields = old[part.counters :]
-            else:
-                fields = [tree.unflatten(made.structure, column) for column in new]
-            states.append(type(old)(*counters, *fields))
-    return states
+    trees = zip(fields[count:], numbered[count:], state[count:], strict=True)
+    found = [places(n, given, f"the state's {name}") for name, n, given in trees]
+    return _Part(rule.counts, list(numbered[:count]), found, leaf_type)
 
 
 def _counted(step: Tensor, ran: Any, counted: list[tuple[Tensor, Any, Tensor]]) -> Tensor:

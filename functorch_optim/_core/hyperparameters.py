@@ -38,9 +38,9 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         >>> at(0.1, step), at(lambda count: 0.5**count, step)
         (0.1, tensor(1., dtype=torch.float64))
     """
-    if type(hyperparameter) is float:
-        return hyperparameter
-    value: Any = hyperparameter
+    value: Any = hyperparameter.read() if type(hyperparameter) is Live else hyperparameter
+    if type(value) is float:
+        return value
     of_leaf = is_tree(value)
     if of_leaf:
         value = value_here(value)
@@ -90,8 +90,6 @@ class Live:
 def _scheduled(schedule: Callable[..., Any], step: Any) -> Any:
     """Call a schedule; those of this library, which are recorded, take a float too."""
     count = step - 1
-    if isinstance(schedule, Live):
-        return schedule.read()
     if not isinstance(step, float):
         return schedule(count)
     if isinstance(schedule, Recorded):

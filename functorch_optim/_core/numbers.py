@@ -14,6 +14,7 @@ from functorch_optim._core import injected
 from functorch_optim._core.checks import Path
 from functorch_optim._core.leaf import DiffersError, Leaf, marked, numbers_for
 from functorch_optim._core.links import Link
+from functorch_optim._core.rule import OF_TREE
 from functorch_optim._execution.mode import PLAIN
 from functorch_optim._execution.reference import Held, Masked
 from functorch_optim._numerics import where
@@ -102,7 +103,7 @@ class Numbers:
             simple = self.simple[k]
             if simple is not None:
                 try:
-                    found[k] = simple(bucket.steps[k])
+                    found[k] = simple(bucket.steps[k], **(seen if k == members[0] else {}))
                     continue
                 except NOT_WITH_FLOATS:
                     pass  # computed again below, with tensors or leaf by leaf; other errors are the user's
@@ -253,11 +254,11 @@ def _as_known(gate: Condition) -> Condition:
 
 
 def _of_step(link: Link, extras: Any) -> Callable[[Any], Any] | None:
-    """Return the function of the step alone that makes the numbers of a link; None where there is none."""
+    """Return the function of the step, and of what the link sees, that makes its numbers; None where more is needed."""
     rule: Any = link.rule
     if rule.scalars is None and not link.when:
         return _nothing
-    own = link.when or link.reads or rule.hold or rule.carry or extras.names or extras.any
+    own = link.when or link.reads or rule.hold or rule.carry or extras.names - OF_TREE or extras.any
     return None if own else rule.scalars
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core import functional
 from functorch_optim._core.functional import Call
-from functorch_optim._core.links import nest, unnest
+from functorch_optim._core.links import unnest
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._execution import writing
 from functorch_optim._execution.choose import check_options, way_of
@@ -48,10 +48,8 @@ def step(tx: GradientTransformation, grads: Tree, state: Any, params: Tree, **ex
     _check(tx, params)
     made = functional.call(tx, grads, state, params, extra, adds=True)
     leaves = zip(made.leaves.params or [], made.outcome.updates, strict=True)
-    return (
-        tree.unflatten(made.structure, [p if new is None else new for p, new in leaves]),
-        nest(tx._layout, functional.new_states(tx._links, made)),
-    )
+    moved = [p if new is None else new for p, new in leaves]
+    return tree.unflatten(made.form.structure, moved), made.new_state()
 
 
 @torch.no_grad()
@@ -110,12 +108,12 @@ def step_(
     _check(tx, params)
     made = functional.call(tx, grads, state, params, extra, adds=True, way=way_of(options), overwrites=True)
     _check_writable(made, params)
-    states = functional.new_states(tx._links, made)  # takes memory, and so comes before anything is written
+    numbered = made.form.new_leaves(made)  # takes memory, and so comes before anything is written
     if made.outcome.computed:
-        return params, nest(tx._layout, _overwrite(made, states))
+        return params, _overwrite(made, made.form.state(numbered, made))
     for overwrite in made.outcome.ready:
         overwrite()
-    return params, nest(tx._layout, _count(made, states))
+    return params, _count(made, numbered)
 
 
 def _check_writable(made: Call, params: Tree) -> None:
@@ -128,23 +126,21 @@ def _check_writable(made: Call, params: Tree) -> None:
             check(some, lambda k: tree.paths(params)[moving[k]])
 
 
-def _count(made: Call, states: list[Any]) -> list[Any]:
-    """Count a step that has overwritten all else; return the states, in the old tensors where that is possible."""
-    changed = {}
-    for k, j in made.parts.numbers:
-        changed[id(made.states[k][j])] = made.states[k][j], states[k][j]
-    if not all([new is old or writing.is_room_for(old, new) for old, new in changed.values()]):  # noqa: C419
-        return states
-    for old, new in changed.values():
+def _count(made: Call, numbered: list[Any]) -> Any:
+    """Count a step that has overwritten all else; return the state, in the old tensors where that is possible."""
+    changed = [(made.numbered[place], numbered[place]) for _, _, place in made.form.numbers]
+    if not all([new is old or writing.is_room_for(old, new) for old, new in changed]):  # noqa: C419
+        return made.form.state(numbered, made)
+    for old, new in {id(old): (old, new) for old, new in changed}.values():
         old.copy_(new)
-    return made.states
+    return made.state
 
 
-def _overwrite(made: Call, states: list[Any]) -> list[Any]:
-    """Overwrite parameters and states; return the states, in the old tensors where that is possible."""
+def _overwrite(made: Call, state: Any) -> Any:
+    """Overwrite parameters and states; return the state, in the old tensors where that is possible."""
     leaves, outcome = made.leaves, made.outcome
-    old_tensors, structure = tree.flatten(made.states)
-    new_tensors = tree.flatten_up_to(structure, states, "the next state", made.states, "the one given")
+    old_tensors, structure = tree.flatten(made.state)
+    new_tensors = tree.flatten_up_to(structure, state, "the next state", made.state, "the one given")
     kept = writing.unshared([*(leaves.params or []), *leaves.updates, *old_tensors])
     new_tensors = [new if new is old else kept(new) for old, new in zip(old_tensors, new_tensors, strict=True)]
     moved = [(p, kept(u)) for p, u in zip(leaves.params or [], outcome.updates, strict=True) if u is not None]
@@ -157,9 +153,9 @@ def _overwrite(made: Call, states: list[Any]) -> list[Any]:
     olds = [old for old, _ in rooms.values()]
     written = [local(tensor) for tensor in [*(leaves.params or []), *olds] if tensor is not None]
     if not writing.can_overwrite([], [written]):
-        return tree.unflatten(structure, new_tensors)  # type: ignore[no-any-return]  # init gave p, or one tensor twice
+        return tree.unflatten(structure, new_tensors)  # init gave p, or one tensor twice
     writing.copy_(olds, [new for _, new in rooms.values()])
-    return tree.unflatten(  # type: ignore[no-any-return]
+    return tree.unflatten(
         structure, [o if (id(o), id(n)) in rooms else n for o, n in zip(old_tensors, new_tensors, strict=True)]
     )
 

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 import torch
 
 from functorch_optim import tree
-from functorch_optim._core import functional
+from functorch_optim._core import functional, initial
 from functorch_optim._core.links import Link, nest
 from functorch_optim._core.recorded import Recorded
 from functorch_optim._core.rule import ADD, EmptyState, TreeRule
@@ -68,6 +68,7 @@ class GradientTransformation(Recorded):
             check_transformation(one, "GradientTransformation(init, update, wraps=sgd(0.1))")
         self._links: tuple[Link, ...] = (Link(TreeRule(init, update, inner)),)
         self._layout: Any = 0
+        self._whole = [0]
         self._forms: dict[Any, Any] = {}  # prepared runs, by the form of the arguments
         self._call = (GradientTransformation, (init, update), {} if wraps is None else {"wraps": wraps})
 
@@ -77,6 +78,7 @@ class GradientTransformation(Recorded):
         made = cls.__new__(cls)
         made._links = tuple(links)
         made._layout = layout
+        made._whole = [k for k, link in enumerate(made._links) if isinstance(link.rule, TreeRule)]
         made._forms = {}
         made._call = (cls._of, (links, layout), {})
         return made
@@ -95,7 +97,7 @@ class GradientTransformation(Recorded):
             TypeError: a leaf is no tensor, or a tensor of integers.
             ValueError: a mask or the labels of a partition do not fit the parameters.
         """
-        return nest(self._layout, functional.init(self._links, params))
+        return nest(self._layout, initial.init(self._links, params))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
         """Transform updates, gradients at first; no argument is modified.
@@ -121,10 +123,7 @@ class GradientTransformation(Recorded):
             torch.zeros_like(g) if u is None and g is not None else u  # a step that is left out
             for u, g in zip(made.outcome.updates, made.leaves.updates, strict=True)
         ]
-        return (
-            tree.unflatten(made.structure, leaves),
-            nest(self._layout, functional.new_states(self._links, made)),
-        )
+        return tree.unflatten(made.form.structure, leaves), made.new_state()
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """Unpack as a pair: init, update = tx."""
@@ -245,7 +244,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """
     made = functional.call(_ADDED, updates, EmptyState(), params, {})
     leaves = zip(made.leaves.params or [], made.outcome.updates, strict=True)
-    return tree.unflatten(made.structure, [p if new is None else new for p, new in leaves])
+    return tree.unflatten(made.form.structure, [p if new is None else new for p, new in leaves])
 
 
 _ADDED = GradientTransformation._of((Link(ADD),), 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import optim, tree
-from functorch_optim._core import functional, saving
+from functorch_optim._core import initial, saving
 from functorch_optim._core.checks import check_updates
 from functorch_optim._core.combine import partition
 from functorch_optim._core.links import nest, unnest
@@ -76,7 +76,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
     transformations = {str(label): one.transformation for label, one in enumerate(sets)}
     tx = sets[0].transformation if len(sets) == 1 else partition(transformations, tree.unflatten(structure, labels))
     params = tree.map(_copy, originals)
-    states = functional.init(tx._links, params)
+    states = initial.init(tx._links, params)
     offset = 0
     for one in sets:
         for k, link in enumerate(one.plan.links):

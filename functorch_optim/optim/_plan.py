@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core import functional
 from functorch_optim._core.checks import HALF, check_precision
+from functorch_optim._core.initial import init, init_leaf
 from functorch_optim._core.links import numbered, select
 from functorch_optim._core.rule import OF_TREE, TreeRule, step_dtype
 from functorch_optim._core.transformation import GradientTransformation
@@ -137,7 +137,7 @@ class Plan:
 
     def initial_tree_state(self, k: int) -> Any:
         """Make the state of a function of the whole tree."""
-        return functional.init([self.links[k]], tree.unflatten(self.structure, self.params))[0]
+        return init([self.links[k]], tree.unflatten(self.structure, self.params))[0]
 
     def as_kept(self, key: str, value: Any) -> Any:
         """Return a step, or a number that scalars carry on, as `state[p]` keeps it."""
@@ -174,7 +174,7 @@ class Plan:
                 carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
             missing = [key for key in keys if key not in state]
             if missing or any([state[key].dtype != p.dtype for key in keys]):  # noqa: C419
-                initial = dict(zip(keys, functional.init_leaf(link, p, lambda: self.path(i)), strict=True))
+                initial = dict(zip(keys, init_leaf(link, p, lambda: self.path(i)), strict=True))
                 state.update({key: initial[key] for key in missing})
                 if keys and len(missing) == len(keys):
                     fresh.append(k)

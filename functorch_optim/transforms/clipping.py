@@ -122,19 +122,19 @@ def clip_by_global_norm(
             norm, finite = finite_norm(updates, norm_type, step)
         else:
             norm = global_norm(updates, norm_type, step)
-            finite = isfinite(norm)
-        if nonfinite == "raise" and not finite:
+        if nonfinite == "raise" and not isfinite(norm):
             raise RuntimeError(
                 f"The total norm of order {norm_type} is {float(norm)}, so it cannot be clipped. Find the cause, or "
                 "choose clip_by_global_norm(..., nonfinite='skip')"
             )
-        return shrink(norm + at(eps, step), at(max_norm, step)), finite
+        factor = shrink(norm + at(eps, step), at(max_norm, step))
+        return (factor, finite) if skip else factor
 
     def update(g: Tensor, state: Any, p: Tensor | None, s: Any) -> Any:
+        if not skip:
+            return s * g, state
         factor, finite = s
-        if skip:
-            return torch.where(finite, factor * _finite_part(g), torch.zeros_like(g)), state
-        return factor * g, state
+        return torch.where(finite, factor * _finite_part(g), torch.zeros_like(g)), state
 
     return leafwise(None, update, scalars, elementwise=True, sparse="touched")
 

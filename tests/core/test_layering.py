@@ -52,6 +52,7 @@ LAYERS = [
     "_core.shards",
     "_core.groups",
     "_core.prepare",
+    "_core.initial",
     "_core.functional",
     "_core.transformation",
     "_core.leafwise",
