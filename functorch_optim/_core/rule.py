@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.leaf import Mark, marked
-from functorch_optim.tree._structure import exported, saved
+from functorch_optim.tree._structure import constant, exported, saved
 
 
 @saved
@@ -228,7 +228,7 @@ class TreeRule:
         return Extras(own.names | names, any([some.any for some in inner]), own.required | required)  # noqa: C419
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot look into closures
+@constant  # torch.compile cannot look into closures
 def _closed_over(update: Any) -> tuple[Any, ...]:
     """List the transformations that a function closes over."""
     contents = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from functorch_optim._core import checks
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
@@ -36,8 +37,7 @@ def whole_bounds(group: Mapping[str, Any]) -> dict[str, int]:
 
 def _hooked(step: Callable[..., Any]) -> Any:
     """Add torch's hooks, and run both as they are in a compiled function: iterations end when data says so."""
-    disable: Any = torch.compiler.disable
-    hooked = disable(torch.optim.Optimizer.profile_hook_step(step))
+    hooked: Any = _disable_dynamo(torch.optim.Optimizer.profile_hook_step(step))
     hooked.hooked = True  # or torch's constructor would add them once more
     return hooked
 

@@ -39,6 +39,15 @@ def saved(kind: _NODE) -> _NODE:
     return exported(kind)
 
 
+def constant(function: Callable[..., Any]) -> Any:
+    """Let torch.compile call a function as it is, and take its result for a constant.
+
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler at once, which takes two seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @saved
 class MaskedNode(NamedTuple):
     """Stands where a leaf has been masked out; a node without leaves, so that tree functions pass over it.
@@ -66,7 +75,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
 _ADOPTING = threading.Lock()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot trace a registration
+@constant  # it cannot trace a registration
 def _adopted(kind: type) -> bool:
     """Register the type of a leaf, if it is a dataclass, as a node; tell whether it is one now.
 
