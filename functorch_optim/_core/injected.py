@@ -9,7 +9,9 @@ from typing import Any
 class _Current(threading.local):
     """The numbers that links read while theirs are computed, by keeper."""
 
-    numbers: Mapping[Any, Sequence[Any]] | None = None
+    def __init__(self) -> None:
+        # Of the thread's object: torch.compile would see the attribute appear, and compile again.
+        self.numbers: Mapping[Any, Sequence[Any]] | None = None
 
 
 _CURRENT = _Current()
