@@ -43,9 +43,11 @@ class DiffersError(TypeError):
 class _Current(threading.local):
     """The leaf that `at` looks values up for, and the trees that were read for it."""
 
-    leaf: Leaf | None = None
-    read: list[Tree] | None = None
-    shared: bool = False
+    def __init__(self) -> None:
+        # Of the thread's object: torch.compile would see the attributes appear, and compile again.
+        self.leaf: Leaf | None = None
+        self.read: list[Tree] | None = None
+        self.shared = False
 
 
 _CURRENT = _Current()

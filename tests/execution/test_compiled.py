@@ -1,6 +1,7 @@
 """Steps under torch.compile."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -51,6 +52,29 @@ def test_steps_are_compiled_once():
             params, state = compiled(grads, state, params)
             expected = fo.step(TX, grads, *expected)[::-1]
     assert_close(params, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "rates"),
+    [(lambda: fo.sgd({"w": 0.1, "b": 0.2}), (0.1, 0.2)), (lambda: fo.inject_hyperparams(fo.sgd)(lr=0.1), (0.1, 0.1))],
+    ids=["tree", "kept"],
+)
+def test_steps_are_compiled_once_where_nothing_was_run_before(make, rates):
+    """As in a new thread, whose local objects are empty."""
+    tx, params, counter = make(), {"w": torch.ones(2), "b": torch.ones(1)}, torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(partial(fo.step, tx), backend=counter, fullgraph=True)
+
+    def steps():
+        state, moved = tx.init(params), params
+        for _ in range(3):
+            moved, state = compiled({name: torch.ones_like(p) for name, p in params.items()}, state, moved)
+        return moved
+
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(steps).result()
+    assert counter.frame_count == 1
+    expected = {name: p - 3 * lr for (name, p), lr in zip(params.items(), rates, strict=True)}
+    assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.sampled(pool="compiled")
