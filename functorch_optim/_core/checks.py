@@ -94,6 +94,34 @@ def check_pair(what: str, first: str, returned: Any) -> None:
         raise TypeError(f"{what} must return a pair, ({first}, state), but it returned {found}")
 
 
+def check_own(rule: Any, state: Any) -> None:
+    """Raise unless a state is one of this rule."""
+    fields, leaf_type = getattr(state, "_fields", ()), getattr(type(state), "_leaf_type", None)
+    count = len(rule.counters)
+    if (
+        not isinstance(state, tuple)
+        or fields[:count] != rule.counters
+        or fields[count:] != getattr(leaf_type, "_fields", ())
+        or (rule.state_type is not None and rule.state_type is not leaf_type)
+        or (rule.init is None and len(fields) > count)
+    ):
+        raise ValueError(
+            f"The state of {rule.name} is a {type(state).__name__}: it belongs to another transformation. "
+            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
+        )
+
+
+def check_counters(rules: Sequence[Any], counters: Sequence[Tensor]) -> None:
+    """Raise when a number that states hold once for all parameters is several."""
+    names = [(rule.name, name) for rule in rules for name in rule.counters]
+    for (rule, name), number in zip(names, counters, strict=True):
+        if number.ndim != 0:
+            raise ValueError(
+                f"The {name} in the state of {rule} has shape {tuple(number.shape)}: a state that torch.vmap has "
+                "batched is for an update inside of torch.vmap"
+            )
+
+
 def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> None:
     """Raise when a leaf has an update but no state."""
     for i, tensor in enumerate(tensors):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import check_is_param, check_updates
+from functorch_optim._core.checks import check_counters, check_is_param, check_own, check_updates
 from functorch_optim._core.leaves import Leaves, Outcome
 from functorch_optim._core.links import Link, nest, select, unnest
 from functorch_optim._core.numbers import Bucket, read_number
@@ -250,7 +250,7 @@ class _Form:
                 check_is_param(p, i, path)
         only_added = all([link.rule is ADD for link in self.own])  # noqa: C419
         check_updates(leaves.updates, leaves.params, path, wide=only_added)
-        _check_counters(self.own, [numbered[place] for _, _, place in self.numbers])
+        check_counters([link.rule for link in self.own], [numbered[place] for _, _, place in self.numbers])
         mode, _, way, overwrites = self.how
         active = select(self.links, like)
         self.prepared = Prepared(self.links, structure, path, leaves, active, mode, way, overwrites)
@@ -361,17 +361,6 @@ def _form(
     return form
 
 
-def _check_counters(links: Sequence[Link], counters: list[Tensor]) -> None:
-    """Raise when a number that states hold once for all parameters is several."""
-    names = [(link.rule.name, name) for link in links for name in link.rule.counters]
-    for (rule, name), number in zip(names, counters, strict=True):
-        if number.ndim != 0:
-            raise ValueError(
-                f"The {name} in the state of {rule} has shape {tuple(number.shape)}: a state that torch.vmap has "
-                "batched is for an update inside of torch.vmap"
-            )
-
-
 def _labels(links: Sequence[Link]) -> list[tuple[Tree, list[Any]]]:
     trees = {id(one.labels): one.labels for link in links for one in link.where if not callable(one.labels)}
     return [(labels, tree.flatten(labels)[0]) for labels in trees.values()]
@@ -389,24 +378,11 @@ def _part(link: Link, state: Any, numbered: Any, places: Callable[..., _Places |
     Raises:
         ValueError: it is not one of this link, or not for this tree.
     """
-    rule: Any = link.rule
-    fields = getattr(state, "_fields", ())
-    leaf_type = getattr(type(state), "_leaf_type", None)
-    count = len(rule.counters)
-    if (
-        not isinstance(state, tuple)
-        or fields[:count] != rule.counters
-        or fields[count:] != getattr(leaf_type, "_fields", ())
-        or (rule.state_type is not None and rule.state_type is not leaf_type)
-        or (rule.init is None and len(fields) > count)
-    ):
-        raise ValueError(
-            f"The state of {rule.name} is a {type(state).__name__}: it belongs to another transformation. "
-            "Make it with the init of the transformation whose update is called: state = tx.init(params)"
-        )
-    trees = zip(fields[count:], numbered[count:], state[count:], strict=True)
+    check_own(link.rule, state)
+    count, leaf_type = len(link.rule.counters), getattr(type(state), "_leaf_type", None)
+    trees = zip(state._fields[count:] if state else (), numbered[count:], state[count:], strict=True)
     found = [places(n, given, f"the state's {name}") for name, n, given in trees]
-    return _Part(rule.counts, list(numbered[:count]), found, leaf_type)
+    return _Part(link.rule.counts, list(numbered[:count]), found, leaf_type)
 
 
 def _counted(step: Tensor, ran: Any, counted: list[tuple[Tensor, Any, Tensor]]) -> Tensor:

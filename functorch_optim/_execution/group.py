@@ -205,7 +205,7 @@ class Group:
         """Arrange the outputs of a program as updates and states."""
         new = iter(outputs)
         first = None if self.still else next(new)
-        columns = [make(type(state), [next(new) for _ in state]) for state in states]
+        columns = [type(state)(*[next(new) for _ in state]) if state else state for state in states]
         if self.is_complex:
             first = None if first is None else [like(one, old) for one, old in zip(first, updates, strict=True)]
             columns = [zip_columns(like, one, old) for one, old in zip(columns, states, strict=True)]
