@@ -21,6 +21,24 @@ def test_one_counter_for_a_chain():
     assert len(steps) == 1
 
 
+def test_a_link_that_is_left_out_counts_for_itself_where_a_compiler_does_not_know_when():
+    """All counters begin as one tensor."""
+    params = {"w": ones(2)}
+    doubling = fo.scale_by_schedule(lambda count: 2.0**count)
+    tx = fo.chain(fo.scale_by_schedule(lambda count: 1.0 + 0 * count), fo.accumulate(doubling, 2))
+
+    def four_updates(state):
+        moved = []
+        for _ in range(4):
+            updates, state = tx.update(params, state, params)
+            moved.append(updates["w"])
+        return moved, state
+
+    found, state = torch.compile(four_updates, backend="eager", fullgraph=True)(tx.init(params))
+    assert [float(update[0]) for update in found] == [0.0, 1.0, 0.0, 2.0]
+    assert (int(state[0].step), int(state[1][1].step)) == (4, 2)
+
+
 def test_a_chain_is_its_links_one_after_the_other():
     params = {"w": ones(3), "b": ones(2)}
     links = [
