@@ -28,14 +28,14 @@ class Call(NamedTuple):
     Attributes:
         form: of the arguments.
         state: as it was given.
-        numbered: the leaves of the states of all rules, as the places of `form` number them.
+        listed: the leaves of the states of all rules, in the order that the places of `form` count.
         leaves: the leaves that the links are run over.
         outcome: the results of the links.
     """
 
     form: "_Form"
     state: Any
-    numbered: list[Any]
+    listed: list[Any]
     leaves: Leaves
     outcome: Outcome
 
@@ -74,15 +74,15 @@ def call(
     trees = (updates, rules) if params is None else (updates, rules, params)
     flat = _in_trace(*trees) if traced else [tree.flatten(one) for one in trees]
     form = _form(transformation, trees, flat, states, (mode, adds, way, overwrites))
-    numbered = flat[1][0]
+    listed = flat[1][0]
     leaves = form.leaves([some for some, _ in flat], states)
-    prepared = form.prepared or form.prepare(leaves, numbered, updates if params is None else params)
+    prepared = form.prepared or form.prepare(leaves, listed, updates if params is None else params)
     if extra or prepared.asks:
         in_place = "step_(tx, grads, state, params, " if overwrites else "step(tx, grads, state, params, "
         called = in_place if adds else "tx.update(updates, state, params, "
         check_extras([link.rule for link in prepared.links], extra, called)
-    bucket = form.bucket(len(leaves.updates), numbered, mode in ("plain", "recorded"))
-    return Call(form, state, numbered, leaves, prepared.run(leaves, [bucket], extra))
+    bucket = form.bucket(len(leaves.updates), listed, mode in ("plain", "recorded"))
+    return Call(form, state, listed, leaves, prepared.run(leaves, [bucket], extra))
 
 
 def _in_trace(updates: Tree, rules: Sequence[Any], *params: Tree) -> list[tuple[list[Any], Any]]:
@@ -188,7 +188,7 @@ class _Form:
         transformation: with its links and layout.
         trees: updates, the states of all rules, and parameters where there are some.
         flat: the leaves and the structure of each of them.
-        states: of all links, where some are functions of the whole tree.
+        states: of all links, in a trace or where some are functions of the whole tree.
         how: mode, whether updates are added, the user's choice of how to run, and whether arguments are given up.
     """
 
@@ -222,7 +222,7 @@ class _Form:
         if not states:
             given, numbered = (unnest(self.layout, some) for some in (given, numbered))
         remaining = zip(given, numbered, strict=True)
-        self.listed = bool(states)
+        self.by_link = bool(states)
         self.parts = [
             None if k in self.whole else _part(link, *next(remaining), places) for k, link in enumerate(self.own)
         ]
@@ -232,12 +232,12 @@ class _Form:
         self.labels = [] if traced else _labels(self.own)
         self.prepared: Prepared | None = None
 
-    def prepare(self, leaves: Leaves, numbered: list[Any], like: Tree) -> Prepared:
+    def prepare(self, leaves: Leaves, listed: list[Any], like: Tree) -> Prepared:
         """Check arguments of this form, and prepare the run.
 
         Args:
             leaves: that the links are run over.
-            numbered: the leaves of the states of all rules.
+            listed: the leaves of the states of all rules.
             like: the parameters; updates where there are none.
         """
         structure, count = self.structure, len(leaves.updates)  # the function below is kept, and must hold no tensors
@@ -250,7 +250,7 @@ class _Form:
                 check_is_param(p, i, path)
         only_added = all([link.rule is ADD for link in self.own])  # noqa: C419
         check_updates(leaves.updates, leaves.params, path, wide=only_added)
-        check_counters([link.rule for link in self.own], [numbered[place] for _, _, place in self.numbers])
+        check_counters([link.rule for link in self.own], [listed[place] for _, _, place in self.numbers])
         mode, _, way, overwrites = self.how
         active = select(self.links, like)
         self.prepared = Prepared(self.links, structure, path, leaves, active, mode, way, overwrites)
@@ -274,14 +274,14 @@ class _Form:
             columns[k] = states[k]
         return Leaves(self.updates.read(flat[0]), flat[2] if len(flat) > 2 else None, columns)
 
-    def bucket(self, count: int, numbered: list[Any], known: bool) -> Bucket:
+    def bucket(self, count: int, listed: list[Any], known: bool) -> Bucket:
         """Read the steps of all leaves and the numbers that are carried on: as floats where they are known."""
         steps: list[Any] = [None] * len(self.links)
         carried: list[tuple[Any, ...]] = [()] * len(self.links)
         last, read = None, None
         for k, j, place in self.numbers:
             part: Any = self.parts[k]
-            number = numbered[place]
+            number = listed[place]
             if j or not part.counts:
                 carried[k] = (*carried[k], read_number(number, known))
             else:
@@ -291,7 +291,7 @@ class _Form:
 
     def new_leaves(self, made: Call) -> list[Any]:
         """Arrange the results of links as the leaves of the states of all rules."""
-        leaves, outcome = list(made.numbered), made.outcome
+        leaves, outcome = list(made.listed), made.outcome
         columns, carried, due = outcome.columns, outcome.carried[0], outcome.due[0]
         counted: list[tuple[Tensor, Any, Tensor]] = []
         for k, j, place in self.numbers:
@@ -309,7 +309,7 @@ class _Form:
     def state(self, leaves: list[Any], made: Call) -> Any:
         """Build the state of these leaves; functions of the whole tree have made theirs."""
         rules = self.states.unflatten(leaves)
-        if not self.listed:
+        if not self.by_link:
             return rules
         remaining, columns = iter(rules), made.outcome.columns
         return nest(self.layout, [columns[k] if k in self.whole else next(remaining) for k in range(len(self.parts))])

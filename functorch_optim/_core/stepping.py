@@ -108,12 +108,12 @@ def step_(
     _check(tx, params)
     made = functional.call(tx, grads, state, params, extra, adds=True, way=way_of(options), overwrites=True)
     _check_writable(made, params)
-    numbered = made.form.new_leaves(made)  # takes memory, and so comes before anything is written
+    listed = made.form.new_leaves(made)  # takes memory, and so comes before anything is written
     if made.outcome.computed:
-        return params, _overwrite(made, made.form.state(numbered, made))
+        return params, _overwrite(made, made.form.state(listed, made))
     for overwrite in made.outcome.ready:
         overwrite()
-    return params, _count(made, numbered)
+    return params, _count(made, listed)
 
 
 def _check_writable(made: Call, params: Tree) -> None:
@@ -126,11 +126,11 @@ def _check_writable(made: Call, params: Tree) -> None:
             check(some, lambda k: tree.paths(params)[moving[k]])
 
 
-def _count(made: Call, numbered: list[Any]) -> Any:
+def _count(made: Call, listed: list[Any]) -> Any:
     """Count a step that has overwritten all else; return the state, in the old tensors where that is possible."""
-    changed = [(made.numbered[place], numbered[place]) for _, _, place in made.form.numbers]
+    changed = [(made.listed[place], listed[place]) for _, _, place in made.form.numbers]
     if not all([new is old or writing.is_room_for(old, new) for old, new in changed]):  # noqa: C419
-        return made.form.state(numbered, made)
+        return made.form.state(listed, made)
     for old, new in {id(old): (old, new) for old, new in changed}.values():
         old.copy_(new)
     return made.state

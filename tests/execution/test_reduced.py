@@ -180,9 +180,12 @@ def test_derivatives_are_those_of_the_rule():
     [
         (
             lambda g, state, p, s: (g / g.abs().sum(), state),
-            "which sum does not; leave norms=True out",
+            "must keep shapes, which sum does not; leave norms=True out",
         ),
-        (lambda g, state, p, s: (g - g.amax(), state), "which amax does not; leave norms=True out"),
+        (
+            lambda g, state, p, s: (g - g.amax(), state),
+            "must keep shapes, which amax does not; leave norms=True out",
+        ),
         (lambda g, state, p, s: (fo.safe_norm(g), state), "must return tensors like those it was given"),
         (lambda g, state, p, s: (g * float(fo.safe_norm(g)), state), "must not look at values"),
     ],
@@ -195,5 +198,5 @@ def test_rules_that_do_more_than_take_norms_are_errors(rule, message):
 
 def test_elementwise_rules_take_no_norms():
     tx, params = fo.leafwise(None, lambda g, state, p, s: (g / fo.safe_norm(g), state), elementwise=True), torch.ones(3)
-    with pytest.raises(TypeError, match="which safe_norm does not; declare elementwise=False"):
+    with pytest.raises(TypeError, match="must keep shapes, which safe_norm does not; declare elementwise=False"):
         tx.update(params, tx.init(params))
