@@ -63,16 +63,18 @@ ELEMENTWISE = {
     "dadapt_sgd": Peer("pytorch_optimizer.DAdaptSGD", {"momentum": 0.0}),
     "dog": Peer("dog.DoG"),
 }
-BY_TENSOR = {
+NORMS = {
     "lamb": Peer("pytorch_optimizer.Lamb"),
     "lars": Peer("pytorch_optimizer.LARS"),
     "ldog": Peer("dog.LDoG"),
     "stable_adamw": Peer("pytorch_optimizer.StableAdamW", {"kahan_sum": False}),
     "adanorm": Peer("pytorch_optimizer.AdaNorm"),
     "novograd": Peer("pytorch_optimizer.NovoGrad"),
+    "fromage": Peer("pytorch_optimizer.Fromage"),
+}
+BY_TENSOR = {
     "adamp": Peer("pytorch_optimizer.AdamP"),
     "sgdp": Peer("pytorch_optimizer.SGDP", {"momentum": 0.9}, {"momentum": 0.9}),
-    "fromage": Peer("pytorch_optimizer.Fromage"),
     "adafactor": Peer("torch.optim.Adafactor"),
     "came": Peer("pytorch_optimizer.CAME"),
     "sm3": Peer("pytorch_optimizer.SM3", {"momentum": 0.9}),
@@ -84,7 +86,7 @@ def packages(setting: Setting) -> Iterator[Comparison]:
     with one_thread():
         [(case, shapes)] = setting.shapes("resnet")
         few = 2 if setting.quick else None
-        for name, peer in list(ELEMENTWISE.items())[:few]:
+        for name, peer in [*list(ELEMENTWISE.items())[:few], *list(NORMS.items())[:few]]:
             yield beside(setting, name, peer, case, shapes, 1.0)
             yield beside(setting, name, peer, case, shapes, 0.5, fused=True)
         for name, peer in list(BY_TENSOR.items())[:few]:

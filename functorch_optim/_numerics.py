@@ -157,6 +157,13 @@ def rms(x: Tensor) -> Tensor:
     return safe_sqrt(x.square().mean()) if x.numel() else x.sum()
 
 
+def mean_norm(x: Tensor) -> Tensor:
+    """Take the mean of absolute values, 0 without elements."""
+    if has_torch_function_unary(x):  # recorded as one call
+        return handle_torch_function(mean_norm, (x,), x)
+    return x.abs().mean() if x.numel() else x.sum()
+
+
 def or_one(x: Tensor) -> Tensor:
     """Return a divisor: x, and 1 where x is 0."""
     if has_torch_function_unary(x):  # recorded as one call, for which machines have their own kernel

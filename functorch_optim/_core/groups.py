@@ -144,7 +144,9 @@ class LeafGroup:
         own = [links[k] for k in applying]
         rules = [link.rule.of(dtype) for link in own]  # type: ignore[union-attr]
         self.idle = all(rule.update is unchanged for rule in rules)
-        stages = [Stage(rule, _source(own, rules, applying, n)) for n, rule in enumerate(rules)]
+        stages = [
+            Stage(rule, _source(own, rules, applying, n), _recalled(own, applying, n)) for n, rule in enumerate(rules)
+        ]
         first = updates[indices[0]]
         self.is_sparse = first.layout != torch.strided
         self.to_dense = self.is_sparse and wants_dense(
@@ -202,10 +204,18 @@ class LeafGroup:
 def _source(links: Sequence[Link], rules: Sequence[Rule], applying: list[int], n: int) -> tuple[int, Any] | None:
     """Find the wrapper that hands a link its parameters, where it is among these links; and how it makes them."""
     holder = applying[n] + links[n].inside
-    if not links[n].inside or holder not in applying:
+    if not links[n].inside or links[n].recalls is not None or holder not in applying:
         return None
     place = applying.index(holder)
     return place, rules[place].hands
+
+
+def _recalled(links: Sequence[Link], applying: list[int], n: int) -> int | None:
+    """Find the link whose update another one recalls; if it is for other leaves, the next one has the same update."""
+    recalls = links[n].recalls
+    if recalls is None:
+        return None
+    return next(place for place, k in enumerate(applying) if k >= applying[n] - recalls)
 
 
 def wants_dense(rules: Sequence[Any], update: Tensor, path: Callable[[], str]) -> bool:

@@ -55,7 +55,7 @@ def leafwise(
         elementwise: whether every element is transformed by itself, so that tensors may be batched, split or flattened
             at will. Leave it False when the rule looks at shapes or reduces over elements.
         norms: whether the rule is elementwise but for norms of its tensor, which `fo.safe_norm` takes. On the CPU it is
-            then run in blocks too, once for the norms and once for the results.
+            then run in blocks too, once for the norms and once for the results, and compiled with `fused=True`.
         needs_params: whether the rule uses `p`.
         sparse: the treatment of sparse gradients (`torch.sparse_coo`). "touched": run an elementwise rule on their
             entries, so that all others keep their state. "dense": make them dense. None: refuse them.

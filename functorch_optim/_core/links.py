@@ -40,8 +40,8 @@ class Link(NamedTuple):
         inside: how many links after this one the wrapper stands whose state holds the parameters of this link; 0 for
             the parameters of the user.
         reads: how many links before this one the keepers stand whose numbers are hyperparameters of this link.
-        recalls: how many links before this one the link stands whose updates, as it was given them, a function of the
-            whole tree takes for the parameters; None for the parameters.
+        recalls: how many links before this one the link stands whose updates, as it was given them, this one takes for
+            the parameters; None for the parameters.
         widens: how many links before this one updates in half precision become float32; None for nowhere.
         dtypes: the dtype of a state by its name, for parameters of at most single precision; None for the rule's own.
     """
@@ -54,6 +54,11 @@ class Link(NamedTuple):
     recalls: int | None = None
     widens: int | None = None
     dtypes: Callable[[str], torch.dtype] | None = None
+
+    @property
+    def needs_params(self) -> bool:
+        """Tell whether the rule uses the parameters."""
+        return self.rule.needs_params and self.recalls is None
 
     def init_leaf(self, p: Tensor) -> Any:
         """Make the state for one parameter."""

@@ -6,7 +6,7 @@ step `numbers.py` computes the numbers, and `groups.py` finds the leaves that sh
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -58,12 +58,11 @@ class Prepared:
     ) -> None:
         self.links, self.structure, self.path, self.active = links, structure, path, active
         self.mode, self.overwrites = mode, overwrites
-        self.recalled = {k - link.recalls for k, link in enumerate(links) if link.recalls is not None}
         self.widening: dict[int, list[int]] = {}  # for each place, the links that make updates float32 from there on
         for k, link in enumerate(links):
             if link.widens is not None:
                 self.widening.setdefault(k - link.widens, []).append(k)
-        self.passes = _passes(links, self.recalled | self.widening.keys())
+        self.passes, self.recalled = _passes(links, self.widening.keys())
         self.shards = None if mode == "compiled" else shards_of(links, leaves, keeps)
         local = leaves if self.shards is None else self.shards.local(leaves)
         self.plain = mode in ("plain", "recorded") and is_plain(mode, _tensors(local))
@@ -76,7 +75,8 @@ class Prepared:
         self.numbers = Numbers(links, active, shapes, structure, path)
         make_group = functools.partial(Group, mode=mode, plain=self.plain, together=together, way=way, keeps=keeps)
         dtypes = [p.dtype if isinstance(p, Tensor) else None for p in leaves.params or leaves.updates]
-        self.groups = LeafGroups(links, active, self.numbers, dtypes, path, make_group, self.shards)
+        own = [link._replace(recalls=None) for link in links] if self.recalled else links  # such are given parameters
+        self.groups = LeafGroups(own, active, self.numbers, dtypes, path, make_group, self.shards)
         for p in leaves.params or () if way == "fused" else ():
             if isinstance(p, Tensor) and p.is_meta:
                 _device_dtype_check_for_fused(p)  # raises torch.optim's error
@@ -89,7 +89,7 @@ class Prepared:
             here = [i for i, u in enumerate(leaves.updates) if u is not None and active[i]]
             if not here or isinstance(rule, TreeRule):
                 continue
-            if leaves.params is None and rule.needs_params:
+            if leaves.params is None and link.needs_params:
                 raise ValueError(
                     f"{rule.name} needs the parameters, but update was called without them; "
                     "call tx.update(updates, state, params)"
@@ -137,13 +137,16 @@ class Prepared:
                 is_open = self.numbers.is_open_for_some(members[0], due)
                 if is_open is not False:
                     with self.numbers.reading(members[0], carried[0] if carried else []):
-                        new = self._run_tree_rule(members[0], leaves, updates, columns, extras, recalled)
+                        new = self._run_tree_rule(members[0], leaves, updates, columns, extras)
                     old = updates, columns[members[0]]
                     updates, columns[members[0]] = new if is_open is True else _where_open(is_open, new, old)
                     computed = True
                 continue
             params, holder = leaves.params, _holder(self.links, members[0], members[-1])
-            if holder is not None:
+            recalls = self.links[members[0]].recalls if self.recalled else None
+            if recalls is not None:
+                params = recalled[members[0] - recalls]
+            elif holder is not None:
                 params = self._handed(holder, leaves.params, columns)
             seen = self._seen(members[0], given, updates, leaves.params, columns) if first.sees_tree else {}
             for number, bucket in enumerate(buckets):
@@ -212,7 +215,6 @@ class Prepared:
         updates: list[Any],
         columns: list[Any],
         extras: dict[str, Any],
-        recalled: dict[int, list[Any]],
     ) -> tuple[list[Any], Any]:
         """Run a function of the whole tree on those leaves that it is for."""
         link, active = self.links[k], self.active[k]
@@ -228,8 +230,6 @@ class Prepared:
 
         given = arranged(updates)
         params = self._params_of(k, leaves.params, columns)
-        if link.recalls is not None:
-            params = recalled[k - link.recalls]
         pair = rule.update(
             given, columns[k], None if params is None else arranged(params), **self.extras[k].wanted(extras)
         )
@@ -256,17 +256,35 @@ def _where_open(is_open: Tensor, new: tuple[list[Any], Any], old: tuple[list[Any
     return updates, tree.map(lambda after, before: torch.where(is_open, after, before), new[1], old[1])
 
 
-def _passes(links: Sequence[Link], recalled: set[int]) -> list[list[int]]:
-    """Split links into passes, by index; one that sees the whole tree, or is recalled, begins a new one."""
-    begins = [
-        k in recalled or link.rule.sees_tree or (k > 0 and isinstance(links[k - 1].rule, TreeRule))
+def _passes(links: Sequence[Link], widening: Collection[int]) -> tuple[list[list[int]], set[int]]:
+    """Split links into passes, by index; one that sees the whole tree begins a new one.
+
+    Args:
+        links: of the transformation.
+        widening: the places where updates are made wide, where passes begin too.
+
+    Returns:
+        The passes; and the links whose updates are kept for those that recall them, which are then alone in their pass.
+    """
+    begins = {
+        k
         for k, link in enumerate(links)
-    ]
-    last = [next((j - 1 for j in range(k + 1, len(links)) if begins[j]), len(links)) for k in range(len(links))]
+        if k in widening or link.rule.sees_tree or (k > 0 and isinstance(links[k - 1].rule, TreeRule))
+    }
+    passes = _split(links, begins)
+    recalls = [(k - link.recalls, k) for k, link in enumerate(links) if link.recalls is not None]
+    if all([any(first in some and k in some for some in passes) for first, k in recalls]):  # noqa: C419
+        return passes, set()
+    return _split(links, begins.union(*[(first, k, k + 1) for first, k in recalls])), {first for first, _ in recalls}
+
+
+def _split(links: Sequence[Link], begins: set[int]) -> list[list[int]]:
+    """Split links where passes begin."""
+    last = [next((j - 1 for j in range(k + 1, len(links)) if j in begins), len(links)) for k in range(len(links))]
     groups: list[list[int]] = []
     for k in range(len(links)):
         # Links whose parameters a wrapper in a later pass holds are given those for the parameters.
-        if not groups or begins[k] or _holder(links, k, last[k]) != _holder(links, k - 1, last[k - 1]):
+        if not groups or k in begins or _holder(links, k, last[k]) != _holder(links, k - 1, last[k - 1]):
             groups.append([])
         groups[-1].append(k)
     return groups

@@ -8,7 +8,7 @@
 | - `fused=True`, and no kernel of torch's computes it | fused, compiled once; in blocks where that fails |
 | - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |
 | - `fused=False` or `foreach=False`; all else on the CPU | in blocks |
-| elementwise ones but for norms of their tensor, on plain tensors of the CPU; into new tensors only if one is large | reduced: a program in blocks, once for the norms and once for the results |
+| elementwise ones but for norms of their tensor, on plain tensors of the CPU; into new tensors only if one is large | reduced: a program in blocks, once for the norms and once for the results; overwriting large ones with `fused=True`, both compiled |
 | elementwise ones, on many small tensors that are differentiated or vmapped | flat: once on all of them, end to end |
 | elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
 | rules that need their tensor whole and say that they may be stacked, on small tensors of one shape | stacked |
@@ -104,7 +104,8 @@ def machine(
         shards: how tensors are sharded, where these are shards.
     """
     if program.takes_norms:
-        return Reduced(program, shards)
+        large = any([size >= blocks.SMALL for size in sizes])  # noqa: C419
+        return Reduced(program, shards, compiles=way == "fused" and overwrites and large)
     small = [size < blocks.SMALL for size in sizes]
     on_cpu = program.device.type == "cpu"
     if way == "foreach" or (way is None and (not on_cpu or (all(small) and (not overwrites or len(sizes) <= FEW)))):

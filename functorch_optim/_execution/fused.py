@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_optim._execution.blocks import SMALL, Cut, InBlocks, OverBlocks, Scratch
+from functorch_optim._execution.blocks import SMALL, Blocks, Cut, InBlocks, OverBlocks, Scratch
 from functorch_optim._execution.kernel import pure
 from functorch_optim._execution.program import Program, overwritten
 
 
 def compiled(program: Program) -> "Fused | None":
     """Compile a program and try it; None, with a warning, when that fails."""
-    source = pure(program, overwritten(program))
+    kernel = tried(program, pure(program, overwritten(program)))
+    return None if kernel is None else Fused(program, kernel)
+
+
+def tried(program: Program, source: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Compile a function of inputs and numbers of a program, and try it; None, with a warning, when that fails."""
     if source in _not_compiled:
         return None
     samples = [torch.zeros(2 * SMALL, dtype=program.dtype, device=program.device) for _ in program.inputs]
@@ -24,7 +29,7 @@ def compiled(program: Program) -> "Fused | None":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
             kernel = _compiled(source)
-            kernel(*samples, _together(program, [1.0] * len(program.numbers)))
+            kernel(*samples, together(program, [1.0] * len(program.numbers)))
     except Exception as error:
         _not_compiled.add(source)
         cause = getattr(error, "inner_exception", error)
@@ -35,7 +40,7 @@ def compiled(program: Program) -> "Fused | None":
             stacklevel=2,
         )
         return None
-    return Fused(program, kernel)
+    return kernel
 
 
 class Fused(InBlocks):
@@ -71,16 +76,29 @@ class _OverFused(OverBlocks):
 
     def run(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
         """Overwrite."""
-        together = _together(self.program, numbers)
-        overwritten = [self.program.inputs.index(name) for name in self.overwritten]
-        for row in zip(*[cut.alone for cut in inputs], strict=True):
-            self.kernel(*row, together)
-        ends = list(zip(self.written, overwritten, strict=True))
-        for copies in self.blocks.joined(inputs, ends, Scratch.of(self.program.device)):
-            self.kernel(*copies, together)
+        run(self.kernel, self.program, self.blocks, inputs, self.written, self.overwritten, numbers)
 
 
-def _together(program: Program, numbers: Sequence[Any]) -> Tensor:
+def run(
+    kernel: Callable[..., None],
+    program: Program,
+    blocks: Blocks,
+    inputs: Sequence[Cut],
+    outputs: Sequence[Cut],
+    overwritten: tuple[str, ...],
+    numbers: Sequence[Any],
+) -> None:
+    """Overwrite tensors by a compiled program; for the arguments see `blocks.run`."""
+    given = together(program, numbers)
+    for row in zip(*[cut.alone for cut in inputs], strict=True):
+        kernel(*row, given)
+    ends = list(zip(outputs, [program.inputs.index(name) for name in overwritten], strict=True))
+    for copies in blocks.joined(inputs, ends, Scratch.of(program.device)):
+        kernel(*copies, given)
+
+
+def together(program: Program, numbers: Sequence[Any]) -> Tensor:
+    """Put the numbers of a program into one tensor."""
     dtype, device = program.dtype, program.device
     if not any(isinstance(number, Tensor) and number.device.type != "cpu" for number in numbers):
         return torch.tensor([float(number) for number in numbers], dtype=dtype).to(device, non_blocking=True)
@@ -90,10 +108,10 @@ def _together(program: Program, numbers: Sequence[Any]) -> Tensor:
     return torch.stack(there)
 
 
-_not_compiled: "weakref.WeakSet[Callable[..., None]]" = weakref.WeakSet()
+_not_compiled: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()
 """Where that failed; nobody wants to be told so at every step."""
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)

@@ -147,7 +147,7 @@ class Group:
                 numbers += s
             else:
                 numbers.append(s)
-        if _are_floats(numbers):  # as nearly always
+        if all([type(number) is float for number in numbers]):  # noqa: C419 as nearly always
             return numbers, ()
         if not self.plain:
             return None
@@ -226,9 +226,12 @@ class Group:
         wide_params = each(widened, params) if params is not None else None
         given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
         versions = _versions(given) if eagerly else []
+        recalled: dict[int | None, Any] = dict.fromkeys([run.recalls for run in runs])
         for run in runs:
-            elementwise, members, stages, source = run
-            handed = wide_params
+            elementwise, members, stages, source, recalls = run
+            if members[0] in recalled:
+                recalled[members[0]] = new_updates
+            handed = wide_params if recalls is None else recalled[recalls]
             if source is not None and wide_params is not None:
                 holder, hands = source
                 handed = [hands(p, row(new_states[holder], i)) for i, p in enumerate(wide_params)]
@@ -264,7 +267,7 @@ class Group:
         path: Path,
     ) -> tuple[list[Tensor], list[Columns]]:
         """Run the rules of one run, and check what they return."""
-        elementwise, members, stages, _ = run
+        elementwise, members, stages, *_ = run
         view = as_reals if elementwise and self.is_complex else as_it_is
         arguments = (
             each(view, updates),
@@ -356,38 +359,36 @@ class _Run(NamedTuple):
     Attributes:
         elementwise: whether all of them are.
         members: their indices.
-        stages: the stages; their sources are among them, and counted from the first.
+        stages: the stages; those that they refer to are among them, and counted from the first.
         source: the stage outside that hands all of them their parameters, and how; None where there is none.
+        recalls: the stage outside whose update, as it was given, is their parameter; None where there is none.
     """
 
     elementwise: bool
     members: list[int]
     stages: list[Stage]
     source: tuple[int, Any] | None
+    recalls: int | None
 
 
 def _runs(as_program: Sequence[bool], stages: Sequence[Stage]) -> list[_Run]:
     """Part stages into runs: those that are recorded as programs, and others."""
     runs = []
-    sources = [None if stage.source is None else stage.source[0] for stage in stages]
-    for elementwise, alike in groupby(range(len(stages)), key=as_program.__getitem__):
+    others = [(None if stage.source is None else stage.source[0], stage.recalls) for stage in stages]
+    recalled = {stage.recalls for stage in stages}
+    several = len(set(as_program)) > 1  # then an update that is recalled is one between two runs
+    cuts = [several and len(recalled.intersection(range(n + 1))) for n in range(len(stages))]
+    for (elementwise, _), alike in groupby(range(len(stages)), key=lambda k: (as_program[k], cuts[k])):
         together = list(alike)
-        if all(sources[k] is None or sources[k] in together for k in together):
-            runs.append(_Run(elementwise, together, [_shifted(stages[k], together[0]) for k in together], None))
+        if {one for k in together for one in others[k]} <= {None, *together}:
+            runs.append(_Run(elementwise, together, [stages[k].shifted(together[0]) for k in together], None, None))
             continue
-        for _, some in groupby(together, key=sources.__getitem__):
+        for _, some in groupby(together, key=others.__getitem__):
             members = list(some)
-            runs.append(_Run(elementwise, members, [Stage(stages[k].rule) for k in members], stages[members[0]].source))
+            first = stages[members[0]]
+            alone = [Stage(stages[k].rule) for k in members]
+            runs.append(_Run(elementwise, members, alone, first.source, first.recalls))
     return runs
-
-
-def _shifted(stage: Stage, by: int) -> Stage:
-    """Count the stage that hands parameters from another one."""
-    return stage if stage.source is None else Stage(stage.rule, (stage.source[0] - by, stage.source[1]))
-
-
-def _are_floats(numbers: Sequence[Any]) -> bool:
-    return all([type(number) is float for number in numbers])  # noqa: C419
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -82,8 +82,31 @@ def pure(program: Program, in_place: tuple[str, ...]) -> Callable[..., None]:
     Returns:
         A function of the inputs, and of one tensor that has all numbers. It is the same for programs that are alike.
     """
-    program = with_copies(program, in_place)
+    program, names = with_copies(program, in_place), _Names()
+    lines = _computing(program, names)
+    lines += [f"{out}.copy_({name})" for out, name in zip(in_place, program.outputs, strict=True) if out != name]
+    return names.function([*program.inputs, "numbers"], lines)
+
+
+@functools.lru_cache(maxsize=256)
+def summing(program: Program, sums: tuple[tuple[Name, Callable[[Tensor], Tensor]], ...]) -> Callable[..., Tensor]:
+    """Write a program for a compiler, of whose values only sums are wanted.
+
+    Args:
+        program: the program.
+        sums: values, and functions that sum up their elements.
+
+    Returns:
+        A function of the inputs, and of one tensor that has all numbers, which returns a vector.
+    """
     names = _Names()
+    lines = _computing(program, names)
+    lines.append(f"return {names.of(torch.stack)}([{', '.join([f'{names.of(of)}({name})' for name, of in sums])}])")
+    return names.function([*program.inputs, "numbers"], lines)
+
+
+def _computing(program: Program, names: "_Names") -> list[str]:
+    """Write down the instructions of a program, after those that read its numbers off a tensor."""
     place: dict[str, str] = {name: name for name in (*program.inputs, *program.numbers)}
     lines = [f"{', '.join(program.numbers)}, = numbers.unbind()"] if program.numbers else []
     lines += [f"{name} = {name} != 0" for name in program.numbers if name.endswith("_flag")]
@@ -91,8 +114,7 @@ def pure(program: Program, in_place: tuple[str, ...]) -> Callable[..., None]:
         place[instruction.result] = instruction.result
         call = names.call(instruction.function, instruction.args, instruction.kwargs, place)
         lines.append(f"{instruction.result} = {call}")
-    lines += [f"{out}.copy_({name})" for out, name in zip(in_place, program.outputs, strict=True) if out != name]
-    return names.function([*program.inputs, "numbers"], lines)
+    return lines
 
 
 class _Names:
@@ -125,17 +147,17 @@ class _Names:
         self.values[name] = value
         return name
 
-    def function(self, parameters: Sequence[str], lines: Sequence[str]) -> Callable[..., None]:
+    def function(self, parameters: Sequence[str], lines: Sequence[str]) -> Callable[..., Any]:
         body = "".join([f"\n    {line}" for line in lines or ["pass"]])
         source = f"def kernel({', '.join(parameters)}):{body}\n"
         return _made(source, tuple(self.values), tuple(self.values.values()))
 
 
 @functools.lru_cache(maxsize=256)
-def _made(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., None]:
+def _made(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Any]:
     namespace = dict(zip(names, values, strict=True))
     exec(compile(source, "<a rule as a kernel>", "exec"), namespace)
-    function: Callable[..., None] = namespace["kernel"]
+    function: Callable[..., Any] = namespace["kernel"]
     function.__doc__ = source
     return function
 
@@ -152,7 +174,7 @@ def _nonzero(tensor: Tensor, *, out: Tensor) -> Tensor:
 _SYMMETRIC = {"add", "mul", "eq", "ne"}
 _ANY = {
     *("abs", "neg", "sqrt", "rsqrt", "square", "reciprocal", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "sign"),
-    *("sin", "cos", "add", "sub", "mul", "div", "pow", "clamp", "lerp", "addcmul", "addcdiv"),
+    *("sin", "cos", "add", "sub", "mul", "div", "pow", "clamp", "clamp_min", "lerp", "addcmul", "addcdiv"),
     *("lt", "le", "gt", "ge", "eq", "ne"),
 }
 _TENSORS = {"where", "maximum", "minimum", "logical_and", "logical_or", "logical_not", "atan2", "hypot"}

@@ -17,7 +17,7 @@ from functorch_optim import tree
 from functorch_optim._core.rule import ADD, Rule
 from functorch_optim._core.stand_in import StandIn
 from functorch_optim._execution.reference import Stage, applied
-from functorch_optim._numerics import rms, safe_norm
+from functorch_optim._numerics import mean_norm, rms, safe_norm
 
 
 class Name(str):
@@ -101,13 +101,13 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     kinds = tuple([_kind(scalar) for scalar in leaves])
     handing = [stage.source[1] for stage in stages if stage.source]
     algorithms = [_identity(function) for function in [*[stage.rule.update for stage in stages], *handing]]
-    sources = tuple([stage.source and stage.source[0] for stage in stages])
+    sources = tuple([(stage.source and stage.source[0], stage.recalls) for stage in stages])
     key = (tuple(algorithms), sources, tuple(map(len, states)), with_params, structure, kinds, like.dtype, like.device)
     known = None if None in algorithms else _recorded.get(key)
     if known is not None:
         return known
     recording = _Recording(like)
-    g = recording.input("g")
+    given: list[Any] = [recording.input("g")]
     p = recording.input("p") if with_params else None
     symbols = []
     for k, (stage, state) in enumerate(zip(stages, states, strict=True)):
@@ -116,11 +116,12 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
         symbols.append(type(state)(*fields) if state else ())
     numbers = tree.map(recording.number, list(scalars))
     outputs: list[Any] = []
-    for k, (stage, s) in enumerate(zip(stages, numbers, strict=True)):
+    for stage, s in zip(stages, numbers, strict=True):
         recording.takes_norms = stage.rule.norms
-        g, new_state = applied(stage, g, symbols, k, p, s)
+        new, new_state = applied(stage, given, symbols, p, s)
+        given.append(new)
         outputs += new_state
-    program = recording.finished(stages[-1].rule, [g, *outputs])
+    program = recording.finished(stages[-1].rule, [given[-1], *outputs])
     if None not in algorithms:
         while len(_recorded) >= _LARGEST:
             _recorded.pop(next(iter(_recorded)), None)
@@ -128,7 +129,7 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     return program
 
 
-NORMS = (safe_norm, rms)
+NORMS = (safe_norm, rms, mean_norm)
 """Functions of all elements of a tensor, which make a number of it."""
 
 

@@ -5,6 +5,7 @@ norms of all tensors make a vector. Numbers that depend on them are computed for
 the program is run again.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._execution.blocks import Blocks, Cut, OverBlocks, Scratch, call, empty_like, layout_of, run
+from functorch_optim._execution import fused
+from functorch_optim._execution.blocks import SMALL, Blocks, Cut, OverBlocks, Scratch, call, empty_like, layout_of, run
 from functorch_optim._execution.calls import is_tensor
-from functorch_optim._execution.kernel import kernel
+from functorch_optim._execution.kernel import kernel, pure, summing
 from functorch_optim._execution.program import NORMS, Instruction, Name, Program, needed, overwritten
 from functorch_optim._execution.representation import widened
 from functorch_optim._execution.wholes import Wholes
-from functorch_optim._numerics import rms
+from functorch_optim._numerics import mean_norm, safe_norm
 
 
 class Inputs(NamedTuple):
@@ -61,15 +63,8 @@ class Norm(NamedTuple):
     def taken(cls, instruction: Instruction) -> "Norm":
         """Read a norm off the instruction that takes it."""
         order: Any = (*instruction.args[1:], *dict(instruction.kwargs).values(), 2.0)[0]
-        return cls(instruction.args[0], instruction.result, float(order), instruction.function is rms)
-
-    def part(self, block: Tensor) -> Tensor:
-        """Return what a float64 block contributes; the block is overwritten."""
-        if self.p == math.inf:
-            return block.abs_().amax() if block.numel() else block.sum()
-        if self.p == 2:
-            return block.dot(block)
-        return block.abs_().sum() if self.p == 1 else block.abs_().pow_(self.p).sum()
+        p = 1.0 if instruction.function is mean_norm else float(order)
+        return cls(instruction.args[0], instruction.result, p, instruction.function is not safe_norm)
 
     def joined(self, parts: Tensor) -> Tensor:
         """Join what blocks, or ranks, contribute: the first dimension."""
@@ -81,7 +76,28 @@ class Norm(NamedTuple):
             return total
         if self.mean:
             total = total / torch.tensor(sizes, dtype=torch.float64).clamp_(min=1)
-        return total.sqrt() if self.p == 2 else total.pow(1 / self.p)
+        return total if self.p == 1 else total.sqrt() if self.p == 2 else total.pow(1 / self.p)
+
+
+@functools.cache
+def _contribution(p: float) -> Callable[[Tensor], Tensor]:
+    """Return the function of a float64 block that computes its contribution to a norm, and overwrites it."""
+
+    def contribution(block: Tensor) -> Tensor:
+        if p == math.inf:
+            return block.abs_().amax() if block.numel() else block.sum()
+        if p == 2:
+            return block.square_().sum() if torch.compiler.is_compiling() else block.dot(block)
+        return block.abs_().sum() if p == 1 else block.abs_().pow_(p).sum()
+
+    return contribution
+
+
+@functools.cache
+def _summed(p: float) -> Callable[[Tensor], Tensor]:
+    """Return the same function of a block of any dtype, which stays as it is."""
+    contribution = _contribution(p)
+    return lambda values: contribution(values.to(torch.float64, copy=True))
 
 
 class Level:
@@ -91,44 +107,47 @@ class Level:
         before: instructions that compute numbers which `program` reads.
         program: computes the values that the norms are of, where these are no inputs.
         norms: the norms.
+
+    Attributes:
+        compiled: the compiled function of a block that returns its contributions; None where there is none.
     """
 
     def __init__(self, before: Sequence[Instruction], program: Program, norms: Sequence[Norm]) -> None:
         self.before, self.program, self.norms = before, program, norms
+        self.compiled: Callable[..., Tensor] | None = None
         inputs, outputs = program.inputs, program.outputs
         self.places = [inputs.index(n.of) if n.of in inputs else len(inputs) + outputs.index(n.of) for n in norms]
 
     def take(self, tensors: Sequence[Inputs], values: "_Values", shards: Wholes | None) -> None:
         """Take the norms of all tensors; of all their shards where these are some."""
         values.compute(self.before)
-        of = kernel(self.program, None)
         scratch = Scratch.of(self.program.device)
-        dtype = values.dtype
-        parts: list[list[list[Tensor]]] = [[] for _ in self.norms]
+        found = []
         for one, numbers in zip(tensors, values.rows(self.program.numbers), strict=True):
-            for found in parts:
-                found.append([])
-            for row in one.rows(scratch):
-                size = row[0].numel()
-                outputs = [scratch.part(f"norm {j}", dtype, size) for j in range(len(self.program.outputs))]
-                columns = (*row, *outputs)
-                if outputs:
-                    call(of, columns, numbers, scratch)
-                for norm, found, place in zip(self.norms, parts, self.places, strict=True):
-                    block = scratch.part("norm", torch.float64, size).copy_(columns[place].view(-1))
-                    found[-1].append(norm.part(block))
-        totals = torch.stack(
-            [
-                torch.stack([norm.joined(torch.stack(some)) for some in found])
-                for norm, found in zip(self.norms, parts, strict=True)
-            ]
-        )
+            parts = torch.stack([self._of_block(row, numbers, scratch) for row in one.rows(scratch)])
+            found.append(torch.stack([norm.joined(parts[:, k]) for k, norm in enumerate(self.norms)]))
+        totals = torch.stack(found, 1)
         sizes = [one.size for one in tensors]
         if shards is not None:
             ranks, sizes = shards.of_ranks(totals), shards.sizes
             totals = torch.stack([norm.joined(ranks[:, k]) for k, norm in enumerate(self.norms)])
         for norm, total in zip(self.norms, totals, strict=True):
-            values.known[norm.result] = norm.of_total(total, sizes).to(dtype)
+            values.known[norm.result] = norm.of_total(total, sizes).to(values.dtype)
+
+    def _of_block(self, row: Sequence[Tensor], numbers: Sequence[Any], scratch: Scratch) -> Tensor:
+        """Return the contributions of a block to all norms."""
+        size = row[0].numel()
+        if self.compiled is not None and size >= SMALL:
+            return self.compiled(*row, fused.together(self.program, numbers))
+        outputs = [scratch.part(f"norm {j}", self.program.dtype, size) for j in range(len(self.program.outputs))]
+        columns = (*row, *outputs)
+        if outputs:
+            call(kernel(self.program, None), columns, numbers, scratch)
+        parts = []
+        for norm, place in zip(self.norms, self.places, strict=True):
+            block = scratch.part("norm", torch.float64, size).copy_(columns[place].view(-1))
+            parts.append(_contribution(norm.p)(block))
+        return torch.stack(parts)
 
 
 class _Values:
@@ -184,9 +203,11 @@ class Reduced:
     Args:
         program: the program.
         shards: how tensors are sharded, where these are shards: the norms are those of the whole tensors.
+        compiles: whether a compiler makes one function of the norms, and one of the results. Small tensors, and new
+            ones, are run without.
     """
 
-    def __init__(self, program: Program, shards: Wholes | None = None) -> None:
+    def __init__(self, program: Program, shards: Wholes | None = None, compiles: bool = False) -> None:
         self.shards = shards
         self.given = program.numbers
         self.inputs = program.inputs
@@ -201,6 +222,25 @@ class Reduced:
         self.levels, self.last, self.program = _parted(
             elementwise, [Name(name) for name in self.held], tuple(self.held.values())
         )
+        self.compiled: Callable[..., None] | None = None
+        if compiles:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile all functions or none, so that there is one warning where that fails."""
+        sources: list[tuple[Program, Callable[..., Any]]] = []
+        for level in self.levels:
+            sums = tuple([(norm.of, _summed(norm.p)) for norm in level.norms])
+            sources.append((level.program, summing(level.program, sums)))
+        kernels = []
+        for program, source in (*sources, (self.program, pure(self.program, self.overwritten))):
+            compiled = fused.tried(program, source)
+            if compiled is None:
+                return
+            kernels.append(compiled)
+        *of_levels, self.compiled = kernels
+        for level, of_level in zip(self.levels, of_levels, strict=True):
+            level.compiled = of_level
 
     def parted(self, columns: Sequence[list[Tensor]]) -> tuple[list[list[Tensor]], dict[Any, list[Tensor]]]:
         """Part the last inputs, or all: those that differ between elements, and those that are numbers, by name."""
@@ -259,7 +299,10 @@ class _OverReduced:
         self.machine = machine
         columns, self.held = machine.parted(columns)
         rows = zip(*columns, strict=True)
-        self.tensors = [_OverOne(machine.program, machine.overwritten, [[tensor] for tensor in row]) for row in rows]
+        self.tensors = [
+            _OverOne(machine.program, machine.overwritten, [[tensor] for tensor in row], machine.compiled)
+            for row in rows
+        ]
         sizes = {bool(one.blocks.packs): one for one in sorted(self.tensors, key=_size)}
         self.largest = list(sizes.values())
 
@@ -283,6 +326,23 @@ class _OverOne(OverBlocks):
     """A parameter and its states."""
 
     small = 0
+
+    def __init__(
+        self,
+        program: Program,
+        overwritten: tuple[str, ...],
+        columns: Sequence[list[Tensor]],
+        compiled: Callable[..., None] | None,
+    ) -> None:
+        super().__init__(program, overwritten, columns)
+        self.compiled = compiled if columns[0][0].numel() >= SMALL else None
+
+    def run(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
+        """Overwrite."""
+        if self.compiled is None:
+            super().run(inputs, numbers)
+        else:
+            fused.run(self.compiled, self.program, self.blocks, inputs, self.written, self.overwritten, numbers)
 
     def inputs(self, update: Tensor) -> Inputs:
         """Return them and an update, as they are now."""

@@ -18,10 +18,17 @@ class Stage(NamedTuple):
         rule: the rule.
         source: the stage that hands this one its parameters, and the function of parameter and state that makes them;
             None for the parameters.
+        recalls: the stage whose update, as it was given, this one takes for the parameter; None for the parameter.
     """
 
     rule: Rule
     source: tuple[int, Callable[[Any, Any], Any]] | None = None
+    recalls: int | None = None
+
+    def shifted(self, by: int) -> "Stage":
+        """Count other stages from a later one."""
+        source = None if self.source is None else (self.source[0] - by, self.source[1])
+        return Stage(self.rule, source, None if self.recalls is None else self.recalls - by)
 
 
 class Held(NamedTuple):
@@ -57,24 +64,35 @@ def tensor_by_tensor(
     for i, update in enumerate(updates):
         rows = [row(state, i) for state in states]
         p = params[i] if params is not None else None
+        given = [update]
         for k, stage in enumerate(stages):
-            update, new_state = applied(stage, update, rows, k, p, scalars[k])  # noqa: PLW2901
+            new, new_state = applied(stage, given, rows, p, scalars[k])
             for column, tensor in zip(new_states[k], new_state, strict=True):
                 column.append(tensor)
-        new_updates.append(update)
+            given.append(new)
+        new_updates.append(given[-1])
     return new_updates, new_states
 
 
-def applied(stage: Stage, g: Any, states: Sequence[Any], k: int, p: Any, s: Any) -> tuple[Any, Any]:
-    """Run the rule of stage k, and check its result.
+def applied(stage: Stage, given: Sequence[Any], states: Sequence[Any], p: Any, s: Any) -> tuple[Any, Any]:
+    """Run the rule of a stage, and check its result.
+
+    Args:
+        stage: the stage.
+        given: the updates that the stages before it were given, and its own.
+        states: of all stages.
+        p: the parameter.
+        s: the numbers of the rule.
 
     Raises:
-        TypeError: it does not return a pair of an update and a state like the one it was given.
+        TypeError: the rule does not return a pair of an update and a state like the one it was given.
     """
-    rule, state = stage.rule, states[k]
+    rule, g, state = stage.rule, given[-1], states[len(given) - 1]
     if stage.source is not None:
         holder, hands = stage.source
         p = hands(p, states[holder])
+    if stage.recalls is not None:
+        p = given[stage.recalls]
     scalars = s.scalars if isinstance(s, Masked) else s
     if isinstance(scalars, Held):
         returned = torch.zeros_like(g), rule.hold(g, state, p, scalars.scalars)  # type: ignore[misc]

@@ -85,7 +85,7 @@ def _gates(tx: GradientTransformation, hands: bool) -> frozenset[int]:
     whole = [back for link in tx._links[-1:] for back in link.when if not tx._links[last - back].where]
     gates = frozenset([last - back for back in whole])
     outside = [link for k, link in enumerate(tx._links) if not _passes(link, k, gates)]
-    return frozenset() if hands and any(link.rule.needs_params for link in outside) else gates
+    return frozenset() if hands and any(link.needs_params for link in outside) else gates
 
 
 def _passes(link: Link, k: int, gates: frozenset[int]) -> bool:

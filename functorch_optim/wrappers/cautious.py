@@ -9,13 +9,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim import tree
 from functorch_optim._core.hyperparameters import check_choice
 from functorch_optim._core.links import Link
-from functorch_optim._core.rule import EmptyState, Rule, TreeRule
+from functorch_optim._core.rule import Rule
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._execution.representation import as_reals, like, narrowed, widened
-from functorch_optim.tree import Tree
+from functorch_optim._execution.representation import as_reals, like
+from functorch_optim._numerics import mean_norm, safe_norm
 from functorch_optim.wrappers._wrapping import inserted, wrapped
 
 
@@ -70,7 +69,7 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
 def _cautious(tx: GradientTransformation, scaling: str, descends: bool | None) -> GradientTransformation:
     for begin, end, down, of in reversed(_directions(tx._links, descends)):
         link = tx._links[of]
-        rule = TreeRule(lambda params: EmptyState(), _mask(scaling, -1.0 if down else 1.0))
+        rule = Rule(None, _mask(scaling, -1.0 if down else 1.0), norms=True, needs_params=True, sparse="dense")
         when = tuple([end - (of - back) for back in link.when])
         tx = inserted(tx, end, Link(rule, link.where, when, recalls=end - begin))
     return tx
@@ -128,19 +127,14 @@ def _after_gates(links: Sequence[Link], begin: int, k: int) -> int:
 
 
 def _mask(scaling: str, sign: float) -> Any:
-    def update(updates: Tree, state: EmptyState, gradients: Tree) -> tuple[Tree, EmptyState]:
-        return tree.map(masked, updates, gradients), state
+    def cautious(u: Tensor, state: Any, g: Tensor, s: Any) -> tuple[Tensor, Any]:
+        wide = as_reals(u)
+        same = torch.sign(wide) * torch.sign(as_reals(g))  # of signs, for a product may be too small for its dtype
+        k = torch.clamp_min(same if sign > 0 else -same, 0).detach()  # faster than a choice, which guesses wrong
+        if scaling == "mean":
+            factor = 1 / torch.clamp_min(mean_norm(k), 1e-3)
+        else:
+            factor = safe_norm(torch.ones_like(wide), 1) / (safe_norm(k, 1) + 1)
+        return like(factor * wide * k, u), state
 
-    def masked(u: Tensor, g: Tensor) -> Tensor:
-        u, g = _dense(u), _dense(g)
-        wide = widened(as_reals(u))
-        kept = torch.sign(wide) * torch.sign(widened(as_reals(g))) * sign > 0
-        count, n = kept.sum().to(wide.dtype), max(kept.numel(), 1)
-        factor = 1 / torch.clamp(count / n, min=1e-3) if scaling == "mean" else n / (count + 1)
-        return narrowed(like(torch.where(kept, factor * wide, 0.0), u), u)
-
-    return update
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.layout == torch.sparse_coo else tensor
+    return cautious

@@ -1,6 +1,7 @@
 """Steps with fused kernels: how often they are compiled, and without a compiler."""
 
 import functools
+import math
 import warnings
 
 import pytest
@@ -91,6 +92,30 @@ def test_a_scheduler_does_not_compile_again(factory, compiled):
     assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
+NORMS = {  # and how many functions are compiled: one for each level of norms, and one for the results
+    "lamb": (fo.lamb(0.1, weight_decay=0.1), 2),
+    "stable_adamw": (fo.stable_adamw(0.1, weight_decay=0.1), 2),
+    "novograd": (fo.novograd(0.1, weight_decay=0.1), 2),
+    "cautious": (fo.cautious(fo.adamw(0.1)), 2),
+    "several": (fo.chain(*[fo.clip_by_norm(0.7, norm_type=p) for p in (1.0, 2.0, 3.5, math.inf)]), 5),
+}
+
+
+def large_and_small(dtype):
+    params = {**make_params(dtype), "large": torch.randn(150, 300, dtype=dtype)}
+    return params, [fo.tree.map(torch.randn_like, params) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("tx", "count"), NORMS.values(), ids=NORMS)
+def test_norms_of_large_tensors_are_compiled(tx, count, compiled):
+    graphs, calls = compiled
+    params, history = large_and_small(torch.float64)
+    results = run(functools.partial(fo.step_, fused=True), tx, params, history)
+    assert len(graphs) == count
+    assert len(calls) == count * (1 + len(history))
+    assert_close(results, run(fo.step, tx, params, history), rtol=1e-10, atol=1e-10)
+
+
 def test_groups_may_choose(compiled):
     graphs, _ = compiled
     params = [torch.ones(3, requires_grad=True) for _ in range(2)]
@@ -116,3 +141,14 @@ def test_fused_kernels_of_the_default_compiler():
         warnings.simplefilter("error")
         results = run(functools.partial(fo.step_, fused=True), tx, params, history)
     assert_close(results, run(fo.step, tx, params, history), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.sampled(size=1)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_by_the_default_compiler(name):
+    fused._compiled.cache_clear()
+    params, history = large_and_small(torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = run(functools.partial(fo.step_, fused=True), NORMS[name][0], params, history)
+    assert_close(results, run(fo.step, NORMS[name][0], params, history), rtol=1e-5, atol=1e-6)

@@ -112,7 +112,7 @@ RUNS = [
     ("foreach", Foreach, "_ready"),
     ("in_blocks", blocks, "run"),
     ("reduced", reduced.Reduced, "numbers"),
-    ("fused", fused._OverFused, "run"),
+    ("fused", fused, "run"),
     ("flat", flat, "flat"),
     ("recomputed", recomputed, "recomputed"),
     ("tensor_by_tensor", choose, "tensor_by_tensor"),
@@ -182,7 +182,7 @@ def test_what_overwrites():
         assert overwriting(adam, params, fused=False) == ["in_blocks"]
         assert overwriting(adam, params, foreach=False) == ["in_blocks"]
         assert overwriting(adam, params, foreach=True) == ["foreach"]
-        for options in ({}, {"fused": True}, {"foreach": True}):
+        for options in ({}, {"fused": params is not LARGE}, {"foreach": True}):
             assert overwriting(fo.lars(0.1), params, **options) == ["reduced", *["in_blocks"] * len(params)]
         assert overwriting(rmsprop, params) == (["foreach"] if params is PARAMS else ["in_blocks"])
 
@@ -193,6 +193,22 @@ def test_what_overwrites_where_a_compiler_is_asked(monkeypatch):
     assert overwriting(fo.adam(0.1), fused=True) == ["native"]
     monkeypatch.setattr(fused, "compiled", lambda program: None)  # there is none
     assert overwriting(fo.rmsprop(0.1), LARGE, fused=True) == ["in_blocks"]
+
+
+def test_norms_where_a_compiler_is_asked(monkeypatch):
+    """It makes functions for large tensors; small ones beside them are run in blocks."""
+    tried = []
+
+    def compile_it(program, source):
+        tried.append(source)
+        return lambda *args: torch.ones(2, dtype=torch.float64)
+
+    monkeypatch.setattr(fused, "tried", compile_it)
+    assert overwriting(fo.lars(0.1), {**PARAMS, **LARGE}, fused=True) == ["reduced", "in_blocks", "in_blocks", "fused"]
+    assert len(tried) == 2
+    monkeypatch.setattr(fused, "tried", lambda *args: tried.append(None))  # there is none
+    assert overwriting(fo.lars(0.1), LARGE, fused=True) == ["reduced", "in_blocks"]
+    assert len(tried) == 3
 
 
 def test_what_runs_on_other_devices():
