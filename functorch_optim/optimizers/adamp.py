@@ -143,7 +143,7 @@ def adamp(
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         ahead = s.beta1 * m + s.weight1 * g if nesterov else m
         w, ratio = _projected(ahead / (safe_sqrt(v) / s.root + s.projection.eps), g, p, s.projection)
-        return -(s.rate * w + s.decay * ratio * p), AdamPState(m, v)
+        return -s.rate * w - s.decay * ratio * p, AdamPState(m, v)
 
     rule = of_rule(_init_adamp, update, scalars, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
@@ -205,7 +205,7 @@ def sgdp(
     def update(g: Tensor, state: SGDPState, p: Any, s: SGDPScalars) -> Any:
         b = s.momentum * state.momentum_buffer + s.weight * g
         w, ratio = _projected(g + s.momentum * b if nesterov else b, g, p, s.projection)
-        return -(s.rate * w + s.decay * ratio * p), SGDPState(b)
+        return -s.rate * w - s.decay * ratio * p, SGDPState(b)
 
     rule = of_rule(_init_sgdp, update, scalars, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
@@ -215,22 +215,23 @@ def _projected(w: Tensor, g: Tensor, p: Tensor, s: Projection) -> tuple[Tensor, 
     """Leave out the part of w along p where g is nearly orthogonal to p; return the factor of weight decay, too."""
     if p.ndim < 2 or p.numel() == 0:
         return w, 1.0
-    ratio = torch.ones((), dtype=w.dtype, device=w.device)
-    chosen, choices = w, (p.shape[0], 1)  # rows, or the whole; rows are preferred, and so come last
-    for rows in reversed(choices):
-        ps, gs, ws = [x.reshape(rows, -1) for x in (p, g, w)]
-        length = _norms(ps) + s.eps
-        cosine = ((gs * ps).sum(1, keepdim=True).abs() / (_norms(gs) + s.eps) / length).max()
-        unit = ps / or_one(length)
-        orthogonal = ws - unit * (unit * ws).sum(1, keepdim=True)
-        near = cosine < s.delta / math.sqrt(ps.shape[1])
-        chosen = torch.where(near, orthogonal.reshape(w.shape), chosen)
-        ratio = torch.where(near, s.wd_ratio * torch.ones_like(ratio), ratio)
-    return chosen, ratio
+    ps, gs, ws = [x.reshape(p.shape[0], -1) for x in (p, g, w)]
+    pp, gg, pg = [(x * y).sum(1) for x, y in ((ps, ps), (gs, gs), (ps, gs))]
+    by_rows, lengths = _nearly_orthogonal(pp, gg, pg, ps.shape[1], s)
+    by_whole, length = _nearly_orthogonal(pp.sum(), gg.sum(), pg.sum(), p.numel(), s)
+    unit = ps / or_one(torch.where(by_rows, lengths, length)).unsqueeze(1)
+    along = (unit * ws).sum(1)
+    near = by_rows | by_whole
+    part = torch.where(near, torch.where(by_rows, along, along.sum()), 0.0)  # rows are preferred
+    one = torch.ones((), dtype=w.dtype, device=w.device)
+    return (ws - part.unsqueeze(1) * unit).reshape(w.shape), torch.where(near, s.wd_ratio * one, one)
 
 
-def _norms(rows: Tensor) -> Tensor:
-    return safe_sqrt(rows.square().sum(1, keepdim=True))
+def _nearly_orthogonal(pp: Tensor, gg: Tensor, pg: Tensor, size: int, s: Projection) -> tuple[Tensor, Tensor]:
+    """Tell from their inner products whether all gradients are nearly orthogonal to p; return the lengths of p, too."""
+    length = safe_sqrt(pp) + s.eps
+    cosine = (pg.abs() / (safe_sqrt(gg) + s.eps) / length).max()
+    return cosine < s.delta / math.sqrt(size), length
 
 
 def _check(eps: Any, weight_decay: Any, delta: Any, wd_ratio: Any) -> None:
