@@ -99,6 +99,7 @@ class Rule:
     narrow: bool = False  # whether optimizers keep the carried numbers in float32, as torch.optim does
     lr: Any = None  # the learning rate that its update is multiplied by
     turns: bool = False  # whether its update goes against the given one, as descent does
+    decays: bool = False  # whether its update has weight decay in it, which is off where the number `decay` is 0
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
     of_dtype: Mapping[torch.dtype, "Rule"] | None = field(default=None, hash=False)  # rules for parameters of a dtype
@@ -200,6 +201,7 @@ class TreeRule:
     evaluate: ClassVar[None] = None
     lr: ClassVar[None] = None
     turns: ClassVar[bool] = False
+    decays: ClassVar[bool] = False
     keeps: ClassVar[None] = None
     of_rate: ClassVar[None] = None
     of_dtype: ClassVar[None] = None

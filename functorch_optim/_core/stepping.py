@@ -1,5 +1,6 @@
 """Steps: the update and its addition to the parameters in one pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,12 +129,28 @@ def _check_writable(made: Call, params: Tree) -> None:
 
 def _count(made: Call, listed: list[Any]) -> Any:
     """Count a step that has overwritten all else; return the state, in the old tensors where that is possible."""
-    changed = [(made.listed[place], listed[place]) for _, _, place in made.form.numbers]
-    if not all([new is old or writing.is_room_for(old, new) for old, new in changed]):  # noqa: C419
+    pairs = [(made.listed[place], listed[place]) for _, _, place in made.form.numbers]
+    rooms = _rooms(pairs)
+    if not all([new is old or id(old) in rooms for old, new in pairs]):  # noqa: C419
         return made.form.state(listed, made)
-    for old, new in {id(old): (old, new) for old, new in changed}.values():
+    for old, new in rooms.values():
         old.copy_(new)
     return made.state
+
+
+def _rooms(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Find the old tensors that can hold a new one, by identity.
+
+    One that stands in several places can if all get the same: links count with one tensor until a gate leaves out some.
+    """
+    news: dict[int, set[int]] = {}
+    for old, new in pairs:
+        news.setdefault(id(old), set()).add(id(new))
+    return {
+        id(old): (old, new)
+        for old, new in pairs
+        if new is not old and len(news[id(old)]) == 1 and writing.is_room_for(old, new)
+    }
 
 
 def _overwrite(made: Call, state: Any) -> Any:
@@ -148,15 +165,14 @@ def _overwrite(made: Call, state: Any) -> Any:
         overwrite()
     for p, u in moved:
         p.copy_(u)
-    changed = [(old, new) for old, new in zip(old_tensors, new_tensors, strict=True) if new is not old]
-    rooms = {(id(old), id(new)): (old, new) for old, new in changed if writing.is_room_for(old, new)}
+    rooms = _rooms(list(zip(old_tensors, new_tensors, strict=True)))
     olds = [old for old, _ in rooms.values()]
     written = [local(tensor) for tensor in [*(leaves.params or []), *olds] if tensor is not None]
     if not writing.can_overwrite([], [written]):
         return tree.unflatten(structure, new_tensors)  # init gave p, or one tensor twice
     writing.copy_(olds, [new for _, new in rooms.values()])
     return tree.unflatten(
-        structure, [o if (id(o), id(n)) in rooms else n for o, n in zip(old_tensors, new_tensors, strict=True)]
+        structure, [o if id(o) in rooms else n for o, n in zip(old_tensors, new_tensors, strict=True)]
     )
 
 

@@ -187,13 +187,17 @@ class Group:
             structure = tree.flatten(list(scalars))[1]
             given = [k if isinstance(k, bool) else n for k, n in zip(kinds, numbers, strict=True)] if kinds else numbers
             program = record(stages, states, with_params, tree.unflatten(structure, given), self.like)
-            if self.still:
+            if self._is_still(run):
                 outputs = program.outputs[1:]
                 kept = needed(program.instructions, outputs)
                 program = replace(program, outputs=outputs, instructions=kept, updates=False)
             sizes = [tensor.numel() for tensor in inputs[0]]
             self.machines[key] = choose.machine(program, sizes, numbers, self.way, use == "over", self.shards)
         return self.machines[key]
+
+    def _is_still(self, run: "_Run") -> bool:
+        """Tell whether the update after a run is not needed; runs after another one may need theirs."""
+        return self.still and run.members[-1] == len(self.stages) - 1
 
     def _restored(
         self,
@@ -225,7 +229,7 @@ class Group:
         new_states = [map_columns(widened, state) for state in states]
         wide_params = each(widened, params) if params is not None else None
         given = [*updates, *(params or ()), *[tensor for state in states for column in state for tensor in column]]
-        versions = _versions(given) if eagerly else []
+        versions = writing.versions(given) if eagerly else []
         recalled: dict[int | None, Any] = dict.fromkeys([run.recalls for run in runs])
         for run in runs:
             elementwise, members, stages, source, recalls = run
@@ -247,7 +251,7 @@ class Group:
                 new_updates, columns = self.wholes.run(rules, *arguments, derivatives)
             for k, column in zip(members, columns, strict=True):
                 new_states[k] = column
-        if eagerly and versions != _versions(given):
+        if eagerly and versions != writing.versions(given):
             names = ", ".join([stage.rule.name for stage in self.stages])
             raise TypeError(f"A rule must not modify its arguments, but one of these did: {names}")
         likes = params if self.moves and params is not None else updates  # updates may be wider than parameters
@@ -279,7 +283,8 @@ class Group:
             inputs += [column for state in arguments[1] for column in state]
             known: Any = self._numbers(scalars)
             outputs = iter(self._machine("new", run, inputs, arguments[1], scalars, *known).new(inputs, known[0]))
-            results, columns = next(outputs), [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
+            results = arguments[0] if self._is_still(run) else next(outputs)
+            columns = [make(type(s), [next(outputs) for _ in s]) for s in arguments[1]]
         else:
             converted = cast(sample, self.dtype, to_number=eagerly, as_pairs=elementwise)
             results, columns = choose.differentiable(self.mode, stages, *arguments, tree.map(converted, scalars))
@@ -389,10 +394,3 @@ def _runs(as_program: Sequence[bool], stages: Sequence[Stage]) -> list[_Run]:
             alone = [Stage(stages[k].rule) for k in members]
             runs.append(_Run(elementwise, members, alone, first.source, first.recalls))
     return runs
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors of inference mode have none
-        return [tensor._version for tensor in tensors if not tensor.is_inference()]

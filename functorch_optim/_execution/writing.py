@@ -58,7 +58,8 @@ def is_room_for(old: Any, new: Any) -> bool:
 
 def is_expanded(tensor: Tensor) -> bool:
     """Tell whether elements of a tensor share memory, as after expand."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return shared and tensor.numel() > 0
 
 
 def copy_(old: list[Tensor], new: list[Tensor]) -> None:
@@ -145,3 +146,11 @@ def share_memory(read: list[Tensor], written: list[Tensor]) -> bool:
         end = max(end, stop)
         end_of_written = max(end_of_written, stop if is_written else -1)
     return False
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """List how often tensors were written to."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode have none
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -228,7 +228,7 @@ def adafactor(
         check_real("Adafactor", p)
         return FactoredState(*[torch.zeros_like(p.sum(dim, keepdim=True)) for dim in reversed(dims_of(p) or LAST)])
 
-    options: Any = {"needs_params": scale_parameter or decays, "turns": True}
+    options: Any = {"needs_params": scale_parameter or decays, "turns": True, "decays": decays and beta1 is None}
     rules = {
         "factored": of_rule(init_factored, of_matrix, scalars, **options),
         "unfactored": of_rule(_init_unfactored, of_vector, scalars, **options),

@@ -145,7 +145,7 @@ def adamp(
         w, ratio = _projected(ahead / (safe_sqrt(v) / s.root + s.projection.eps), g, p, s.projection)
         return -s.rate * w - s.decay * ratio * p, AdamPState(m, v)
 
-    rule = of_rule(_init_adamp, update, scalars, needs_params=True, turns=True, lr=lr)
+    rule = of_rule(_init_adamp, update, scalars, needs_params=True, turns=True, decays=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
 
 
@@ -207,7 +207,7 @@ def sgdp(
         w, ratio = _projected(g + s.momentum * b if nesterov else b, g, p, s.projection)
         return -s.rate * w - s.decay * ratio * p, SGDPState(b)
 
-    rule = of_rule(_init_sgdp, update, scalars, needs_params=True, turns=True, lr=lr)
+    rule = of_rule(_init_sgdp, update, scalars, needs_params=True, turns=True, decays=True, lr=lr)
     return uphill_or_down(rule, maximize=maximize)
 
 

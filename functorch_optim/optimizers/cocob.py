@@ -11,6 +11,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, fil
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._numerics import or_one
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.transforms.decay import add_decayed_weights
 
@@ -88,7 +89,7 @@ def cocob(
         reward = state.reward - g * (p - state.p0)
         R = torch.maximum(reward, torch.zeros_like(reward))  # noqa: N806
         C = state.theta - g  # noqa: N806
-        new = state.p0 + C / (L * torch.maximum(G + L, a * L)) * (L + R)
+        new = state.p0 + C / or_one(L * torch.maximum(G + L, a * L)) * (L + R)  # zero where float16 rounds eps to zero
         return rate * (new - p), COCOBState(state.p0, L, G, R, C)
 
     rule = of_rule(init, update, scalars, elementwise=True, needs_params=True, turns=True)

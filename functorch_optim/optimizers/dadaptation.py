@@ -187,6 +187,7 @@ def dadapt_adam(
         elementwise=True,
         needs_params=decoupled_weight_decay,
         turns=True,
+        decays=decoupled_weight_decay,
         lr=lr,
     )
     decay = add_decayed_weights(0.0 if decoupled_weight_decay else weight_decay)

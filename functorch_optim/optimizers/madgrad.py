@@ -102,7 +102,7 @@ def madgrad(
             x0 = x0 - s.decay * p if is_zero(momentum) else x0
         return u, MADGRADState(x0, total, v)
 
-    rule = of_rule(_init, update, scalars, elementwise=True, needs_params=True, turns=True, lr=lr)
+    rule = of_rule(_init, update, scalars, elementwise=True, needs_params=True, turns=True, decays=decays, lr=lr)
     decay = add_decayed_weights(0.0 if decoupled_weight_decay else weight_decay)
     return uphill_or_down(decay, rule, maximize=maximize)
 

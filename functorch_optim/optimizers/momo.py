@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -49,7 +49,7 @@ leaf_state(MoMoAdamState, MoMoCarried)
 
 
 class MoMoScalars(NamedTuple):
-    """MoMo at a step: decay rates and weights of m and v, the root of v's correction, eps; tau and lr wd."""
+    """MoMo at a step: decay rates and weights of m and v, the root of v's correction, eps; tau, lr wd and 1 + lr wd."""
 
     beta1: Any
     weight1: Any
@@ -59,6 +59,7 @@ class MoMoScalars(NamedTuple):
     eps: Any
     tau: Any
     decay: Any
+    shrink: Any
 
 
 @factory
@@ -116,13 +117,13 @@ def momo(
         decay = rate * at(weight_decay, step)
         h = (1 + decay) * (f - at(lb, step) - q) + total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
         tau = bounded(rate, at_least(h, 0.0), total(lambda g, m: mean(g, m).square(), given, step))
-        return MoMoScalars(kept, 1 - kept, 0.0, 0.0, 1.0, 0.0, tau, decay), MoMoCarried(f, q)
+        return MoMoScalars(kept, 1 - kept, 0.0, 0.0, 1.0, 0.0, tau, decay, 1 + decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoState, p: Any, s: MoMoScalars) -> Any:
         m = s.beta1 * state.exp_avg + s.weight1 * g
-        return -(s.tau * m + s.decay * p) / (1 + s.decay), MoMoState(m)
+        return -(s.tau * m + s.decay * p) / s.shrink, MoMoState(m)
 
-    return of_rule(MoMoState, update, scalars, carry=_carry, elementwise=True, needs_params=True, turns=True, lr=lr)
+    return of_rule(MoMoState, update, scalars, **_options(lr, weight_decay))
 
 
 @factory
@@ -190,15 +191,20 @@ def momo_adam(
         way = total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
         h = (1 + decay) * (f - corrected * at(lb, step) - q) + way
         tau = bounded(rate / corrected, at_least(h, 0.0), total(scaled, [*given, states.exp_avg_sq], step))
-        return MoMoScalars(beta1, 1 - beta1, beta2, 1 - beta2, root, e, tau, decay), MoMoCarried(f, q)
+        return MoMoScalars(beta1, 1 - beta1, beta2, 1 - beta2, root, e, tau, decay, 1 + decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoAdamState, p: Any, s: MoMoScalars) -> Any:
         m = s.beta1 * state.exp_avg + s.weight1 * g
         v = s.beta2 * state.exp_avg_sq + s.weight2 * g * g
         direction = m / (safe_sqrt(v) / s.root + s.eps)
-        return -(s.tau * direction + s.decay * p) / (1 + s.decay), MoMoAdamState(m, v)
+        return -(s.tau * direction + s.decay * p) / s.shrink, MoMoAdamState(m, v)
 
-    return of_rule(MoMoAdamState, update, scalars, carry=_carry, elementwise=True, needs_params=True, turns=True, lr=lr)
+    return of_rule(MoMoAdamState, update, scalars, **_options(lr, weight_decay))
+
+
+def _options(lr: Hyperparameter, weight_decay: Hyperparameter) -> dict[str, Any]:
+    decays = not is_zero(weight_decay)
+    return {"carry": _carry, "elementwise": True, "needs_params": True, "turns": True, "decays": decays, "lr": lr}
 
 
 def _carry() -> MoMoCarried:

@@ -88,6 +88,8 @@ def prodigy(
         d <- min(d_max, d growth_rate)
         u = -eta (m / (sqrt(v) + d eps) + weight_decay p)
 
+    Where beta1 is the number 0, there is no momentum: m = d g, with the new d.
+
     Where |s|_1 is zero, because no gradient has come yet, nothing moves and k, the number of steps, stands still. The
     same holds where lr is 0.
 
@@ -158,7 +160,7 @@ def prodigy(
             b3,
             weight3,
             where(live, beta1, 1.0),
-            where(live, (1 - beta1) * d, 0.0),
+            where(live, after.d if is_zero(betas[0]) else (1 - beta1) * d, 0.0),
             where(live, beta2, 1.0),
             where(live, (1 - beta2) * d * d, 0.0),
             after.d * at(eps, step),
@@ -174,7 +176,8 @@ def prodigy(
         u = -s.rate * (m / or_one(root))  # where it is zero, m is
         return u - s.decay * p if decays else u, ProdigyState(state.p0, total_g, m, v)
 
-    rule = of_rule(_init, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
+    options: Any = {"elementwise": True, "needs_params": True, "turns": True, "decays": decays, "lr": lr}
+    rule = of_rule(_init, update, scalars, carry=carry, **options)
     return uphill_or_down(rule, maximize=maximize)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
-from functorch_optim._core.leafwise import leafwise
+from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, clamped_from_below, debias, rms, safe_sqrt
@@ -35,7 +35,7 @@ class StableAdamWScalars(NamedTuple):
     weight1: Any
     weight2: Any
     eps: Any
-    weight_decay: Any
+    decay: Any
 
 
 @factory
@@ -102,7 +102,7 @@ def stable_adamw(
         root = safe_sqrt(v)
         c = clamped_from_below(rms(g / at_least(root, s.eps)), 1)
         u = m / (root + s.eps)
-        return (u + s.weight_decay * p if decays else u) / c, StableAdamWState(m, v)
+        return (u + s.decay * p if decays else u) / c, StableAdamWState(m, v)
 
-    rule = leafwise(init, update, scalars, norms=True, needs_params=decays)
+    rule = of_rule(init, update, scalars, norms=True, needs_params=decays, decays=decays)
     return uphill_or_down(rule, scale_by_learning_rate(lr), maximize=maximize)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from functorch_optim._core.hyperparameters import check_choice
 from functorch_optim._core.links import Link
-from functorch_optim._core.rule import Rule
+from functorch_optim._core.rule import Rule, TreeRule
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.representation import as_reals, like
 from functorch_optim._numerics import mean_norm, safe_norm
@@ -27,8 +29,8 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
 
     For each tensor; n is the number of its elements. Of a transformation with a learning rate, u is the update before
     the learning rate and decoupled weight decay, which are not masked: `cautious(adamw(lr))` is
-    `chain(cautious(scale_by_adam()), add_decayed_weights(wd), scale_by_learning_rate(lr))`. In a partition each part
-    has its own u and g.
+    `chain(cautious(scale_by_adam()), add_decayed_weights(wd), scale_by_learning_rate(lr))`. The trust ratio of `lamb`
+    is that of the masked u, as in timm. In a partition each part has its own u and g.
 
     Args:
         tx: transformation; or a factory, then the result is a factory of the same hyperparameters.
@@ -40,7 +42,8 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
             `scale(-0.1)`.
 
     Returns:
-        Transformation with the state of `tx`, in which that of the last link of the direction is a pair.
+        Transformation with the state of `tx`, in which that of the last link of the direction is a pair, unless this
+        link decays the parameters itself, as `adamp` does.
 
     Raises:
         ValueError: `scaling` is neither of the two.
@@ -68,8 +71,13 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
 @factory
 def _cautious(tx: GradientTransformation, scaling: str, descends: bool | None) -> GradientTransformation:
     for begin, end, down, of in reversed(_directions(tx._links, descends)):
-        link = tx._links[of]
-        rule = Rule(None, _mask(scaling, -1.0 if down else 1.0), norms=True, needs_params=True, sparse="dense")
+        mask = _mask(scaling, down)
+        link, last = tx._links[of], tx._links[end - 1]
+        if end > begin and isinstance(last.rule, Rule) and last.rule.decays:
+            links = [*tx._links[: end - 1], last._replace(rule=_without_decay(last.rule, mask)), *tx._links[end:]]
+            tx = GradientTransformation._of(links, tx._layout)
+            continue
+        rule = Rule(None, _alone(mask), norms=True, needs_params=True, sparse="dense")
         when = tuple([end - (of - back) for back in link.when])
         tx = inserted(tx, end, Link(rule, link.where, when, recalls=end - begin))
     return tx
@@ -103,10 +111,11 @@ def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction
         if begin in found or (rule.lr is None and not rule.turns) or (rule.lr is None and multiplies and k == begin):
             continue  # the latter is `maximize`
         end = k + 1
-        if multiplies:  # and the link before it may be decay
-            end = k
-            while end > begin and links[end - 1].rule.elementwise and links[end - 1].rule.needs_params:
-                end -= 1
+        if multiplies:  # and the links before it may be decay, and what scales with it
+            first = k
+            while first > begin and _is_stateless(links[first - 1].rule):
+                first -= 1
+            end = next((j for j in range(first, k) if links[j].rule.needs_params), k)
         turns = [one.rule.turns for one in links[begin:end] if len(one.where) == len(link.where)]
         found[begin] = _Direction(_after_gates(links, begin, k), end, sum(turns) % 2 == 1, k)
     if found or not links:
@@ -121,20 +130,47 @@ def _is_part(link: Link, of: Link) -> bool:
     return len(link.where) >= len(of.where) and all(map(operator.is_, link.where, of.where))
 
 
+def _is_stateless(rule: Rule | TreeRule) -> bool:
+    return isinstance(rule, Rule) and rule.init is None and (rule.elementwise or rule.norms)
+
+
 def _after_gates(links: Sequence[Link], begin: int, k: int) -> int:
     """Find the place where link k is given the gradient: behind the gates that it is inside of."""
     return max([begin, *[k - back + 1 for back in links[k].when]])
 
 
-def _mask(scaling: str, sign: float) -> Any:
-    def cautious(u: Tensor, state: Any, g: Tensor, s: Any) -> tuple[Tensor, Any]:
-        wide = as_reals(u)
-        same = torch.sign(wide) * torch.sign(as_reals(g))  # of signs, for a product may be too small for its dtype
-        k = torch.clamp_min(same if sign > 0 else -same, 0).detach()  # faster than a choice, which guesses wrong
+def _mask(scaling: str, down: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function of u and g, real ones, that keeps the elements of u which go with g, or down, against it."""
+
+    def mask(u: Tensor, g: Tensor) -> Tensor:
+        same = torch.sign(u) * torch.sign(g)  # of signs, for a product may be too small for its dtype
+        k = torch.clamp_min(-same if down else same, 0).detach()  # faster than a choice, which guesses wrong
         if scaling == "mean":
-            factor = 1 / torch.clamp_min(mean_norm(k), 1e-3)
-        else:
-            factor = safe_norm(torch.ones_like(wide), 1) / (safe_norm(k, 1) + 1)
-        return like(factor * wide * k, u), state
+            return u * k / torch.clamp_min(mean_norm(k), 1e-3)
+        return u * k * safe_norm(torch.ones_like(u), 1) / (safe_norm(k, 1) + 1)
+
+    return mask
+
+
+def _alone(mask: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """Make the update of a rule that masks what the links before it return."""
+
+    def cautious(u: Tensor, state: Any, g: Tensor, s: Any) -> tuple[Tensor, Any]:
+        return like(mask(as_reals(u), as_reals(g)), u), state
 
     return cautious
+
+
+def _without_decay(rule: Rule, mask: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    """Mask the update of a rule that decays the parameters by itself, all but the decay."""
+    whole = rule.update
+
+    @functools.wraps(whole)
+    def update(g: Tensor, state: Any, p: Tensor, s: Any) -> tuple[Tensor, Any]:
+        given = as_reals(g), type(state)(*map(as_reals, state)), as_reals(p)  # as elementwise rules are given them
+        u, new = whole(*given, s)
+        direction, _ = whole(*given, s._replace(decay=0.0))
+        masked = mask(direction, given[0]) + (u - direction)
+        return like(masked, g), type(new)(*map(like, new, state))
+
+    return replace(rule, update=update, elementwise=False, norms=rule.elementwise or rule.norms)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LINKS, trees
+from strategies import LINKS, not_scalars, trees
 
 import functorch_optim as fo
 from functorch_optim._core import prepare
@@ -40,6 +40,54 @@ def test_a_chain_equals_its_links_one_by_one(data):
         # By path: links that are run one by one do not share their steps.
         assert_same(fo.state_dict(state), fo.state_dict(nest(tx._layout, states)), "the state", scale=max(SCALES))
         params = fo.apply_updates(params, updates)
+
+
+WRAPPERS = st.sampled_from(
+    [
+        lambda tx: fo.accumulate(tx, 2),
+        lambda tx: fo.skip(tx, lambda step: step % 2 == 1),
+        fo.apply_if_finite,
+        fo.cautious,
+        lambda tx: fo.lookahead(tx, every=2),
+        lambda tx: fo.ema_weights(tx, 0.9),
+        lambda tx: fo.masked(tx, not_scalars),
+    ]
+)
+WHOLE = st.sampled_from([fo.centralize(), fo.clip_by_norm(0.5), fo.clip_by_block_rms(0.5), fo.mars(fo.identity())])
+NESTED = st.recursive(
+    LINKS | WHOLE,
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3).map(lambda some: fo.chain(*some))
+        | st.builds(lambda wrap, tx: wrap(tx), WRAPPERS, inner)
+    ),
+    max_leaves=4,
+)
+
+
+def as_rules(tx, grads, state, params):
+    """Run every rule tensor by tensor."""
+    with mock.patch.object(prepare, "is_plain", return_value=False):
+        return fo.step(tx, grads, state, params)
+
+
+def updated(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return fo.apply_updates(params, updates), state
+
+
+@given(st.data())
+def test_all_forms_of_nested_wrappers_are_the_rules(data):
+    tx = data.draw(NESTED)
+    params = data.draw(trees(dtypes=[torch.float64], max_leaves=3))
+    history = data.draw(histories(params, 4))
+    results = []
+    for take in (as_rules, updated, fo.step, fo.step_):
+        own, state = fo.tree.map(torch.clone, params), tx.init(params)
+        for grads in history:
+            own, state = take(tx, grads, state, own)
+        results.append((own, fo.state_dict(state)))
+    for found in results[1:]:
+        assert_same(found, results[0], "what is trained", 1e-10, max(SCALES))
 
 
 rates = st.floats(0, 0.999)

@@ -70,6 +70,7 @@ def prodigy(
                 d = max(d, d_hat)
             d_max = max(d_max, d_hat)
             d = min(d_max, d * growth_rate)
+            m = [d * b for b in g] if b1 == 0 else m
             x = [
                 p * (1 - weight_decay * dlr) - dlr * a / (np.sqrt(b) + d * eps) for p, a, b in zip(x, m, v, strict=True)
             ]

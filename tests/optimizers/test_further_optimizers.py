@@ -169,6 +169,7 @@ PACKAGES = [
     ("prodigyopt", "Prodigy", "prodigy", {**FREE, "weight_decay": 0.1}, {}),
     ("prodigyopt", "Prodigy", "prodigy", {"use_bias_correction": True, "safeguard_warmup": True, "d_coef": 2.0}, {}),
     ("prodigyopt", "Prodigy", "prodigy", {**FREE, "growth_rate": 1.02, "betas": (0.8, 0.9), "beta3": 0.7}, {}),
+    ("prodigyopt", "Prodigy", "prodigy", {**FREE, "betas": (0.0, 0.9)}, {}),
     ("dadaptation", "DAdaptAdam", "dadapt_adam", {**FREE, "weight_decay": 0.1, "use_bias_correction": True}, {}),
     ("dadaptation", "DAdaptSGD", "dadapt_sgd", {**FREE, "momentum": 0.9}, {}),
     ("dog", "DoG", "dog", {"reps_rel": 0.1}, {}),
@@ -268,6 +269,17 @@ def test_sparse_gradients_are_refused(name):
     sparse = torch.sparse_coo_tensor([[1]], [[5.0, 1.0]], (3, 2), check_invariants=True)
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         tx.update(sparse, tx.init(params), params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cocob_stays_where_no_gradient_has_come_in_half_precision(dtype):
+    """eps is zero in float16."""
+    tx, params = fo.cocob(), torch.tensor([1.0, 2.0], dtype=dtype)
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = fo.step(tx, torch.tensor([1.0, 0.0], dtype=dtype), state, params)
+    assert params[0] < 1
+    assert params[1] == 2
 
 
 def test_at_a_learning_rate_of_zero_prodigy_stands_still():

@@ -89,6 +89,75 @@ def test_the_direction_is_masked_and_decay_is_not(kind, scaling):
     assert not torch.allclose(adamw(params, history)["w"], expected["w"], rtol=1e-3)
 
 
+WD_OF_RULES = {  # they decay in the rule of the direction
+    "stable_adamw": lambda wd: fo.stable_adamw(LR, weight_decay=wd),
+    "adamp": lambda wd: fo.adamp(LR, weight_decay=wd, delta=10.0),
+    "sgdp": lambda wd: fo.sgdp(LR, 0.9, weight_decay=wd),
+    "prodigy": lambda wd: fo.prodigy(d0=0.1, weight_decay=wd),
+    "dadapt_adam": lambda wd: fo.dadapt_adam(d0=0.1, weight_decay=wd, decoupled_weight_decay=True),
+    "madgrad": lambda wd: fo.madgrad(LR, weight_decay=wd, decoupled_weight_decay=True),
+    "adafactor": lambda wd: fo.adafactor(LR, weight_decay=wd),
+}
+
+
+@pytest.mark.parametrize("scaling", ["mean", "count"])
+@pytest.mark.parametrize("tx", WD_OF_RULES.values(), ids=WD_OF_RULES)
+def test_decay_in_the_rule_of_the_direction_is_not_masked(tx, scaling):
+    params, history = make()
+    params, history = as_tensors(params), list(map(as_tensors, history))
+    whole, bare, cautious = tx(WD), tx(0.0), fo.cautious(tx(WD), scaling)
+    states = [one.init(params) for one in (whole, bare, cautious)]
+    wrong = False
+    for grads in history:  # at the same place, so that states are the same
+        updates = []
+        for k, one in enumerate((whole, bare, cautious)):
+            made, states[k] = one.update(grads, states[k], params)
+            updates.append({name: u.numpy() for name, u in made.items()})
+        for name, g in grads.items():
+            decay = updates[0][name] - updates[1][name]
+            expected = -masked(-updates[1][name], g.numpy(), scaling) + decay
+            np.testing.assert_allclose(updates[2][name], expected, rtol=1e-11, atol=1e-13)
+            assert np.abs(decay).max() > 1e-4
+            wrong |= not np.allclose(updates[2][name], -masked(-updates[0][name], g.numpy(), scaling))
+    assert wrong
+
+
+def test_the_step_of_a_proximal_decay_is_masked():
+    """Where all elements are kept, nothing changes."""
+    p, g = {"w": torch.tensor([10.0, 10.0])}, {"w": torch.tensor([1.0, -1.0])}
+    objective = {"value": 1.0}
+    for tx, extras in ((fo.adan(0.1, weight_decay=0.5), {}), (fo.momo(weight_decay=0.5), objective)):
+        plain, cautious = [fo.step(one, g, one.init(p), p, **extras)[0] for one in (tx, fo.cautious(tx))]
+        torch.testing.assert_close(cautious, plain)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, WD])
+def test_the_direction_of_lamb_is_masked_before_decay_and_trust_ratio(weight_decay):
+    params, history = make()
+    parts = fo.chain(
+        fo.cautious(fo.scale_by_adam(BETAS, EPS)),
+        fo.add_decayed_weights(weight_decay),
+        fo.scale_by_trust_ratio(),
+        fo.scale_by_learning_rate(LR),
+    )
+    whole = fo.cautious(fo.lamb(LR, BETAS, EPS, weight_decay))
+    assert_close(pure(whole, params, history), pure(parts, params, history))
+
+
+def test_complex_parameters_that_decay_in_their_rule():
+    """Real and imaginary parts are as two parameters, but for the mean of the mask."""
+    drawn = [torch.randn(2, 3, 2, dtype=torch.float64) for _ in range(4)]
+    tx = fo.cautious(fo.madgrad(LR, weight_decay=WD, decoupled_weight_decay=True))
+    results = []
+    for view in (lambda x: x, torch.view_as_complex):
+        params, *history = map(view, drawn)
+        state = tx.init(params)
+        for grads in history:
+            params, state = fo.step(tx, grads, state, params)
+        results.append(torch.view_as_real(params) if params.is_complex() else params)
+    torch.testing.assert_close(*results)
+
+
 def test_a_factory_and_ascent():
     params, history = make()
     numbers = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WD}

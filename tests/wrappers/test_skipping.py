@@ -319,6 +319,48 @@ def test_functions_of_the_whole_tree_stand_still(way, after):
     assert_close(found, expected)
 
 
+WHOLE = {
+    "mars": lambda: fo.mars(fo.identity()),
+    "clip_by_norm": lambda: fo.clip_by_norm(0.5),
+    "centralize": fo.centralize,
+    "clip_by_block_rms": lambda: fo.clip_by_block_rms(0.5),
+}
+
+
+@pytest.mark.parametrize("way", [pure, in_place, stateful], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("rule", WHOLE.values(), ids=WHOLE)
+def test_rules_that_need_a_tensor_whole_stand_before_a_gate(rule, way):
+    params, history = make(4)
+    found, _ = way(fo.chain(rule(), fo.accumulate(base(), 2)), params, history)
+    tx, changed = rule(), []
+    state = tx.init(params)
+    for grads in history:
+        grads, state = tx.update(grads, state, params)  # noqa: PLW2901
+        changed.append(grads)
+    means = [fo.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in zip(changed[::2], changed[1::2], strict=True)]
+    assert_close(found, momentum_sgd(params, means))
+
+
+@ways
+@pytest.mark.parametrize(
+    ("gate", "used"),
+    [
+        (lambda tx: fo.accumulate(tx, 2), lambda a, b: (a + b) / 2),
+        (lambda tx: fo.skip(tx, lambda step: step % 2 == 0), lambda a, b: b),
+    ],
+    ids=["accumulate", "skip"],
+)
+def test_links_behind_a_gate_count_all_steps_and_those_inside_do_not(way, gate, used):
+    """Before the first step all count with one tensor."""
+    params, history = make(4)
+    by_step = fo.scale_by_schedule(lambda step: 1.0 + step)
+    tx = fo.chain(gate(fo.chain(by_step, fo.scale(-LR))), by_step)
+    found, _ = way(tx, params, history)
+    first, second = [fo.tree.map(used, *pair) for pair in zip(history[::2], history[1::2], strict=True)]
+    expected = fo.tree.map(lambda p, a, b: p - LR * (1 * 2 * a + 2 * 4 * b), params, first, second)
+    assert_close(found, expected)
+
+
 # The remainder of accumulation. ---------------------------------------------------------------------------------------
 
 FLUSHES = (False, False, True, False, False, False, True)
