@@ -136,7 +136,10 @@ def ema_weights(
     begins with those after the first step: that is `start=1`.
 
     Evaluate with `fo.eval_params(tx, state, params)`, or within `opt.averaged()`. A step that `tx` leaves out, of
-    `accumulate` say, is left out here too. Source: Polyak & Juditsky 1992; as in timm.utils.ModelEmaV3 and torch_ema.
+    `accumulate` say, is left out here too. A parameter whose gradient is None is left alone, and so is its average,
+    which then stays behind: to freeze parameters in mid-training give `fo.frozen` inside, whose updates are zero.
+
+    Source: Polyak & Juditsky 1992; as in timm.utils.ModelEmaV3 and torch_ema.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -193,7 +196,8 @@ def swa(tx: Any, start: Hyperparameter, every: Hyperparameter = 1) -> Any:
         ValueError: a number is out of range.
         TypeError: `tx` is neither a transformation nor a factory.
 
-    Same numbers as `torch.optim.swa_utils.AveragedModel`. Evaluate with `fo.eval_params(tx, state, params)`, or within
+    Same numbers as `torch.optim.swa_utils.AveragedModel`, where all parameters have gradients; for others see
+    `ema_weights`. Evaluate with `fo.eval_params(tx, state, params)`, or within
     `opt.averaged()`; `fo.update_bn` computes the statistics of BatchNorm for the average. `fo.schedules.swa` is the
     learning rate of torch's SWALR.
 
@@ -238,6 +242,7 @@ def polynomial_average(tx: Any, gamma: Hyperparameter = 8.0) -> Any:
         TypeError: `tx` is neither a transformation nor a factory.
 
     Evaluate with `fo.eval_params(tx, state, params)`, or within `opt.averaged()`. The initial parameters do not count.
+    For missing gradients see `ema_weights`.
 
     Source: Shamir & Zhang, arXiv:1212.1824, section 4, with the default of Ivgi et al., DoG, arXiv:2302.12022.
 

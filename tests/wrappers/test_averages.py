@@ -322,6 +322,27 @@ def test_the_outermost_of_several_is_evaluated_and_each_part_has_its_own():
     assert_close(average["b"], found["b"])
 
 
+def test_the_average_of_what_was_frozen_goes_on():
+    """As that of torch does. Where gradients are missing it stays behind."""
+    model = torch.nn.ParameterDict({"a": torch.zeros(1), "b": torch.zeros(1)})
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    params, grads = {name: p.detach().clone() for name, p in model.items()}, {"a": -torch.ones(1), "b": -torch.ones(1)}
+    tx = fo.swa(fo.sgd(1.0), 0)
+    state = tx.init(params)
+    for k in range(20):
+        if k == 3:
+            tx = fo.swa(fo.frozen(fo.sgd(1.0), params, "b"), 0)
+            state, _ = fo.migrate(tx, state, params)
+        params, state = fo.step(tx, grads, state, params)
+        with torch.no_grad():
+            for name, p in model.items():
+                p.copy_(params[name])
+        averaged.update_parameters(model)
+    assert params["b"] == 3
+    expected = {name: p.detach() for name, p in averaged.module.items()}
+    assert_close(fo.eval_params(tx, state, params), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_is_evaluated_outlives_a_step_in_place():
     params, history = make(2)
     tx = fo.swa(fo.sgd(RATE), 0)
