@@ -228,8 +228,10 @@ class Prepared:
                 self.structure, [leaf if on or on_all else MaskedNode() for leaf, on in zip(some, active, strict=True)]
             )
 
-        given = arranged(updates)
-        params = self._params_of(k, leaves.params, columns)
+        params, some = self._params_of(k, leaves.params, columns), updates
+        if params is not None and link.widens is None:  # a wrapper that rounds must see what the parameters are
+            params, some = _beside(params, updates), _beside(updates, params)
+        given = arranged(some)
         pair = rule.update(
             given, columns[k], None if params is None else arranged(params), **self.extras[k].wanted(extras)
         )
@@ -238,13 +240,21 @@ class Prepared:
         old_leaves, structure = tree.flatten(given)
         name = f"the updates from {rule.name}"
         new_leaves = tree.flatten_up_to(structure, returned, name, given, "updates")
-        checks.check_updates(new_leaves, old_leaves, lambda i: tree.paths(given)[i], name, "the one it was given")
+        checks.check_updates(new_leaves, old_leaves, lambda i: tree.paths(given)[i], name, "the one it was given", True)
         if self.shards is not None:
             new_leaves = self.shards.cut(new_leaves, [i for i, on in enumerate(active) if on or not link.where])
         if not link.where:
             return list(new_leaves), new_state
         remaining = iter(new_leaves)
         return [next(remaining) if on else u for on, u in zip(active, updates, strict=True)], new_state
+
+
+def _beside(tensors: list[Any], others: list[Any]) -> list[Any]:
+    """Widen tensors in half precision where the others are float32."""
+    return [
+        t if t is None or other is None or t.dtype == other.dtype else widened(t)
+        for t, other in zip(tensors, others, strict=True)
+    ]
 
 
 def _where_open(is_open: Tensor, new: tuple[list[Any], Any], old: tuple[list[Any], Any]) -> tuple[list[Any], Any]:

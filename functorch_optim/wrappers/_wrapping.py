@@ -3,14 +3,18 @@
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functorch_optim import tree
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.links import Link, shift
+from functorch_optim._core.rule import TreeRule
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
+from functorch_optim._execution.representation import widened
 
 
 def wrapped(tx: Any, wrap: Callable[[GradientTransformation], GradientTransformation], example: str) -> Any:
@@ -65,7 +69,8 @@ def around(
             raise ValueError(f"{link.rule.name} rounds the parameters, so it goes around other wrappers, not inside")
         when = link.when if before is None else (*link.when, k + 1)
         handed = hands and not link.inside and _passes(link, k, gates)
-        links.append(link._replace(when=when, inside=count - k if handed else link.inside))
+        rule = _wide(link.rule) if (widens or handed) and isinstance(link.rule, TreeRule) else link.rule
+        links.append(link._replace(rule=rule, when=when, inside=count - k if handed else link.inside))
     # The learning rate of the wrapped transformation may be a number that it keeps.
     keepers = tuple([count - k for k, link in enumerate(tx._links) if link.rule.keeps is not None])
     when = tuple([count - gate for gate in sorted(gates)])
@@ -74,6 +79,11 @@ def around(
         links += [link._replace(when=when, reads=keepers, widens=back) for link in after._links]
     layout = (tx._layout, count) if before is None else (0, shift(tx._layout, 1))
     return GradientTransformation._of(links, layout)
+
+
+def _wide(rule: TreeRule) -> TreeRule:
+    """Let a function of the whole tree begin with float32, as the updates and parameters that it is given are."""
+    return replace(rule, init=lambda params: rule.init(tree.map(widened, params)))
 
 
 def _gates(tx: GradientTransformation, hands: bool) -> frozenset[int]:

@@ -12,7 +12,7 @@ from functorch_optim import tree
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.combine import masked
 from functorch_optim._core.links import Link
-from functorch_optim._core.rule import Rule, TreeRule, leaf_state
+from functorch_optim._core.rule import Rule, leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
@@ -249,7 +249,7 @@ def _stochastic_rounding(tx: GradientTransformation, key: int | Tensor) -> Gradi
         return tree.unflatten(structure, moved), StochasticRoundingState(step, state.key)
 
     made = GradientTransformation(init, update)
-    return around(_with_wide_trees(tx), None, made, widens=True)
+    return around(tx, None, made, widens=True)
 
 
 def _at_random(p: Tensor, u: Tensor, key: Tensor) -> Tensor:
@@ -290,21 +290,7 @@ def _are_half(params: Tree) -> Tree:
 
 
 def _around(tx: GradientTransformation, after: GradientTransformation) -> GradientTransformation:
-    return around(_with_wide_trees(tx), None, after, widens=True)
-
-
-def _with_wide_trees(tx: GradientTransformation) -> GradientTransformation:
-    """Let functions of the whole tree begin with float32, as the updates that they are given are."""
-
-    def wide(rule: TreeRule) -> TreeRule:
-        return replace(rule, init=lambda params: rule.init(tree.map(_wide, params)))
-
-    links = [link._replace(rule=wide(link.rule)) if isinstance(link.rule, TreeRule) else link for link in tx._links]
-    return GradientTransformation._of(links, tx._layout)
-
-
-def _wide(p: Tensor) -> Tensor:
-    return p.float() if p.dtype in HALF else p
+    return around(tx, None, after, widens=True)
 
 
 def _single(name: str) -> torch.dtype:
