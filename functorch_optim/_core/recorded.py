@@ -14,9 +14,7 @@ class Recorded:
     _call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
     def __repr__(self) -> str:
-        function, args, kwargs = self._call
-        named = [f"{name}={_written(value)}" for name, value in kwargs.items()]
-        return f"{function.__name__.removeprefix('_')}({', '.join([_written(value) for value in args] + named)})"
+        return written_call(*self._call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recorded":
         return self  # it never changes
@@ -27,6 +25,12 @@ class Recorded:
 
 def _make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(*args, **kwargs)
+
+
+def written_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Write a call as users do, who know no private names."""
+    named = [f"{name}={_written(value)}" for name, value in kwargs.items()]
+    return f"{function.__name__.removeprefix('_')}({', '.join([_written(value) for value in args] + named)})"
 
 
 def _written(value: Any) -> str:

@@ -103,6 +103,7 @@ class Rule:
     keeps: Any = None  # of a keeper: the key under which links read its numbers
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
     of_dtype: Mapping[torch.dtype, "Rule"] | None = field(default=None, hash=False)  # rules for parameters of a dtype
+    wrapper: str = ""  # the name of the wrapper that it is a part of
 
     extras: "Extras" = field(init=False)  # the arguments of `scalars` besides the step
     sees_tree: bool = field(init=False)  # whether the scalars depend on all tensors of the tree, as a global norm does
@@ -124,6 +125,8 @@ class Rule:
     @property
     def name(self) -> str:
         """Return the name of the function that made the rule, for messages."""
+        if self.wrapper:
+            return self.wrapper
         if self.update is unchanged:
             return "identity" if self.scalars is None else _name(self.scalars)
         return _name(self.update)
@@ -187,11 +190,13 @@ class TreeRule:
         init: params -> state.
         update: (updates, state, params, **extras) -> (updates, state).
         wraps: the transformations that `update` passes its `**extras` on to; None for those that it closes over.
+        wrapper: the name of the wrapper that it is a part of.
     """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
     wraps: tuple[Any, ...] | None = None
+    wrapper: str = ""
 
     # Fields of a rule for one tensor that this one lacks.
     scalars: ClassVar[None] = None
@@ -215,7 +220,7 @@ class TreeRule:
     @property
     def name(self) -> str:
         """Return the name of the function that made the transformation, for messages."""
-        return _name(self.update)
+        return self.wrapper or _name(self.update)
 
     @property
     def extras(self) -> "Extras":

@@ -12,31 +12,75 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import HALF
 from functorch_optim._core.links import Link, shift
+from functorch_optim._core.recorded import written_call
 from functorch_optim._core.rule import TreeRule
-from functorch_optim._core.transformation import GradientTransformation, check_transformation
+from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory
 from functorch_optim._execution.representation import widened
 
 
-def wrapped(tx: Any, wrap: Callable[[GradientTransformation], GradientTransformation], example: str) -> Any:
+def wrapper(function: Callable[..., GradientTransformation]) -> Callable[..., GradientTransformation]:
+    """Make a factory of a function that wraps a transformation; the rules that it adds bear its name in messages."""
+    name = function.__name__.removeprefix("_")
+
+    @factory
+    @functools.wraps(function)
+    def wrap(tx: GradientTransformation, *args: Any, **options: Any) -> GradientTransformation:
+        made, inside = function(tx, *args, **options), [link.rule.update for link in tx._links]
+        links = [
+            link if any([link.rule.update is one for one in inside]) else _named(link, name)  # noqa: C419
+            for link in made._links
+        ]
+        return GradientTransformation._of(links, made._layout)
+
+    return wrap
+
+
+def _named(link: Link, name: str) -> Link:
+    return link._replace(rule=replace(link.rule, wrapper=name))
+
+
+def wrapped(tx: Any, wrap: Callable[..., GradientTransformation], example: str, **options: Any) -> Any:
     """Wrap a transformation; or a factory, as a factory of the same hyperparameters.
 
     Args:
         tx: transformation, or function that makes one.
-        wrap: wraps a transformation.
+        wrap: function of a transformation and the options, made by `wrapper`.
         example: a call that would be right.
+        **options: of the wrapper, under the names that users give them.
     """
     if isinstance(tx, GradientTransformation):
-        return wrap(tx)
+        return wrap(tx, **options)
     if not callable(tx) or inspect.isclass(tx):
         check_transformation(tx, example)
+    return WrappedFactory(tx, wrap, example, options)
 
-    @functools.wraps(tx)
-    def factory(*args: Any, **kwargs: Any) -> GradientTransformation:
-        made = tx(*args, **kwargs)
+
+class WrappedFactory:
+    """A factory whose transformations are wrapped; its name and signature are those of what it wraps."""
+
+    def __init__(
+        self,
+        function: Callable[..., GradientTransformation],
+        wrap: Callable[..., GradientTransformation],
+        example: str,
+        options: dict[str, Any],
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._arguments = function, wrap, example, options
+
+    def __repr__(self) -> str:
+        function, wrap, _, options = self._arguments
+        return written_call(wrap, (function,), options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WrappedFactory, self._arguments
+
+    def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
+        """Make a transformation and wrap it."""
+        function, wrap, example, options = self._arguments
+        made = function(*args, **kwargs)
         check_transformation(made, example)
-        return wrap(made)
-
-    return factory
+        return wrap(made, **options)
 
 
 def around(

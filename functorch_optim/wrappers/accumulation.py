@@ -13,7 +13,7 @@ from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, check_transformation, factory
 from functorch_optim._numerics import where
-from functorch_optim.wrappers._wrapping import around, wrapped
+from functorch_optim.wrappers._wrapping import around, wrapped, wrapper
 
 
 class AccumulateCarried(NamedTuple):
@@ -109,7 +109,7 @@ def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
     if not callable(tx):
         check_transformation(tx, "accumulate(adamw(1e-3), every=4)")
     check("every", every, "value >= 1")
-    return wrapped(tx, lambda tx: _accumulated(tx, every, mean), "accumulate(adamw(1e-3), every=4)")
+    return wrapped(tx, _accumulate, "accumulate(adamw(1e-3), every=4)", every=every, mean=mean)
 
 
 def _truth(flush: Any) -> bool | Tensor:
@@ -118,6 +118,6 @@ def _truth(flush: Any) -> bool | Tensor:
     return flush
 
 
-@factory
-def _accumulated(tx: GradientTransformation, every: Hyperparameter, mean: bool) -> GradientTransformation:
+@wrapper
+def _accumulate(tx: GradientTransformation, every: Hyperparameter, mean: bool) -> GradientTransformation:
     return around(tx, _gate(every, mean), None)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from functorch_optim._core.checks import SINGLE
-from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 def cast_states(tx: Any, dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32) -> Any:
@@ -49,10 +49,10 @@ def cast_states(tx: Any, dtype: torch.dtype | Mapping[str, torch.dtype] = torch.
                 f"Invalid dtype{of}: {one!r}; states are float32, bfloat16 or float16, as in "
                 "cast_states(adamw(1e-3), torch.float32)"
             )
-    return wrapped(tx, lambda tx: _cast_states(tx, dtype), "cast_states(adamw(1e-3), torch.float32)")
+    return wrapped(tx, _cast_states, "cast_states(adamw(1e-3), torch.float32)", dtype=dtype)
 
 
-@factory
+@wrapper
 def _cast_states(tx: GradientTransformation, dtype: torch.dtype | Mapping[str, torch.dtype]) -> GradientTransformation:
     if isinstance(dtype, Mapping):
         _check_names(tx, dtype)

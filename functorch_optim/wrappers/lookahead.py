@@ -10,8 +10,8 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim.wrappers._wrapping import around, copied, wrapped
+from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim.wrappers._wrapping import around, copied, wrapped, wrapper
 
 
 @leaf_state
@@ -75,10 +75,10 @@ def lookahead(tx: Any, every: Hyperparameter = 5, slow_step_size: Hyperparameter
     """
     check("every", every, "value >= 1")
     check("slow_step_size", slow_step_size, "0 <= value <= 1")
-    return wrapped(tx, lambda tx: _lookahead(tx, every, slow_step_size), "lookahead(adamw(1e-3), every=5)")
+    return wrapped(tx, _lookahead, "lookahead(adamw(1e-3), every=5)", every=every, slow_step_size=slow_step_size)
 
 
-@factory
+@wrapper
 def _lookahead(
     tx: GradientTransformation, every: Hyperparameter, slow_step_size: Hyperparameter
 ) -> GradientTransformation:

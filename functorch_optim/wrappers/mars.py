@@ -10,9 +10,9 @@ from functorch_optim._core.combine import chain
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.transforms.clipping import clip_by_norm
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 class MarsState(NamedTuple):
@@ -74,10 +74,10 @@ def mars(tx: Any, gamma: Hyperparameter = 0.025, beta1: Hyperparameter = 0.95) -
     """
     check("gamma value", gamma)
     check("beta1 value", beta1, "0 <= value < 1")
-    return wrapped(tx, lambda tx: _mars(tx, gamma, beta1), "mars(adamw(3e-3, betas=(0.95, 0.99)))")
+    return wrapped(tx, _mars, "mars(adamw(3e-3, betas=(0.95, 0.99)))", gamma=gamma, beta1=beta1)
 
 
-@factory
+@wrapper
 def _mars(tx: GradientTransformation, gamma: Hyperparameter, beta1: Hyperparameter) -> GradientTransformation:
     def scalars(step: Tensor) -> Any:
         return at(gamma, step) * at(beta1, step) / (1 - at(beta1, step))

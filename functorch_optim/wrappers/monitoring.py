@@ -15,7 +15,7 @@ from functorch_optim._execution.foreach import norms
 from functorch_optim._execution.mode import as_plain
 from functorch_optim.tree import Tree
 from functorch_optim.tree._structure import saved
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 @saved
@@ -92,7 +92,7 @@ def monitor(tx: Any, *, per_layer: bool = False) -> Any:
         >>> fo.metrics(state)
         {'grad_norm': tensor(5.), 'update_norm': tensor(0.5000), 'update_ratio': tensor(0.0500)}
     """
-    return wrapped(tx, lambda tx: _monitored(tx, per_layer), "monitor(adamw(1e-3))")
+    return wrapped(tx, _monitor, "monitor(adamw(1e-3))", per_layer=per_layer)
 
 
 def metrics(state: Tree) -> dict[str, Tensor]:
@@ -134,8 +134,8 @@ def metrics(state: Tree) -> dict[str, Tensor]:
     return found
 
 
-@factory
-def _monitored(tx: GradientTransformation, per_layer: bool) -> GradientTransformation:
+@wrapper
+def _monitor(tx: GradientTransformation, per_layer: bool) -> GradientTransformation:
     return named_chain(gradients=_gradients(per_layer), inner=tx, updates=_updates(per_layer))
 
 

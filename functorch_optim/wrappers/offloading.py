@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.tree import Tree
 from functorch_optim.tree._structure import saved
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 @saved
@@ -61,10 +61,10 @@ def offload(tx: Any, device: torch.device | str = "cpu") -> Any:
         >>> params
         {'w': tensor([-0.0010, -0.0010])}
     """
-    return wrapped(tx, lambda tx: _offload(tx, device), "offload(adamw(1e-3))")
+    return wrapped(tx, _offload, "offload(adamw(1e-3))", device=device)
 
 
-@factory
+@wrapper
 def _offload(tx: GradientTransformation, device: torch.device | str) -> GradientTransformation:
     def init(params: Tree) -> OffloadState:
         _home(params)

@@ -9,9 +9,9 @@ from functorch_optim import tree
 from functorch_optim._core.checks import check_updates
 from functorch_optim._core.combine import chain
 from functorch_optim._core.rule import EmptyState
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim.tree import Tree
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 def project(tx: Any, projection: Callable[[Tree], Tree]) -> Any:
@@ -48,10 +48,10 @@ def project(tx: Any, projection: Callable[[Tree], Tree]) -> Any:
             f"project needs a function of the tree of parameters, got a {type(projection).__name__}; write "
             "project(sgd(0.1), lambda params: tree.map(lambda p: p.clamp(0, 1), params))"
         )
-    return wrapped(tx, lambda tx: _project(tx, projection), "project(sgd(0.1), projection)")
+    return wrapped(tx, _project, "project(sgd(0.1), projection)", projection=projection)
 
 
-@factory
+@wrapper
 def _project(tx: GradientTransformation, projection: Callable[[Tree], Tree]) -> GradientTransformation:
     def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
         if params is None:

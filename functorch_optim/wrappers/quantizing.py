@@ -10,11 +10,11 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import SINGLE
 from functorch_optim._core.hyperparameters import check_choice, check_integer
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.sharded import layout_of, local
 from functorch_optim.tree import MaskedNode, Tree
 from functorch_optim.tree._structure import saved
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 
 @saved
@@ -88,10 +88,12 @@ def quantized(tx: Any, bits: int = 8, *, block_size: int | None = None, min_size
     block_size = (256 if bits == 8 else 128) if block_size is None else block_size
     check_integer("block_size", block_size, 1)
     check_integer("min_size", min_size, 1)
-    return wrapped(tx, lambda tx: _quantized(tx, bits, block_size, min_size), "quantized(adamw(1e-3), bits=8)")
+    return wrapped(
+        tx, _quantized, "quantized(adamw(1e-3), bits=8)", bits=bits, block_size=block_size, min_size=min_size
+    )
 
 
-@factory
+@wrapper
 def _quantized(tx: GradientTransformation, bits: int, block_size: int, min_size: int) -> GradientTransformation:
     def is_large(x: Tensor) -> bool:
         layout = layout_of(x)

@@ -13,13 +13,13 @@ from functorch_optim._core.checks import HALF
 from functorch_optim._core.combine import masked
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import Rule, leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import DROPPED, cut, rounded, rounded_to
 from functorch_optim._random import at_step, bits, key_of, mixed
 from functorch_optim.tree import Tree
 from functorch_optim.tree._structure import saved
-from functorch_optim.wrappers._wrapping import around, copied, wrapped
+from functorch_optim.wrappers._wrapping import around, copied, wrapped, wrapper
 
 
 @leaf_state
@@ -116,7 +116,7 @@ def master_weights(tx: Any) -> Any:
     return wrapped(tx, _master_weights, "master_weights(adamw(1e-3))")
 
 
-@factory
+@wrapper
 def _master_weights(tx: GradientTransformation) -> GradientTransformation:
     links = [link._replace(dtypes=link.dtypes or _single) for link in tx._links]
     return _around(GradientTransformation._of(links, tx._layout), _of(_master))
@@ -172,7 +172,7 @@ def kahan(tx: Any) -> Any:
     return wrapped(tx, _kahan, "kahan(adamw(1e-3))")
 
 
-@factory
+@wrapper
 def _kahan(tx: GradientTransformation) -> GradientTransformation:
     return _around(tx, _of(_compensated))
 
@@ -226,16 +226,16 @@ def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | Non
         (True, 0.999)
     """
     key = key_of(generator, "stochastic_rounding(adamw(1e-3), generator=0)")
-    return wrapped(tx, lambda tx: _stochastic_rounding(tx, key), "stochastic_rounding(adamw(1e-3))")
+    return wrapped(tx, _stochastic_rounding, "stochastic_rounding(adamw(1e-3))", generator=key)
 
 
-@factory
-def _stochastic_rounding(tx: GradientTransformation, key: int | Tensor) -> GradientTransformation:
+@wrapper
+def _stochastic_rounding(tx: GradientTransformation, generator: int | Tensor) -> GradientTransformation:
     def init(params: Tree) -> StochasticRoundingState:
         device = tree.device_of(params)
         return StochasticRoundingState(
             torch.zeros((), dtype=torch.int64, device=device),
-            torch.as_tensor(key, dtype=torch.int64, device=device).clone(),
+            torch.as_tensor(generator, dtype=torch.int64, device=device).clone(),
         )
 
     def update(updates: Tree, state: StochasticRoundingState, params: Tree) -> tuple[Tree, StochasticRoundingState]:

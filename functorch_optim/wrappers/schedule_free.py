@@ -17,7 +17,7 @@ from functorch_optim.optimizers.rmsprop import scale_by_rms
 from functorch_optim.optimizers.sgd import sgd
 from functorch_optim.schedules._pieces import progress
 from functorch_optim.schedules._schedule import factory as schedule_factory
-from functorch_optim.wrappers._wrapping import around, copied, wrapped
+from functorch_optim.wrappers._wrapping import around, copied, wrapped, wrapper
 
 
 class ScheduleFreeCarried(NamedTuple):
@@ -149,10 +149,10 @@ def schedule_free(
     check("r", r)
     check("weight_decay_at_y", weight_decay_at_y)
     options = {"weight_lr_power": weight_lr_power, "r": r, "weight_decay_at_y": weight_decay_at_y}
-    return wrapped(tx, lambda tx: _schedule_free(tx, momentum, **options), "schedule_free(sgd(1.0), momentum=0.9)")
+    return wrapped(tx, _schedule_free, "schedule_free(sgd(1.0), momentum=0.9)", momentum=momentum, **options)
 
 
-@factory
+@wrapper
 def _schedule_free(
     tx: GradientTransformation,
     momentum: Hyperparameter,
@@ -215,10 +215,10 @@ def gpa(tx: Any, mu_x: Hyperparameter = 0.9967, mu_y: Hyperparameter = 0.7) -> A
     """
     check("mu_x", mu_x, "0 <= value < 1")
     check("mu_y", mu_y, "0 < value <= 1", trees=False)
-    return wrapped(tx, lambda tx: _gpa(tx, mu_x, mu_y), "gpa(adamw(1e-3))")
+    return wrapped(tx, _gpa, "gpa(adamw(1e-3))", mu_x=mu_x, mu_y=mu_y)
 
 
-@factory
+@wrapper
 def _gpa(tx: GradientTransformation, mu_x: Hyperparameter, mu_y: Hyperparameter) -> GradientTransformation:
     def scalars(step: Tensor) -> ScheduleFreeScalars:
         return ScheduleFreeScalars(1 - at(mu_x, step), 1 - at(mu_y, step) * at(mu_x, step), 0.0)

@@ -17,7 +17,7 @@ from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import where
 from functorch_optim.transforms.clipping import global_norm
 from functorch_optim.tree import Tree
-from functorch_optim.wrappers._wrapping import wrapped
+from functorch_optim.wrappers._wrapping import wrapped, wrapper
 
 _EPS = 1e-12
 """Added to the norm, as in the code that all others were written after."""
@@ -74,10 +74,10 @@ def sam(
     """
     check("rho", rho)
     check("eta", eta)
-    return wrapped(tx, lambda tx: _sam(tx, rho, adaptive, eta), "sam(adamw(1e-3), rho=0.05)")
+    return wrapped(tx, _sam, "sam(adamw(1e-3), rho=0.05)", rho=rho, adaptive=adaptive, eta=eta)
 
 
-@factory
+@wrapper
 def _sam(tx: GradientTransformation, rho: Hyperparameter, adaptive: Any, eta: Hyperparameter) -> GradientTransformation:
     ascent = [_ascent(rho)]
     if adaptive is not False:

@@ -14,10 +14,10 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._numerics import isfinite, where
 from functorch_optim.transforms.clipping import global_norm
-from functorch_optim.wrappers._wrapping import around, wrapped
+from functorch_optim.wrappers._wrapping import around, wrapped, wrapper
 
 
 class SkipCarried(NamedTuple):
@@ -107,7 +107,7 @@ def skip(tx: Any, condition: Callable[..., bool | Tensor]) -> Any:
         (tensor([-2.]), tensor(1., dtype=torch.float64))
     """
     _takes_step(condition)
-    return wrapped(tx, lambda tx: _skip(tx, condition), "skip(adamw(1e-3), lambda step: step < 10)")
+    return wrapped(tx, _skip, "skip(adamw(1e-3), lambda step: step < 10)", condition=condition)
 
 
 def apply_if_finite(tx: Any, max_consecutive: Hyperparameter = 5) -> Any:
@@ -147,11 +147,11 @@ def apply_if_finite(tx: Any, max_consecutive: Hyperparameter = 5) -> Any:
     """
     check("max_consecutive", max_consecutive, trees=False)
     return wrapped(
-        tx, lambda tx: _apply_if_finite(tx, max_consecutive), "apply_if_finite(adamw(1e-3), max_consecutive=5)"
+        tx, _apply_if_finite, "apply_if_finite(adamw(1e-3), max_consecutive=5)", max_consecutive=max_consecutive
     )
 
 
-@factory
+@wrapper
 def _skip(tx: GradientTransformation, condition: Callable[..., Any]) -> GradientTransformation:
     takes_step = _takes_step(condition)
 
@@ -167,7 +167,7 @@ def _skip(tx: GradientTransformation, condition: Callable[..., Any]) -> Gradient
     return around(tx, _gate(SkipState, scalars, carry), None)
 
 
-@factory
+@wrapper
 def _apply_if_finite(tx: GradientTransformation, max_consecutive: Hyperparameter) -> GradientTransformation:
     def carry() -> ApplyIfFiniteCarried:
         return ApplyIfFiniteCarried(0.0, 0.0)
