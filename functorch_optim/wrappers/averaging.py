@@ -12,9 +12,9 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._numerics import minimum, quotient, where
-from functorch_optim.wrappers._wrapping import around, copied, wrapped
+from functorch_optim.wrappers._wrapping import around, copied, wrapped, wrapper
 
 
 class AverageCarried(NamedTuple):
@@ -152,10 +152,10 @@ def ema_weights(
     check_choice("warmup", warmup, None, "timm", "torch_ema")
     _check_times(start, every)
     options: Any = {"warmup": warmup, "debias": debias, "every": every, "start": start}
-    return wrapped(tx, lambda tx: _ema_weights(tx, decay, **options), "ema_weights(adamw(1e-3), 0.999)")
+    return wrapped(tx, _ema_weights, "ema_weights(adamw(1e-3), 0.999)", decay=decay, **options)
 
 
-@factory
+@wrapper
 def _ema_weights(
     tx: GradientTransformation,
     decay: Hyperparameter,
@@ -214,10 +214,10 @@ def swa(tx: Any, start: Hyperparameter, every: Hyperparameter = 1) -> Any:
         (tensor([3.]), tensor([2.5000]))
     """
     _check_times(start, every)
-    return wrapped(tx, lambda tx: _swa(tx, start, every), "swa(sgd(0.1), start=1000)")
+    return wrapped(tx, _swa, "swa(sgd(0.1), start=1000)", start=start, every=every)
 
 
-@factory
+@wrapper
 def _swa(tx: GradientTransformation, start: Hyperparameter, every: Hyperparameter) -> GradientTransformation:
     return _averaged(tx, lambda step, n: (1.0, 1.0), start, every, 0.0)
 
@@ -256,10 +256,10 @@ def polynomial_average(tx: Any, gamma: Hyperparameter = 8.0) -> Any:
         (tensor([6.]), tensor([5.]))
     """
     check("gamma", gamma, trees=False)
-    return wrapped(tx, lambda tx: _polynomial_average(tx, gamma), "polynomial_average(sgd(0.1), gamma=8)")
+    return wrapped(tx, _polynomial_average, "polynomial_average(sgd(0.1), gamma=8)", gamma=gamma)
 
 
-@factory
+@wrapper
 def _polynomial_average(tx: GradientTransformation, gamma: Hyperparameter) -> GradientTransformation:
     def weights(step: Tensor, n: Any) -> tuple[Any, Any]:
         weight = (1 + at(gamma, step)) / (n + at(gamma, step))

@@ -14,10 +14,10 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import check_choice
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import Rule, TreeRule
-from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.transformation import GradientTransformation
 from functorch_optim._execution.representation import as_reals, like
 from functorch_optim._numerics import mean_norm, safe_norm
-from functorch_optim.wrappers._wrapping import inserted, wrapped
+from functorch_optim.wrappers._wrapping import inserted, wrapped, wrapper
 
 
 def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: bool | None = None) -> Any:
@@ -65,10 +65,10 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
         tensor([-0.3800, -0.0000])
     """
     check_choice("scaling", scaling, "mean", "count")
-    return wrapped(tx, lambda tx: _cautious(tx, scaling, descends), "cautious(adamw(1e-3))")
+    return wrapped(tx, _cautious, "cautious(adamw(1e-3))", scaling=scaling, descends=descends)
 
 
-@factory
+@wrapper
 def _cautious(tx: GradientTransformation, scaling: str, descends: bool | None) -> GradientTransformation:
     for begin, end, down, of in reversed(_directions(tx._links, descends)):
         mask = _mask(scaling, down)
