@@ -252,6 +252,7 @@ class Snapshot:
 
     def __init__(self, groups: list[dict[str, Any]], live: bool) -> None:
         self.live = live
+        self.groups = list(groups)
         self.copies = _copied(groups, live)
         self.values = [(group, name, value) for group in groups for name, value in group.items()]
         self.lists = [(value, list(value)) for *_, value in self.values if isinstance(value, list)]
@@ -259,7 +260,10 @@ class Snapshot:
         self.fixed = not any(isinstance(part, list | dict) for value in containers for part in value)
 
     def is_of(self, groups: list[dict[str, Any]]) -> bool:
-        """Tell whether nothing has been edited since."""
+        """Tell whether these are the same groups, and nothing in them has been edited since."""
+        # A group that is exchanged for an equal one is another: live numbers are read from the group itself.
+        if len(groups) != len(self.groups) or not all(map(operator.is_, groups, self.groups)):
+            return False
         untouched = (  # most often not even exchanged
             self.fixed
             and len(self.values) == sum(map(len, groups))
