@@ -1,6 +1,5 @@
 """The step of an optimizer: prepared for the parameters, states and kinds of gradients that it finds."""
 
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -112,10 +111,11 @@ class PreparedStep:
         self.counted = [self._counted(position, members) for position, members in groups.items()]
         self.buckets = [counted.bucket for counted in self.counted]
         self.first = True  # until the states that were completed are the optimizer's
-        self.numbers: list[Tensor] = []
+        self.equal: list[list[Tensor]] = []  # lists of tensors that hold one number each, all of a list the same
+        self.numbers: list[Tensor] = []  # all of them
         self.whole: dict[int, Any] = {}  # states of functions of the whole tree after the last step, by link
         self.places: list[int] | None = None  # of the overwritten tensors, once a step was made
-        self.versions: list[int] | None = None  # of numbers after the last step; unknown if that was interrupted
+        self.values: list[Any] | None = None  # of numbers after the last step; unknown if that was interrupted
 
     def _columns(self, k: int) -> Any:
         """Collect the state of one link over all parameters."""
@@ -176,7 +176,7 @@ class PreparedStep:
             New states of functions of the whole tree, by link.
         """
         rest = self._kept(outcome) if outcome.computed else None
-        self.versions = None
+        self.values = None
         if self.first:
             self._adopt(state)
         for overwrite in outcome.ready:
@@ -289,16 +289,17 @@ class PreparedStep:
     def remember(self, state: Mapping[Any, State]) -> None:
         """Note after a step where all tensors are, so that the next one may be made without looking for them."""
         if self.places is not None:
-            self.versions = list(map(_version, self.numbers))
+            self.values = self._written_values()
             return
         plan = self.plan
-        self.numbers = [
-            tensor
+        self.equal = [
+            tensors
             for counted in self.counted
             for lists in (counted.counters.values(), *counted.carried)
             for tensors in lists
-            for tensor in tensors
+            if tensors
         ]
+        self.numbers = [tensor for tensors in self.equal for tensor in tensors]
         own = [plan.params[i] for i in self.moving]
         if (
             not (self.adds and own)
@@ -314,7 +315,7 @@ class PreparedStep:
         self.types = list(map(type, grads))
         self.layouts = list(map(layout_of, [p.grad for p in own])) if any(map(is_sharded, own)) else None
         self.kinds = [(g.shape, p.dtype, torch.strided) for g, p in zip(grads, own, strict=True)]
-        self.versions = list(map(_version, self.numbers))
+        self.values = self._written_values()
         self.written = [*own, *[value for *_, value in self.entries]]
         self.shards = self.written if self.layouts is None else list(map(local, self.written))
         self.contiguous = [tensor for tensor in self.shards if tensor.is_contiguous()]
@@ -323,6 +324,10 @@ class PreparedStep:
         self.starts = {tensor.data_ptr() for tensor in self.shards if tensor.numel()}
         self.storages = set(map(_storage, self.shards))
         self.places = list(map(Tensor.data_ptr, self.shards))
+
+    def _written_values(self) -> list[Any]:
+        """Read the numbers that were just written, one for each list of tensors."""
+        return [value for tensors in self.equal for value in [tensors[0].item()] * len(tensors)]
 
     def fits(self, state: Mapping[Any, State], tree_states: Mapping[int, Any]) -> bool:
         """Tell whether all tensors are where they were after the last step, and the gradients are of the same kinds."""
@@ -345,16 +350,13 @@ class PreparedStep:
             and not any(map(Tensor.is_neg, grads))
             and self.starts.isdisjoint(map(Tensor.data_ptr, grads))
             and (not any(map(Tensor._is_view, grads)) or self.storages.isdisjoint(map(_storage, grads)))
-            and list(map(_version, self.numbers)) == self.versions
+            and list(map(Tensor.item, self.numbers)) == self.values  # not versions, which miss .data
             and all([state.get(p) is s for p, s in self.dicts])  # noqa: C419
             and all([s.get(key) is value for s, key, value in self.entries])  # noqa: C419
             and list(map(Tensor.data_ptr, shards)) == self.places
             and all(map(Tensor.is_contiguous, self.contiguous))
             and list(map(Tensor.stride, self.scattered)) == self.strides
         )
-
-
-_version = operator.attrgetter("_version")
 
 
 def _storage(tensor: Tensor) -> int:

@@ -169,6 +169,19 @@ def carried_edited(optimizer):
             value.mul_(0.5)
 
 
+def one_step_edited_unseen(optimizer):
+    """As collectives and other processes do: the version of the tensor stays."""
+    state = optimizer.state[parameters(optimizer)[1]]
+    if "step" in state:
+        state["step"].data.fill_(1)
+
+
+def numbers_edited_unseen(optimizer):
+    for _, key, value in each_state(optimizer):
+        if key in ("step", "mu_product", "eta", "mu"):
+            value.data.fill_(9 if key == "step" else 0.5)
+
+
 def states_deleted(optimizer):
     optimizer.state.clear()
 
@@ -272,6 +285,7 @@ CHANGES = [
         data_edited,
     ),
     *(states_replaced, states_data_replaced, states_edited, one_step_edited, one_step_replaced, carried_edited),
+    *(one_step_edited_unseen, numbers_edited_unseen),
     *(states_deleted, one_state_deleted, state_dicts_replaced, state_replaced),
     *(lr_edited, lr_tensor, decay_edited, decay_off, maximized, betas_in_a_list, foreach_on, foreach_off),
     *(group_added, parameter_exchanged, parameter_taken_out, loaded, frozen, zeroed, hooked),
