@@ -310,7 +310,13 @@ class PreparedStep:
             return
         self.own, self.others = own, [p for i, p in enumerate(plan.params) if i not in set(self.moving)]
         self.dicts = [(p, state[p]) for p in own if p in state]
-        self.entries = [(s, key, value) for _, s in self.dicts for key, value in s.items() if isinstance(value, Tensor)]
+        # As they were prepared: those that were replaced meanwhile, having had no room, fit no more.
+        self.entries = [
+            (state[plan.params[i]], key, value)
+            for i, entries in self.states.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        ]
         grads = [local(p.grad) for p in own]
         self.types = list(map(type, grads))
         self.layouts = list(map(layout_of, [p.grad for p in own])) if any(map(is_sharded, own)) else None

@@ -130,6 +130,19 @@ def test_states_that_are_given_before_the_first_step(name):
     assert_same(*pair)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_state_whose_elements_share_memory(name):
+    """It has no room for the next one; torch.optim cannot take it, and is given a copy."""
+    pair = ours, theirs = make_pair(name)
+    train(pair, 3)
+    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+        for key in ours.state[p].keys() - {"step"}:
+            shared = torch.rand((1,) * p.ndim, dtype=p.dtype).expand(p.shape)
+            ours.state[p][key], theirs.state[q][key] = shared, shared.clone()
+    train(pair, 3)
+    assert_same(*pair)
+
+
 # Copies. --------------------------------------------------------------------------------------------------------------
 
 
