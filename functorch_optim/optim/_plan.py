@@ -162,6 +162,8 @@ class Plan:
                 # torch's SGD does not count: where it has left a buffer, it is past its first step.
                 # On the CPU, whatever the default device: it is read at every step.
                 state[key] = self.as_kept(key, float(begun))
+            elif key in state and self.count is not int:
+                state[key] = writable(state[key])
             steps.append((key, float(state.get(key, begun))))
         fresh, carried = [], []
         for k, keys, carried_keys in zip(part.links, part.keys, part.carried, strict=True):
@@ -170,7 +172,7 @@ class Plan:
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
                 if rule.sees_tree and states:  # the number is the tree's: this parameter has missed some gradients
                     state.update(self._of_furthest(key, state, part, states))
-                state.setdefault(key, scalar(number, step_dtype() if rule.narrow else torch.float64))
+                state[key] = writable(state.get(key, number), step_dtype() if rule.narrow else torch.float64)
                 carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
             missing = [key for key in keys if key not in state]
             if missing or any([state[key].dtype != p.dtype for key in keys]):  # noqa: C419
@@ -227,6 +229,13 @@ def scalar(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         return value.to(dtype)
     return torch.tensor(float(value), dtype=dtype, device="cpu")
+
+
+def writable(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a number of `state[p]`, which a program may have exchanged, as a tensor that a step can write to."""
+    if not isinstance(value, Tensor):
+        return scalar(value, dtype)
+    return value.clone() if value.is_inference() else value
 
 
 def tree_keys(index: int, plan: Plan) -> dict[int, str]:

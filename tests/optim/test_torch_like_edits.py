@@ -130,6 +130,32 @@ def test_states_that_are_given_before_the_first_step(name):
     assert_same(*pair)
 
 
+@each
+def test_numbers_that_are_exchanged_for_those_of_python(name):
+    """As older torch kept them; torch.optim is given tensors of the same values."""
+    pair = ours, theirs = make_pair(name)
+    train(pair, 3)
+    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+        for key, number in {"step": 1, "mu_product": 0.5, "eta": 0.05, "mu": 0.5}.items():
+            if isinstance(theirs.state[q].get(key), torch.Tensor):
+                ours.state[p][key] = number
+                theirs.state[q][key].fill_(number)
+    train(pair, 3)
+    assert_same(*pair)
+
+
+@pytest.mark.parametrize("step", ["three", [1], torch.ones(2)])
+def test_a_step_that_is_no_number_is_an_error_before_anything_is_written(step):
+    ours = make_pair("Adam")[0]
+    train([ours], 3)
+    first, second = parameters(ours)
+    ours.state[second]["step"] = step
+    before = first.detach().clone(), ours.state[first]["step"].clone()
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        train([ours], 1)
+    assert all(map(torch.equal, (first, ours.state[first]["step"]), before))
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_a_state_whose_elements_share_memory(name):
     """It has no room for the next one; torch.optim cannot take it, and is given a copy."""
