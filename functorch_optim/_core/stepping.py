@@ -122,7 +122,8 @@ def _check_writable(made: Call, params: Tree) -> None:
     moving = [i for i, g in enumerate(made.leaves.updates) if g is not None]
     some: list[Tensor] = [(made.leaves.params or [])[i] for i in moving]
     starts = [p.data_ptr() for p in some if type(p) in PLAIN and p.numel()]
-    if len(set(starts)) < len(some) or not all(map(Tensor.is_contiguous, some)):
+    usual = all(map(Tensor.is_contiguous, some)) and not any(map(Tensor.is_inference, some))
+    if len(set(starts)) < len(some) or not usual:
         for check in (writing.check_writable, writing.check_apart):
             check(some, lambda k: tree.paths(params)[moving[k]])
 

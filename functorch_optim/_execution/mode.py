@@ -1,6 +1,7 @@
 """How torch treats tensors at present; a call of this library asks once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,6 +27,16 @@ def current() -> Mode:
     if torch._C._len_torch_dispatch_stack() > 0:
         return "watched" if get_proxy_mode() is None else "transformed"
     return "recorded" if torch.is_grad_enabled() else "plain"
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be written to at any time: those of inference mode may not, once it has ended."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:

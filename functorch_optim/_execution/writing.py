@@ -73,7 +73,7 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
     """Raise when a parameter cannot be added to in place.
 
     Raises:
-        RuntimeError: autograd forbids it, or elements of the parameter share memory.
+        RuntimeError: autograd or inference mode forbids it, or elements of the parameter share memory.
     """
     for i, p in enumerate(params):
         if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
@@ -85,6 +85,11 @@ def check_writable(params: list[Tensor], path: Callable[[int], str]) -> None:
             raise RuntimeError(
                 f"The parameter {path(i)!r} is a view that autograd forbids to write to, as those from split, chunk "
                 "and unbind are: give p.clone()"
+            )
+        if p.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"The parameter {path(i)!r} was made in inference mode, and can only be written to there: step within "
+                "torch.inference_mode(), or give p.clone()"
             )
         if is_expanded(p):
             raise RuntimeError(f"Elements of the parameter {path(i)!r} share memory, as after expand: give p.clone()")

@@ -70,6 +70,7 @@ class PreparedStep:
         self, plan: Plan, state: Mapping[Any, State], tree_states: dict[int, Any], way: Way, rounds: bool = False
     ) -> None:
         self.plan, self.mode, self.rounds = plan, modes.current(), rounds
+        self.inference = torch.is_inference_mode_enabled()  # what is kept was made in it, and is written to in it alone
         grads: list[Any] = [p.grad for p in plan.params]
         check_updates(grads, plan.params, plan.path)
         self.moving = [i for i, g in enumerate(grads) if g is not None]
@@ -82,8 +83,9 @@ class PreparedStep:
         kept = writing.unshared(plan.params)  # an initial state may be a part of a parameter
         for i in self.moving:
             own = state.get(plan.params[i], {})
-            position, completed = plan.completed(i, own, state)
-            self.states[i] = {key: v if own.get(key) is v else kept(v) for key, v in completed.items()}
+            with modes.lasting():
+                position, completed = plan.completed(i, own, state)
+                self.states[i] = {key: v if own.get(key) is v else kept(v) for key, v in completed.items()}
             groups.setdefault(position, []).append(i)
         self.tree_states = {
             k: tree_states[k] if k in tree_states else plan.initial_tree_state(k)
@@ -337,7 +339,7 @@ class PreparedStep:
 
     def fits(self, state: Mapping[Any, State], tree_states: Mapping[int, Any]) -> bool:
         """Tell whether all tensors are where they were after the last step, and the gradients are of the same kinds."""
-        if self.places is None or torch.is_grad_enabled():
+        if self.places is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() is not self.inference:
             return False
         if any([tree_states.get(k) is not kept for k, kept in self.whole.items()]):  # noqa: C419
             return False
