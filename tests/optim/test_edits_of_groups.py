@@ -103,3 +103,23 @@ def test_groups_of_another_optimizer(form):
     p.grad, q.grad = torch.ones(1), torch.ones(1)
     other.step()
     assert (round(p.item(), 5), q.item()) == (0.9, 1.0)
+
+
+@pytest.mark.parametrize("part", ["param_groups", "state", None])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_setstate_is_not_given_stays(form, part):
+    def restored(optimizer, given):
+        new = {"param_groups": [{**group, "lr": 0.01} for group in optimizer.param_groups], "state": optimizer.state}
+        optimizer.__setstate__({} if part is None else {part: new[part]})
+
+    assert_trains_alike(FORMS[form], lambda groups: torch.optim.Adam(groups, lr=0.1), restored)
+
+
+def test_what_setstate_of_lbfgs_is_not_given_stays():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = fo.optim.LBFGS([p], lr=0.1)
+    p.grad = torch.ones(2)
+    optimizer.step(lambda: torch.tensor(1.0))
+    before = optimizer.state[p]["func_evals"]
+    optimizer.__setstate__({"param_groups": [{**optimizer.param_groups[0], "lr": 0.5}]})
+    assert (optimizer.param_groups[0]["lr"], optimizer.state[p]["func_evals"]) == (0.5, before)
