@@ -5,7 +5,7 @@ import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -176,7 +176,9 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
     return made
 
 
-_OF_GROUPS = ("params", "param_names", "name", "initial_lr", "differentiable", "foreach", "fused")
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+"""What those of torch write into groups."""
+_OF_GROUPS = ("params", "param_names", "name", "differentiable", "foreach", "fused", *_OF_SCHEDULERS)
 
 
 def check_spelling(factory: Factory, group: Mapping[str, Any]) -> None:
@@ -197,14 +199,17 @@ def check_spelling(factory: Factory, group: Mapping[str, Any]) -> None:
             )
 
 
-def meant(name: str, known: Iterable[str]) -> str | None:
+def meant(name: str, known: Collection[str]) -> str | None:
     """Find the hyperparameter that a word looks like: by its letters, its first letters, or its initials."""
+    stems = [right for right in known if name.endswith(f"_{right}") or name.startswith(f"{right}_")]
     for right in known:
-        if name.endswith(f"_{right}") or name.startswith(f"{right}_"):
-            continue  # max_momentum of a scheduler, lr_scale of a layer
+        likeness = difflib.SequenceMatcher(None, name.lower(), right.lower()).ratio()
+        if stems:  # lr_scale of a layer is a word of the program; lr_deccay is lr_decay for all that
+            if right not in stems and likeness >= 0.85:
+                return right
+            continue
         initials = "".join([word[:1] for word in name.split("_")]), "".join([word[:1] for word in right.split("_")])
-        alike = difflib.SequenceMatcher(None, name.lower(), right.lower()).ratio() >= 0.6
-        alike = alike or sorted(name.split("_")) == sorted(right.split("_"))
+        alike = likeness >= 0.6 or sorted(name.split("_")) == sorted(right.split("_"))
         shortened = len(name) > 2 and right.startswith(name)
         if alike or shortened or (len(initials[0]) > 1 and initials[0] == right) or name == initials[1] != name[:1]:
             return right

@@ -289,6 +289,42 @@ def test_entries_of_programs_in_groups(name):
     assert opt.state_dict()["param_groups"][0][name] == 0.1
 
 
+@pytest.mark.parametrize(
+    ("factory", "name", "right"),
+    [
+        (fo.adagrad, "lr_deccay", "lr_decay"),
+        (fo.adam, "weight_dacay", "weight_decay"),
+        (fo.adam, "decouple_weight_decay", "decoupled_weight_decay"),
+        (fo.sgd, "momentm", "momentum"),
+    ],
+)
+def test_the_hyperparameter_that_was_meant(factory, name, right):
+    """Also where the word begins or ends like another one."""
+    with pytest.raises(TypeError, match=f"has no hyperparameter '{name}', .*; did you mean '{right}'"):
+        fo.Optimizer([{"params": [nn.Parameter(torch.ones(2))], name: 0.1}], factory, lr=0.1)
+
+
+FACTORIES = [fo.sgd, fo.adam, fo.adamw, fo.nadam, fo.adagrad, fo.soap, fo.shampoo, fo.fromage]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+@pytest.mark.parametrize("name", ["lr_scale", "lr_mult", "weight_decay_mult"])
+def test_words_made_of_hyperparameters_are_those_of_programs(factory, name):
+    opt = fo.Optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], name: 0.1}], factory, lr=0.1)
+    assert opt.param_groups[0][name] == 0.1
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+def test_groups_that_schedulers_of_torch_have_written_to(factory):
+    source = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(source, max_lr=0.1, total_steps=10)
+    torch.optim.swa_utils.SWALR(source, swa_lr=0.05)
+    annotated = {name: value for name, value in source.param_groups[0].items() if name not in source.defaults}
+    assert annotated.keys() >= {"max_lr", "min_lr", "initial_lr", "max_momentum", "base_momentum", "swa_lr"}
+    opt = fo.Optimizer([annotated], factory, lr=0.1)
+    assert opt.param_groups[0]["max_lr"] == 0.1
+
+
 # torch.distributed.checkpoint. ----------------------------------------------------------------------------------------
 
 ASKED = {
