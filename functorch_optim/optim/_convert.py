@@ -176,9 +176,10 @@ def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
     sets: list[_Set] = []
     for plan, transformation, tree_states in _plans(optimizer):
         found: dict[Any, _Set] = {}
+        shared = plan.shared_numbers(optimizer.state)
         for i, p in enumerate(plan.params):
             given = optimizer.state.get(p, {})
-            position, state = plan.completed(i, checked_state(plan, i, given, set(given)))
+            position, state = plan.completed(i, checked_state(plan, i, given, set(given)), shared)
             one = found.setdefault(position, _Set(transformation, plan, position, {}, tree_states))
             one.states[p] = (i, state)
         is_one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory

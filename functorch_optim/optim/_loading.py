@@ -61,7 +61,9 @@ def checked_state(
         )
     # torch's SGD and Muon do not count.
     uncounted = plan.count is None or all(key.startswith("momentum_buffer") for key in state)
-    lacking = sorted((part.known & required) - set(state) - (set(part.counters) if uncounted else set()))
+    # Nor had all optimizers that saved a state a step of the tree.
+    optional = part.tree_steps | (set(part.counters) if uncounted else set())
+    lacking = sorted((part.known & required) - set(state) - optional)
     if lacking and set(state) & part.known:  # entries of a derived class alone are no state of ours
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._core.checks import HALF, check_precision
 from functorch_optim._core.initial import init, init_leaf
-from functorch_optim._core.links import numbered, select
+from functorch_optim._core.links import Link, numbered, select
 from functorch_optim._core.rule import OF_TREE, TreeRule, step_dtype
 from functorch_optim._core.transformation import GradientTransformation
 
@@ -25,12 +25,16 @@ class Part(NamedTuple):
         keys: for each of them, the keys of its state.
         carried: for each of them, the keys of the numbers that its scalars carry on.
         steps: for each of them, the key of its step; None for a rule that does not count.
+        shared: for links whose numbers are one for all parameters, the keys of these numbers.
+        tree_steps: keys of steps of the whole tree, where the parameter has a step of its own beside it.
     """
 
     links: tuple[int, ...]
     keys: tuple[tuple[str, ...], ...]
     carried: tuple[tuple[str, ...], ...]
     steps: tuple[str | None, ...]
+    shared: Mapping[int, tuple[str, ...]]
+    tree_steps: frozenset[str]
 
     @property
     def counters(self) -> list[str]:
@@ -92,6 +96,8 @@ class Plan:
         parts: for each parameter, which rules apply to it.
         asks: whether some link declares an extra.
         whole: the links that are functions of the whole tree.
+        of_tree: links whose numbers, and step, are those of the whole tree.
+        sharing: links whose numbers are one for all parameters; for each, the parameters that keep them, and the keys.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Plan:
             raise ValueError(f"{error}{hint}") from error
         self.asks = any(link.rule.extras.any or link.rule.extras.names - OF_TREE for link in self.links)
         self._state_types: dict[int, Any] = {}
+        self.of_tree = _of_tree(self.links)
         parts: dict[tuple[int, ...], Part] = {}
         self.parts: list[Part] = []
         for i, p in enumerate(self.params):
@@ -130,6 +137,10 @@ class Plan:
             if applying not in parts:
                 parts[applying] = self._part(applying, p)
             self.parts.append(parts[applying])
+        self.sharing: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
+        for i, part in enumerate(self.parts):
+            for k, keys in part.shared.items():
+                self.sharing.setdefault(k, []).append((i, keys))
 
     def path(self, i: int) -> str:
         """Name a parameter for messages."""
@@ -145,23 +156,53 @@ class Plan:
             return int(value)
         return value.reshape(()) if isinstance(value, Tensor) else scalar(value)
 
-    def completed(self, i: int, state: State, states: Mapping[Any, State] | None = None) -> tuple[Position, State]:
+    def shared_numbers(self, states: Mapping[Any, State]) -> dict[int, list[Tensor]]:
+        """Find the numbers that are one for all parameters, by link; none where no parameter has them yet.
+
+        All parameters have the same, but in a state that was edited, or saved when each kept those of its own last
+        update. Then those of the parameter with the most updates count. Where nobody has the step of the tree yet, it
+        is that number of updates.
+        """
+
+        def rank(holder: tuple[int, tuple[str, ...]]) -> tuple[bool, float]:
+            own = states[self.params[holder[0]]]
+            counts = [float(own.get(key, 0)) for key in self.parts[holder[0]].counters]
+            return own.keys() >= {*holder[1]}, max(counts, default=0.0)
+
+        found = {}
+        for k, users in self.sharing.items():
+            rule = self.links[k].rule
+            count = len(rule.counters[rule.counts :])
+            holders = [(i, keys) for i, keys in users if states.get(self.params[i], {}).keys() >= {*keys[:count]}]
+            if holders:
+                i, keys = furthest = max(holders, key=rank)
+                own = states[self.params[i]]
+                found[k] = [own[key] if key in own else scalar(rank(furthest)[1]) for key in keys]
+        return found
+
+    def completed(
+        self, i: int, state: State, shared: Mapping[int, Sequence[Tensor]] | None = None
+    ) -> tuple[Position, State]:
         """Find where a parameter is, and add to a copy of its `state[p]` the entries that are not there yet.
 
         Args:
             i: index of the parameter.
             state: its `state[p]`.
-            states: those of all parameters, for the numbers of the whole tree.
+            shared: the numbers that are one for all parameters; see `shared_numbers`.
         """
-        part, p = self.parts[i], self.params[i]
+        part, p, shared = self.parts[i], self.params[i], shared or {}
         state = {key: value for key, value in state.items() if value is not None}  # None is how buffers are reset
         begun = any(key in state for keys in part.keys for key in keys)
+        for k, keys in part.shared.items():
+            for key, number in zip(keys, shared.get(k, ()), strict=False):
+                if key not in state or state[key] != number:
+                    state[key] = number.clone()
         steps = []
         for key in part.counters:
             if key not in state and self.count is not None:
                 # torch's SGD does not count: where it has left a buffer, it is past its first step.
                 # On the CPU, whatever the default device: it is read at every step.
-                state[key] = self.as_kept(key, float(begun))
+                state[key] = self.as_kept(key, float(begun and key not in part.tree_steps))
             elif key in state and self.count is not int:
                 state[key] = writable(state[key])
             steps.append((key, float(state.get(key, begun))))
@@ -170,15 +211,15 @@ class Plan:
             link = self.links[k]
             rule: Any = link.rule
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
-                if rule.sees_tree and states:  # the number is the tree's: this parameter has missed some gradients
-                    state.update(self._of_furthest(key, state, part, states))
                 state[key] = writable(state.get(key, number), step_dtype() if rule.narrow else torch.float64)
-                carried.append((k, state[key] if state[key].requires_grad else state[key].item()))
+            # Parameters with the same tensor that requires grad run together.
+            numbers = shared[k][: len(carried_keys)] if k in shared else [state[key] for key in carried_keys]
+            carried += [(k, number if number.requires_grad else number.item()) for number in numbers]
             missing = [key for key in keys if key not in state]
             if missing or any([state[key].dtype != p.dtype for key in keys]):  # noqa: C419
                 initial = dict(zip(keys, init_leaf(link, p, lambda: self.path(i)), strict=True))
                 state.update({key: initial[key] for key in missing})
-                if keys and len(missing) == len(keys):
+                if keys and len(missing) == len(keys) and k not in shared:
                     fresh.append(k)
                 for key in keys:
                     # The parameter was converted since, by module.to(dtype) say. More digits than it has are kept.
@@ -186,15 +227,6 @@ class Plan:
                     if not (state[key].dtype == torch.float32 and wanted in HALF):
                         state[key] = state[key].to(wanted)
         return Position(tuple(steps), tuple(fresh), tuple(carried)), state
-
-    def _of_furthest(self, key: str, own: State, part: Part, states: Mapping[Any, State]) -> State:
-        """Return a number of the tree as the parameter keeps it that has had the most updates, if it is ahead."""
-
-        def steps(state: State) -> float:
-            return max(float(state.get(counter, 0)) for counter in part.counters) if key in state else -1.0
-
-        furthest = max([states.get(p, {}) for p in self.params], key=steps)
-        return {key: furthest[key].clone()} if steps(furthest) > steps(own) else {}
 
     def _part(self, links: tuple[int, ...], p: Tensor) -> Part:
         counts: Counter[str] = Counter()
@@ -212,7 +244,20 @@ class Plan:
             if link.rule.counts and scope not in scopes:
                 scopes[scope] = numbered("step", counts)
             steps.append(scopes[scope] if link.rule.counts else None)
-        return Part(links, tuple(keys), tuple(carried), tuple(steps))
+        # Numbers of the tree go with a step of the tree. It has a key of its own where other rules count for this
+        # parameter alone.
+        own = {step for k, step in zip(links, steps, strict=True) if k not in self.of_tree}
+        beside: dict[str, str] = {}
+        shared: dict[int, tuple[str, ...]] = {}
+        for n, k in enumerate(links):
+            step = steps[n]
+            if k in self.of_tree and step is not None:
+                if step in own:
+                    steps[n] = step = beside.get(step) or beside.setdefault(step, numbered("step", counts))
+                shared[k] = (*carried[n], step)
+            elif k in self.of_tree:
+                shared[k] = carried[n]
+        return Part(links, tuple(keys), tuple(carried), tuple(steps), shared, frozenset(beside.values()))
 
     def state_type(self, k: int, p: Tensor) -> Any:
         """Return the NamedTuple in which a rule keeps its state for one parameter."""
@@ -221,6 +266,15 @@ class Plan:
             # A rule that did not declare it is asked with a tensor that has no data.
             self._state_types[k] = rule.state_type or type(rule.init_leaf(torch.empty_like(p, device="meta")))
         return self._state_types[k]
+
+
+def _of_tree(links: Sequence[Link]) -> set[int]:
+    """Find the links whose scalars carry on numbers of the whole tree; and those that schedule hyperparameters of such.
+
+    So these numbers are the same, whichever of the parameters have a gradient.
+    """
+    seeing = {k for k, link in enumerate(links) if link.rule.carry is not None and link.rule.sees_tree}
+    return seeing | {k - back for k in seeing for back in links[k].reads}
 
 
 def scalar(value: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -29,7 +29,8 @@ class _Counted(NamedTuple):
         keys: the key of the step of each link; None where it has none.
         done: for each key of a step, the number of updates done; written to.
         counters: for each key of a step, the tensors that hold it, one for each parameter.
-        carried: for each link, and each number that its scalars carry on, the tensors that hold it.
+        carried: for each link, and each number that its scalars carry on, the tensors that hold it. Where a step or a
+            number is one for all parameters, those of all.
         now: a tensor to copy steps from.
     """
 
@@ -81,10 +82,11 @@ class PreparedStep:
         groups: dict[Any, list[int]] = {}
         self.states: dict[int, State] = {}
         kept = writing.unshared(plan.params)  # an initial state may be a part of a parameter
+        shared = plan.shared_numbers(state) if plan.sharing else {}
         for i in self.moving:
             own = state.get(plan.params[i], {})
             with modes.lasting():
-                position, completed = plan.completed(i, own, state)
+                position, completed = plan.completed(i, own, shared)
                 self.states[i] = {key: v if own.get(key) is v else kept(v) for key, v in completed.items()}
             groups.setdefault(position, []).append(i)
         self.tree_states = {
@@ -110,7 +112,9 @@ class PreparedStep:
         self.prepared = Prepared(
             links, plan.structure, plan.path, leaves, active, self.mode, way, overwrites=self.adds, keeps=keeps
         )
+        self.shared = {k: self._shared(k, state) for k in plan.sharing}
         self.counted = [self._counted(position, members) for position, members in groups.items()]
+        self.parted = bool(self.shared) and len(self.counted) > 1
         self.buckets = [counted.bucket for counted in self.counted]
         self.first = True  # until the states that were completed are the optimizer's
         self.equal: list[list[Tensor]] = []  # lists of tensors that hold one number each, all of a list the same
@@ -135,6 +139,12 @@ class PreparedStep:
                 column[i] = self.states[i][key]
         return state_type(*columns) if columns else ()
 
+    def _shared(self, k: int, state: Mapping[Any, State]) -> list[list[Tensor]]:
+        """Collect the tensors that hold the numbers of a link that are one for all parameters, still ones too."""
+        users = sorted(self.plan.sharing[k], key=lambda user: user[0] not in self.states)  # completed ones are right
+        held = [(self.states.get(i, state.get(self.plan.params[i], {})), keys) for i, keys in users]
+        return [[own[keys[j]] for own, keys in held if keys[j] in own] for j in range(len(users[0][1]))]
+
     def _counted(self, position: Position, members: list[int]) -> _Counted:
         """Collect the tensors that say where parameters are."""
         plan = self.plan
@@ -152,6 +162,12 @@ class PreparedStep:
             key: [self.states[i][key] for i in members if key in self.states[i] and plan.count is not int]
             for key in done
         }
+        for k, lists in self.shared.items():
+            key, count = links[k], len(carried[k])
+            if count:
+                carried[k] = lists[:count]
+            if count and key is not None and k in plan.of_tree:
+                [counters[key]] = lists[count:]
         steps: list[Any] = [None] * len(plan.links)
         numbers: list[tuple[Any, ...]] = [()] * len(plan.links)
         for k, key in enumerate(links):
@@ -187,6 +203,8 @@ class PreparedStep:
             self._write(rest, state)
         for n, counted in enumerate(self.counted):
             self._count(counted, outcome.due[n], outcome.carried[n], state)
+        if self.parted:
+            self._read_shared()
         if rest is not None:
             self.whole.update(rest.whole)
             for k, new in rest.whole.items():
@@ -251,10 +269,11 @@ class PreparedStep:
         """Write steps, and the numbers that scalars carry on; last, so that an interrupted step is not counted."""
         plan, steps = self.plan, counted.bucket.steps
         for k, lists in enumerate(counted.carried):
-            for j, tensors in enumerate(lists):
-                self._carry(counted, k, j, tensors, carried[k][j], state)
-            if lists and self.mode == "plain":
-                counted.bucket.carried[k] = self._read(lists)
+            if lists and carried[k] is not counted.bucket.carried[k]:  # it did run: no gate has left it out
+                for j, tensors in enumerate(lists):
+                    self._carry(counted, k, j, tensors, carried[k][j], state)
+                if self.mode == "plain":
+                    counted.bucket.carried[k] = self._read(lists)
         for key in {key for key, on in zip(counted.keys, due, strict=False) if key is not None and on}:
             counted.done[key] = counted.done[key] + 1 if plan.count is not None else 1.0
             if counted.counters[key]:
@@ -266,6 +285,17 @@ class PreparedStep:
         for k, name in enumerate(counted.keys):
             if name is not None:
                 steps[k] = counted.done[name] + 1
+
+    def _read_shared(self) -> None:
+        """Read what is one for all parameters, where gates may have let only some of them write it."""
+        for counted in self.counted:
+            for k in self.shared:
+                if counted.carried[k] and self.mode == "plain":
+                    counted.bucket.carried[k] = self._read(counted.carried[k])
+                key = counted.keys[k]
+                if key is not None and k in self.plan.of_tree:
+                    counted.done[key] = float(counted.counters[key][0])
+                    counted.bucket.steps[k] = counted.done[key] + 1
 
     def _read(self, lists: list[list[Tensor]]) -> tuple[Any, ...]:
         """Read the numbers that a link carries on: as floats, if that loses no digits and nothing differentiates."""
@@ -279,10 +309,12 @@ class PreparedStep:
         dtype = step_dtype() if self.rounds else tensors[0].dtype
         number = torch.as_tensor(new, dtype=dtype, device=tensors[0].device)
         if self.mode != "plain":  # then autograd may hold the old ones
-            for i in counted.bucket.members:
-                part = self.plan.parts[i]
-                key = part.carried[part.links.index(k)][j]
-                state[self.plan.params[i]][key] = number.clone()
+            parts = self.plan.parts
+            members = [(i, parts[i].carried[parts[i].links.index(k)]) for i in counted.bucket.members]
+            for i, keys in self.plan.sharing.get(k, members):
+                own = state.get(self.plan.params[i], {})
+                if keys[j] in own:
+                    own[keys[j]] = number.clone()
             return
         torch._foreach_copy_(tensors, [number] * len(tensors))
 
@@ -311,13 +343,12 @@ class PreparedStep:
         ):
             return
         self.own, self.others = own, [p for i, p in enumerate(plan.params) if i not in set(self.moving)]
-        self.dicts = [(p, state[p]) for p in own if p in state]
+        self.dicts = [(p, state[p]) for p in plan.params if p in state]  # still ones may share numbers
         # As they were prepared: those that were replaced meanwhile, having had no room, fit no more.
+        prepared = [(state[plan.params[i]], entries) for i, entries in self.states.items()]
+        prepared += [(state[p], dict(state[p])) for p in self.others if p in state]
         self.entries = [
-            (state[plan.params[i]], key, value)
-            for i, entries in self.states.items()
-            for key, value in entries.items()
-            if isinstance(value, Tensor)
+            (own, key, value) for own, entries in prepared for key, value in entries.items() if isinstance(value, Tensor)
         ]
         grads = [local(p.grad) for p in own]
         self.types = list(map(type, grads))

@@ -65,8 +65,9 @@ class Optimizer(EvaluatingOptimizer):
     makes the state with which parameters begin, and nothing else. They know no states of functions of the whole tree.
 
     `state[p]` holds the rule's state for p under torch's names, `step` among them; a parameter whose gradient is None
-    is skipped, and its step does not count. Differences from torch.optim: a parameter that comes twice in a group is an
-    error, and an error while updates are computed leaves parameters and states as they were.
+    is skipped, and its step does not count. Numbers of the whole tree, such as Prodigy's d, are one for all parameters,
+    with a step of their own, as in the functional form. Differences from torch.optim: a parameter that comes twice in a
+    group is an error, and an error while updates are computed leaves parameters and states as they were.
 
     Example:
         >>> import functorch_optim as fo, torch
