@@ -83,10 +83,11 @@ def _of_state(tx: GradientTransformation, state: Tree) -> dict[str, Any]:
 
 def _of_plan(optimizer: OptimizerBase) -> dict[str, Any]:
     plan = optimizer._plan(0)
+    shared = plan.shared_numbers(optimizer.state)
 
     def where(k: int) -> tuple[Any, Any, Any]:
         i = next((i for i, part in enumerate(plan.parts) if k in part.links), 0)
-        position, completed = plan.completed(i, optimizer.state.get(plan.params[i], {}))
+        position, completed = plan.completed(i, optimizer.state.get(plan.params[i], {}), shared)
         return plan.parts[i], position, completed
 
     def done(k: int) -> float:

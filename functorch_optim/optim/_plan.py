@@ -255,7 +255,7 @@ class Plan:
                 if step in own:
                     steps[n] = step = beside.get(step) or beside.setdefault(step, numbered("step", counts))
                 shared[k] = (*carried[n], step)
-            elif k in self.of_tree:
+            elif k in self.of_tree or _is_kept(self.links[k].rule):
                 shared[k] = carried[n]
         return Part(links, tuple(keys), tuple(carried), tuple(steps), shared, frozenset(beside.values()))
 
@@ -275,6 +275,11 @@ def _of_tree(links: Sequence[Link]) -> set[int]:
     """
     seeing = {k for k, link in enumerate(links) if link.rule.carry is not None and link.rule.sees_tree}
     return seeing | {k - back for k in seeing for back in links[k].reads}
+
+
+def _is_kept(rule: Any) -> bool:
+    """Tell whether a rule keeps hyperparameters that can be set; scheduled ones depend on the parameter's step."""
+    return rule.keeps is not None and not hasattr(rule.state_type, "_computed")
 
 
 def scalar(value: Any, dtype: torch.dtype | None = None) -> Tensor:

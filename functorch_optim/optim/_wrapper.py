@@ -244,10 +244,10 @@ class Optimizer(EvaluatingOptimizer):
 
         A name that several parts of a transformation have is preceded by their paths: "body.lr".
         """
-        return {name: self._kept_at(k, j)[0] for name, (k, j) in self._injected().items()}
+        return {name: self._kept(k)[j] for name, (k, j) in self._injected().items()}
 
     def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
-        """Set hyperparameters that `inject_hyperparams` keeps, from the next step on.
+        """Set hyperparameters that `inject_hyperparams` keeps, from the next step on, for all parameters.
 
         Args:
             values: numbers or 0-dim tensors by name, as in `hyperparams`.
@@ -258,7 +258,7 @@ class Optimizer(EvaluatingOptimizer):
             ValueError: a value is no number, or a hyperparameter is scheduled; nothing is set then.
         """
         values, places = {**(values or {}), **named}, self._injected()
-        new = []
+        plan, new = self._plan(0), dict[int, list[Tensor]]()
         for name, value in values.items():
             if name not in places:
                 raise KeyError(
@@ -266,14 +266,15 @@ class Optimizer(EvaluatingOptimizer):
                     "Optimizer(params, inject_hyperparams(adamw)(lr=1e-3)); with a factory they are in param_groups"
                 )
             k, j = places[name]
-            rule: Any = self._plan(0).links[k].rule
+            rule: Any = plan.links[k].rule
             computed = getattr(rule.state_type, "_computed", "")
             if computed:
                 raise ValueError(f"{name!r} cannot be set: {computed}")
-            new.append((k, j, tree.set({name: self._kept_at(k, j)[0]}, name, value)[name]))
-        for k, j, value in new:
-            for own, key in self._kept_at(k, j)[1]:
-                self.state[own][key] = value.clone()
+            numbers = new.setdefault(k, self._kept(k))
+            numbers[j] = tree.set({name: numbers[j]}, name, value)[name]
+        for k, numbers in new.items():  # all of a link, so that no parameter lacks the others
+            for i, keys in plan.sharing.get(k, ()):
+                self.state[plan.params[i]].update(zip(keys, map(Tensor.clone, numbers), strict=False))
 
     def _injected(self) -> dict[str, tuple[int, int]]:
         """Find the injected hyperparameters by name: the link that keeps each, and its number there."""
@@ -291,16 +292,16 @@ class Optimizer(EvaluatingOptimizer):
         names = [name for name, *_ in found]
         return {(name if names.count(name) == 1 else f"{path}.{name}"): place for name, path, place in found}
 
-    def _kept_at(self, k: int, j: int) -> tuple[Tensor, list[tuple[Tensor, str]]]:
-        """Return a number that a link keeps, and for each parameter the key under which it does."""
+    def _kept(self, k: int) -> list[Tensor]:
+        """Return the hyperparameters that a link keeps."""
         plan = self._plan(0)
-        users = [i for i, part in enumerate(plan.parts) if k in part.links]
-        keys = [(plan.params[i], plan.parts[i].carried[plan.parts[i].links.index(k)][j]) for i in users]
-        if not users:
-            rule: Any = plan.links[k].rule
-            return scalar(rule.carried()[j], torch.float64), []
-        p, key = keys[0]
-        return plan.completed(users[0], self.state.get(p, {}))[1][key], keys
+        for i, part in enumerate(plan.parts):
+            if k in part.links:
+                own = self.state.get(plan.params[i], {})
+                _, completed = plan.completed(i, own, plan.shared_numbers(self.state))
+                return [completed[key] for key in part.carried[part.links.index(k)]]
+        rule: Any = plan.links[k].rule
+        return [scalar(number, torch.float64) for number in rule.carried()]
 
     def __repr__(self) -> str:
         name = type(self).__name__

@@ -1,0 +1,41 @@
+"""Hyperparameters that an fo.Optimizer keeps: one for all parameters, whenever they begin."""
+
+import pytest
+import torch
+
+import functorch_optim as fo
+
+
+def single():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    return p
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_parameters_that_join_have_those_that_were_set(begun):
+    p, q = single(), single()
+    opt = fo.Optimizer([p], fo.inject_hyperparams(fo.sgd)(lr=0.5))
+    if begun:
+        opt.step()
+    opt.set_hyperparams(lr=0.25)
+    opt.add_param_group({"params": [q]})
+    opt.step()
+    assert q.item() == 0.75
+    assert opt.hyperparams == {"lr": 0.25}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_parameters_whose_state_is_lost_have_those_that_were_set(lost):
+    params = [single(), single()]
+    opt = fo.Optimizer(params, fo.inject_hyperparams(fo.adam)(lr=0.5))
+    opt.step()
+    opt.set_hyperparams(lr=0.25)
+    del opt.state[params[lost]]
+    for load in (lambda: None, lambda: opt.load_state_dict(opt.state_dict(), strict=False)):
+        load()
+        assert opt.hyperparams["lr"] == fo.learning_rate(opt) == 0.25
+    before = params[lost].item()
+    opt.step()
+    assert before - params[lost].item() == pytest.approx(0.25)
+    assert opt.state[params[lost]]["lr"] == 0.25
