@@ -64,7 +64,8 @@ def checked_state(
     # Nor had all optimizers that saved a state a step of the tree.
     optional = part.tree_steps | (set(part.counters) if uncounted else set())
     lacking = sorted((part.known & required) - set(state) - optional)
-    if lacking and set(state) & part.known:  # entries of a derived class alone are no state of ours
+    # Neither entries of a derived class alone are a state of ours, nor numbers that are one for all parameters.
+    if lacking and set(state) & part.known.difference(*part.shared.values()):
         raise ValueError(
             f"The saved state of parameter {plan.path(i)!r} lacks {lacking[0]!r}; it has only {', '.join(state)}"
         )

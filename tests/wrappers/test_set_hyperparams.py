@@ -39,3 +39,21 @@ def test_parameters_whose_state_is_lost_have_those_that_were_set(lost):
     opt.step()
     assert before - params[lost].item() == pytest.approx(0.25)
     assert opt.state[params[lost]]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+@pytest.mark.parametrize("strict", [True, False])
+def test_they_are_saved_before_parameters_have_had_a_gradient(begun, strict):
+    tx = fo.inject_hyperparams(fo.adamw)(lr=0.5, weight_decay=0.0)
+    params = [single(), single()]
+    opt = fo.Optimizer(params, tx)
+    params[1].grad = None
+    for _ in range(begun):
+        opt.step()
+    opt.set_hyperparams(lr=0.25)
+    again = [single(), single()]
+    other = fo.Optimizer(again, tx)
+    other.load_state_dict(opt.state_dict(), strict=strict)
+    assert other.hyperparams == opt.hyperparams
+    other.step()
+    assert [1 - p.item() for p in again] == pytest.approx([0.25, 0.25])
