@@ -100,7 +100,7 @@ class Rule:
     lr: Any = None  # the learning rate that its update is multiplied by
     turns: bool = False  # whether its update goes against the given one, as descent does
     decays: bool = False  # whether its update has weight decay in it, which is off where the number `decay` is 0
-    keeps: Any = None  # of a keeper: the key under which links read its numbers
+    keeps: Any = None  # of a keeper: the key under which links read its numbers; its `check` refuses some
     of_rate: Callable[[Any, bool], "Rule"] | None = None  # (lr of the chain, whether it comes before) -> the rule
     of_dtype: Mapping[torch.dtype, "Rule"] | None = field(default=None, hash=False)  # rules for parameters of a dtype
     wrapper: str = ""  # the name of the wrapper that it is a part of

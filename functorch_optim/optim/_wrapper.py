@@ -255,7 +255,8 @@ class Optimizer(EvaluatingOptimizer):
 
         Raises:
             KeyError: no hyperparameter of the name is kept.
-            ValueError: a value is no number, or a hyperparameter is scheduled; nothing is set then.
+            ValueError: a value is no number, or one that the factory refuses; or a hyperparameter is scheduled. Nothing
+                is set then.
         """
         values, places = {**(values or {}), **named}, self._injected()
         plan, new = self._plan(0), dict[int, list[Tensor]]()
@@ -272,6 +273,9 @@ class Optimizer(EvaluatingOptimizer):
                 raise ValueError(f"{name!r} cannot be set: {computed}")
             numbers = new.setdefault(k, self._kept(k))
             numbers[j] = tree.set({name: numbers[j]}, name, value)[name]
+        for k, numbers in new.items():
+            kept: Any = plan.links[k].rule.keeps
+            kept.check(numbers)
         for k, numbers in new.items():  # all of a link, so that no parameter lacks the others
             for i, keys in plan.sharing.get(k, ()):
                 self.state[plan.params[i]].update(zip(keys, map(Tensor.clone, numbers), strict=False))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections import namedtuple
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
@@ -70,6 +69,10 @@ class _Injected(Schedule):
         return f"<injected {self._name}>"
 
 
+_Keep = Callable[[str, Any], Any]
+"""A function of the name of a hyperparameter and its value."""
+
+
 class InjectingFactory:
     """A factory whose transformations keep their hyperparameters in the state; see `inject_hyperparams`."""
 
@@ -87,19 +90,13 @@ class InjectingFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> GradientTransformation:
         """Make a transformation; see `inject_hyperparams`."""
         check_transformation(self.function(*args, **kwargs), f"{self!r}(lr=1e-3)")  # and all that the factory checks
-        bound = inspect.signature(self.function).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = inspect.signature(self.function).bind(*args, **kwargs).arguments
-        kept, scheduled = _Keeper(HyperparamsState), _Keeper(ScheduledHyperparamsState)
-        for name, parameter in inspect.signature(self.function).parameters.items():
-            value = bound.arguments[name]
-            if parameter.kind is parameter.VAR_KEYWORD:
-                bound.arguments[name] = {
-                    key: one if key in self.static else self._split(key, one, parameter, True, kept, scheduled)
-                    for key, one in value.items()
-                }
-            elif name not in self.static and parameter.kind is not parameter.VAR_POSITIONAL:
-                bound.arguments[name] = self._split(name, value, parameter, name in given, kept, scheduled)
+
+        def check(numbers: Mapping[str, float]) -> None:
+            bound = self._bound(args, kwargs, lambda name, number: numbers[name], lambda name, schedule: schedule)
+            self.function(*bound.args, **bound.kwargs)
+
+        kept, scheduled = _Keeper(HyperparamsState, check), _Keeper(ScheduledHyperparamsState, check)
+        bound = self._bound(args, kwargs, kept.keep, scheduled.keep)
         self._check(kept, scheduled)
         try:
             made = self.function(*bound.args, **bound.kwargs)
@@ -120,16 +117,26 @@ class InjectingFactory:
         injected._call = (self, args, kwargs)
         return injected
 
+    def _bound(self, args: Any, kwargs: Any, keep: _Keep, schedule: _Keep) -> inspect.BoundArguments:
+        """Return the arguments, with others in the places of numbers and schedules: the results of functions."""
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = inspect.signature(self.function).bind(*args, **kwargs).arguments
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            value = bound.arguments[name]
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound.arguments[name] = {
+                    key: one if key in self.static else self._split(key, one, parameter, True, keep, schedule)
+                    for key, one in value.items()
+                }
+            elif name not in self.static and parameter.kind is not parameter.VAR_POSITIONAL:
+                bound.arguments[name] = self._split(name, value, parameter, name in given, keep, schedule)
+        return bound
+
     def _split(
-        self,
-        name: str,
-        value: Any,
-        parameter: inspect.Parameter,
-        is_given: bool,
-        kept: _Keeper,
-        scheduled: _Keeper,
+        self, name: str, value: Any, parameter: inspect.Parameter, is_given: bool, keep: _Keep, schedule: _Keep
     ) -> Any:
-        """Put the numbers of an argument into keepers, and return the argument with their readers in their places."""
+        """Return an argument with others in the places of its numbers and schedules."""
         declared = _is_hyperparameter(parameter.annotation)
         if not (is_given or declared):
             return value
@@ -137,18 +144,18 @@ class InjectingFactory:
         def injected(path: str, leaf: Any) -> Any:
             full = name + "".join([c if c.isalnum() else "_" for c in (f"_{path}" if path else "")])
             if isinstance(leaf, Schedule) or (declared and callable(leaf)):
-                return scheduled.keep(full, leaf)
+                return schedule(full, leaf)
             if isinstance(leaf, Tensor):
                 if leaf.ndim > 0 or leaf.is_complex():
                     raise ValueError(
                         f"{self!r} cannot keep {full}, a tensor of shape {tuple(leaf.shape)} and dtype {leaf.dtype}: "
                         f"it keeps real numbers. If it shall not be kept, write static=({name!r},)"
                     )
-                return kept.keep(full, leaf)
+                return keep(full, leaf)
             is_whole = isinstance(leaf, Integral) and not (declared or parameter.annotation in (float, "float"))
             if isinstance(leaf, bool) or not isinstance(leaf, Real) or is_whole or not (is_given or leaf != 0):
                 return leaf
-            return kept.keep(full, float(leaf))
+            return keep(full, float(leaf))
 
         if not is_tree(value):
             return injected("", value)
@@ -165,14 +172,16 @@ class InjectingFactory:
                 raise ValueError(f"{self!r} cannot name a hyperparameter {name!r}, a name that the state has already")
 
 
-_KEYS = itertools.count()
-
-
 class _Keeper:
-    """The numbers of a link that keeps them."""
+    """The numbers of a link that keeps them, and the key under which other links read them.
 
-    def __init__(self, state_type: type) -> None:
-        self.state_type, self.key = state_type, next(_KEYS)
+    Args:
+        state_type: of the link.
+        check: raises when the factory refuses numbers, by name.
+    """
+
+    def __init__(self, state_type: type, check: Callable[[Mapping[str, float]], None]) -> None:
+        self.state_type, self._checked = state_type, check
         self.numbers: dict[str, Any] = {}
         self.names: list[str] = []
 
@@ -181,7 +190,14 @@ class _Keeper:
         self.names.append(name)
         self.numbers[name] = number
         initial = _initial(number)
-        return _Injected(name, self.key, len(self.numbers) - 1, initial)
+        return _Injected(name, self, len(self.numbers) - 1, initial)
+
+    def check(self, numbers: Sequence[Tensor]) -> None:
+        """Raise what the factory raises when it refuses these numbers."""
+        self._checked({name: number.item() for name, number in zip(self.numbers, numbers, strict=True)})
+
+    def __deepcopy__(self, memo: Any) -> _Keeper:
+        return self  # the functions that read it are not copied either
 
     def transformation(self) -> GradientTransformation:
         """Make the link."""
@@ -208,7 +224,7 @@ class _Keeper:
             carry=carry,
             elementwise=True,
             sparse="touched",
-            keeps=self.key,
+            keeps=self,
         )
 
 

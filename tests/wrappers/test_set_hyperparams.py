@@ -57,3 +57,42 @@ def test_they_are_saved_before_parameters_have_had_a_gradient(begun, strict):
     assert other.hyperparams == opt.hyperparams
     other.step()
     assert [1 - p.item() for p in again] == pytest.approx([0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor(-1.0)}, "Invalid learning rate: -1.0"),
+        ({"lr": 0.25, "betas_1": 1.0}, "Invalid beta parameter at index 1: 1.0"),
+    ],
+)
+def test_what_the_factory_refuses_is_not_set(values, message):
+    p = single()
+    opt = fo.Optimizer([p], fo.chain(fo.clip(1.0), fo.inject_hyperparams(fo.adam)(lr=0.5)))
+    opt.step()
+    before = opt.hyperparams
+    with pytest.raises(ValueError, match=message):
+        opt.set_hyperparams(values)
+    assert opt.hyperparams == before
+
+
+def test_values_are_refused_together_with_those_that_stay():
+    def factory(low, high):
+        if isinstance(low, float) and low > high:
+            raise ValueError("low is above high")
+        return fo.sgd(low)
+
+    opt = fo.Optimizer([single()], fo.inject_hyperparams(factory)(low=0.1, high=0.2))
+    opt.set_hyperparams(low=0.4, high=0.5)
+    with pytest.raises(ValueError, match="low is above high"):
+        opt.set_hyperparams(high=0.3)
+    assert opt.hyperparams == {"low": 0.4, "high": 0.5}
+
+
+def test_zero_and_schedules_beside_it_are_taken():
+    factory = fo.inject_hyperparams(fo.sgd)
+    opt = fo.Optimizer([single()], factory(lr=fo.schedules.linear(0.1, 0.0, 5), momentum=0.9))
+    opt.set_hyperparams(momentum=0.0)
+    assert opt.hyperparams["momentum"] == 0.0
