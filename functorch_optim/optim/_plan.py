@@ -211,7 +211,8 @@ class Plan:
             link = self.links[k]
             rule: Any = link.rule
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
-                state[key] = writable(state.get(key, number), step_dtype() if rule.narrow else torch.float64)
+                dtype = step_dtype() if rule.narrow else torch.float64
+                state[key] = writable(state[key], dtype) if key in state else scalar(number, dtype)
             # Parameters with the same tensor that requires grad run together.
             numbers = shared[k][: len(carried_keys)] if k in shared else [state[key] for key in carried_keys]
             carried += [(k, number if number.requires_grad else number.item()) for number in numbers]

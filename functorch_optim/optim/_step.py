@@ -345,11 +345,9 @@ class PreparedStep:
         self.own, self.others = own, [p for i, p in enumerate(plan.params) if i not in set(self.moving)]
         self.dicts = [(p, state[p]) for p in plan.params if p in state]  # still ones may share numbers
         # As they were prepared: those that were replaced meanwhile, having had no room, fit no more.
-        prepared = [(state[plan.params[i]], entries) for i, entries in self.states.items()]
-        prepared += [(state[p], dict(state[p])) for p in self.others if p in state]
-        self.entries = [
-            (own, key, value) for own, entries in prepared for key, value in entries.items() if isinstance(value, Tensor)
-        ]
+        known = [(plan.params[i], entries) for i, entries in self.states.items()]
+        known += [(p, dict(state[p])) for p in self.others if p in state]
+        self.entries = [(state[p], key, v) for p, some in known for key, v in some.items() if isinstance(v, Tensor)]
         grads = [local(p.grad) for p in own]
         self.types = list(map(type, grads))
         self.layouts = list(map(layout_of, [p.grad for p in own])) if any(map(is_sharded, own)) else None
