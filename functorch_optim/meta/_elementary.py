@@ -148,6 +148,12 @@ def soft_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tenso
     return _reduced(functional.softplus(-target * input), reduction)
 
 
+def mse_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:  # noqa: A002
+    if torch.is_autocast_enabled(input.device.type):  # which has losses in single precision
+        input, target = _full(input), _full(target)  # noqa: A001
+    return _reduced((input - target).square(), reduction)
+
+
 def _reduced(losses: Tensor, reduction: int) -> Tensor:
     return (losses, losses.mean(), losses.sum())[reduction]
 

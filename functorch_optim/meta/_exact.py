@@ -23,8 +23,8 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
 
     - wrong in torch: `layer_norm`, `batch_norm`, `instance_norm`, `weight_norm`, `select_scatter`, `cholesky_inverse`,
       `linear_cross_entropy` in chunks; in forward mode over forward mode `linalg.solve` and determinants;
-    - missing in torch: `scaled_dot_product_attention`, `cdist`, `pdist`, `huber_loss`, `soft_margin_loss`,
-      `hardsigmoid`, `glu`.
+    - missing in torch: `scaled_dot_product_attention`, `cdist`, `pdist`, `huber_loss`, `mse_loss`,
+      `soft_margin_loss`, `hardsigmoid`, `glu`.
 
     The modules that call them, such as `LayerNorm`, `MultiheadAttention` and `TransformerEncoder`, become right too.
     Values are torch's, up to rounding. A replacement is slower than torch's one kernel, and attention keeps its matrix
@@ -88,6 +88,7 @@ _EXACT: dict[Any, Callable[..., Any]] = {
     torch.cdist: elementary.cdist,
     torch.pdist: elementary.pdist,
     torch._C._nn.huber_loss: elementary.huber_loss,
+    torch._C._nn.mse_loss: elementary.mse_loss,
     torch._C._nn.soft_margin_loss: elementary.soft_margin_loss,
     torch._C._nn.hardsigmoid: elementary.hardsigmoid,
     torch._C._nn.glu: elementary.glu,
@@ -107,6 +108,7 @@ _OPENED = {
         functional.instance_norm,
         functional.multi_head_attention_forward,
         functional.huber_loss,
+        functional.mse_loss,
         functional.soft_margin_loss,
         functional.hardsigmoid,
         functional.glu,

@@ -75,6 +75,7 @@ CASES = {
         normal(5).square(),
     ),
     "soft_margin_loss": (lambda x: F.soft_margin_loss(x, torch.sign(MEAN), reduction="sum"), normal(3)),
+    "mse_loss": (lambda x: F.mse_loss(x, MEAN), VAR),
     "hardsigmoid": (F.hardsigmoid, normal(5)),
     "glu": (lambda x: F.glu(x, 0), normal(4, 3)),
     "select_scatter": (lambda x, y: torch.select_scatter(x, y, -1, -2), normal(2, 3), normal(2)),
@@ -370,6 +371,7 @@ WRONG = {
     "instance_norm": (lambda: F.instance_norm(torch.ones(2, 3, 1)), "more than 1 spatial element"),
     "glu": (lambda: F.glu(torch.ones(3)), "Halving dimension"),
     "select_scatter": (lambda: torch.select_scatter(torch.ones(2, 3), torch.ones(3), 0, 2), "index"),
+    "mse_loss": (lambda: F.mse_loss(torch.ones(2), torch.ones(2), reduction="product"), "not a valid value"),
     "huber_loss": (lambda: F.huber_loss(torch.ones(2), torch.ones(2), weight=torch.ones(3)), "same size"),
 }
 

@@ -117,6 +117,26 @@ def test_compiles(vectorize):
     torch.testing.assert_close(compiled(lr), slope(lr), rtol=1e-12, atol=0)
 
 
+def regression(reduction, weight):
+    """Return the parameters after training as a function of the learning rate: the target is a constant."""
+    x, y = torch.linspace(-1, 1, 6, **F64).reshape(3, 2), torch.ones(3, 1, **F64)
+
+    def loss(w, _):
+        return torch.nn.functional.mse_loss(x @ w, y, reduction=reduction, weight=weight).sum()
+
+    return lambda lr: fo.meta.unroll(loss, fo.sgd(lr), torch.ones(2, 1, **F64), range(3)).params.sum()
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([[1.0], [0.5], [2.0]], **F64)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_of_training_with_squared_errors_is_reverse_mode(reduction, weight):
+    f, lr = regression(reduction, weight), torch.tensor(0.05, **F64)
+    expected = torch.func.grad(f)(lr)
+    tangent = lambda lr: torch.func.jvp(f, (lr,), (torch.ones_like(lr),))[1]
+    for way in (forward_grad(f), torch.func.jacfwd(f), tangent, lambda lr: torch.vmap(tangent)(lr[None])[0]):
+        torch.testing.assert_close(way(lr), expected, rtol=1e-10, atol=0)
+
+
 @ways
 def test_autograd_records_nothing_unless_it_is_told_to(vectorize):
     lr, start = torch.tensor(0.1, **F64).requires_grad_(), torch.ones((), **F64).requires_grad_()
