@@ -37,11 +37,12 @@ leaf_state(ASGDState, ASGDCarried)
 
 
 class ASGDScalars(NamedTuple):
-    """The numbers of ASGD at a step: eta_t, lambda eta_t, mu_t."""
+    """The numbers of ASGD at a step: eta_t, lambda eta_t, mu_t, and whether it is 1, so that infinity is copied."""
 
     eta: Any
     decay: Any
     mu: Any
+    copies: Any
 
 
 @factory
@@ -102,11 +103,12 @@ def asgd(
         eta, mu = double(carried.eta), double(carried.mu)
         eta_next = at(lr, step) / (1 + at(lambd, step) * at(lr, step) * step) ** at(alpha, step)
         mu_next = 1 / at_least(step - at(t0, step), 1.0)
-        return ASGDScalars(eta, at(lambd, step) * eta, mu), ASGDCarried(eta_next, mu_next)
+        return ASGDScalars(eta, at(lambd, step) * eta, mu, mu == 1), ASGDCarried(eta_next, mu_next)
 
     def update(g: Tensor, state: ASGDState, p: Any, s: ASGDScalars) -> Any:
         u = -(s.eta * g + s.decay * p)
-        return u, ASGDState(torch.lerp(state.ax, p + u, s.mu))
+        moved = p + u
+        return u, ASGDState(torch.where(s.copies, moved, torch.lerp(state.ax, moved, s.mu)))
 
     def evaluate(p: Tensor, state: ASGDState) -> Tensor:
         return state.ax

@@ -28,6 +28,22 @@ def test_gradients_whose_squares_are_out_of_range(name, size):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("t0", [1, 1e6])
+@pytest.mark.parametrize("grad", [torch.inf, -torch.inf, torch.nan])
+def test_the_average_of_asgd_follows_a_parameter_that_is_not_finite(grad, t0, foreach):
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizers = [module.ASGD([p], lr=0.1, t0=t0) for module, p in zip((fo.optim, torch.optim), params, strict=True)]
+    optimizers[0].param_groups[0]["foreach"] = foreach
+    for last in (1.0, 1.0, grad):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.tensor([last, 1.0])
+            optimizer.step()
+    ours, theirs = [optimizer.state[p]["ax"] for p, optimizer in zip(params, optimizers, strict=True)]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, equal_nan=True)
+    assert ours.isfinite().tolist() == [False, True]
+
+
 class Averaging(fo.optim.SGD):
     """Keeps an average of its own in the state."""
 
