@@ -141,4 +141,4 @@ def _value(lr: Any, step: Any) -> Any:
 
 
 def _as_number(rate: Any) -> Tensor:
-    return rate.to(torch.float64) if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64)
+    return rate.to(torch.float64) if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64, device="cpu")

@@ -186,7 +186,7 @@ def _checked(lrs: Any) -> Tensor:
     Raises:
         ValueError: there are less than two, or they are not in increasing order and > 0.
     """
-    rates = torch.as_tensor(lrs, dtype=torch.float64).detach().cpu()
+    rates = torch.as_tensor(lrs, dtype=torch.float64, device="cpu").detach()
     increase = rates.ndim == 1 and len(rates) > 1 and bool((rates.diff() > 0).all() & (rates[0] > 0))
     if not increase or not rates.isfinite().all():
         raise ValueError(
@@ -221,7 +221,7 @@ def _judged(rates: Tensor, losses: Tensor, untrained: Tensor, smoothing: float) 
         raise ValueError(
             f"lr_sweep needs two or more batches, a step for each, got {count}; write [batch] * 50 for one"
         )
-    weights = smoothing ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
+    weights = smoothing ** torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")
     weights = weights / weights.sum()
     start, smoothed = (weights @ untrained).item(), weights @ losses
     smoothed = torch.where(losses.isfinite().all(0), smoothed, torch.inf)

@@ -226,7 +226,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
 def _threshold(tree: Tree, total: Number) -> Tensor:
     """Find the tau with which the sum of max(x - tau, 0) is `total`; 0 for no elements."""
     if not _size(tree):
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     x = torch.cat([_real(leaf).flatten().to(torch.float64) for leaf in _tensors(tree)])
     ordered = x.sort(descending=True).values
     counts = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
@@ -238,7 +238,7 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
 
 
 def _norm(tree: Tree) -> Tensor:
-    norm: Tensor = global_norm(_tensors(tree), 2.0, torch.zeros((), dtype=torch.float64))
+    norm: Tensor = global_norm(_tensors(tree), 2.0, torch.zeros((), dtype=torch.float64, device="cpu"))
     return norm
 
 
@@ -248,7 +248,7 @@ def _dot(one: Tree, other: Tree) -> Tensor:
 
 
 def _sum(numbers: list[Tensor]) -> Tensor:
-    return sum([number.to(torch.float64) for number in numbers], torch.zeros((), dtype=torch.float64))
+    return sum([number.to(torch.float64) for number in numbers], torch.zeros((), dtype=torch.float64, device="cpu"))
 
 
 def _size(tree: Tree) -> int:

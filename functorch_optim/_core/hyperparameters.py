@@ -70,7 +70,7 @@ def _number(value: Tensor, step: Any, of_leaf: bool) -> Any:
 
 def at_first(hyperparameter: Hyperparameter) -> Any:
     """Evaluate a hyperparameter that numbers begin with, before the first step."""
-    return at(hyperparameter, torch.ones((), dtype=torch.float64))
+    return at(hyperparameter, torch.ones((), dtype=torch.float64, device="cpu"))
 
 
 class Live:
@@ -136,7 +136,7 @@ def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     try:
-        value = at(hyperparameter, torch.ones((), dtype=torch.float64))
+        value = at(hyperparameter, torch.ones((), dtype=torch.float64, device="cpu"))
     except DiffersError:
         raise TypeError(
             f"A state begins with the value of this hyperparameter, so it cannot be a tree: {hyperparameter!r}. Give "

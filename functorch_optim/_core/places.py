@@ -149,7 +149,8 @@ def _agreed(values: Mapping[Any, Any], name: str) -> Tensor:
             f"The parameters are at different steps, or differ in {name}: {at}. Here all of them share it; "
             "from_torch(optimizer) makes a transformation that does not"
         )
-    return torch.as_tensor(next(iter(values.values())))
+    number: Tensor = _number(next(iter(values.values())))
+    return number
 
 
 def fitting_by_path(state: Tree, saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ def fitting(places: list[Place], saved: Mapping[str, Any], keys: list[Any]) -> t
 
 def _number(value: Any) -> Any:
     """Make a tensor of a number, as optimizers keep their steps."""
-    return torch.as_tensor(value) if isinstance(value, int | float) else value
+    return torch.as_tensor(value, device="cpu") if isinstance(value, int | float) else value
 
 
 def saved_keys(params: Tree, by: str, saved: Mapping[str, Any]) -> list[Any]:

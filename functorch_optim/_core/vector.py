@@ -19,7 +19,7 @@ def common_dtype(leaves: Sequence[Tensor | None]) -> torch.dtype:
 def flattened(leaves: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """Make one vector of all leaves; a complex number is two."""
     pieces = [_as_reals(leaf).reshape(-1).to(dtype) for leaf in leaves if leaf is not None]
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype)
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype, device="cpu")
 
 
 def unflattened(x: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:

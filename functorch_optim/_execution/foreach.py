@@ -250,7 +250,7 @@ class _Repeated(NamedTuple):
     dtype: torch.dtype
 
     def __call__(self, number: float, tensors: list[Tensor]) -> list[Tensor]:
-        return [torch.tensor(number, dtype=self.dtype)] * len(tensors)
+        return [torch.tensor(number, dtype=self.dtype, device="cpu")] * len(tensors)
 
 
 class _Each:

@@ -101,7 +101,7 @@ def together(program: Program, numbers: Sequence[Any]) -> Tensor:
     """Put the numbers of a program into one tensor."""
     dtype, device = program.dtype, program.device
     if not any(isinstance(number, Tensor) and number.device.type != "cpu" for number in numbers):
-        return torch.tensor([float(number) for number in numbers], dtype=dtype).to(device, non_blocking=True)
+        return torch.tensor([float(n) for n in numbers], dtype=dtype, device="cpu").to(device, non_blocking=True)
     there = [
         n.to(device, dtype) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=device) for n in numbers
     ]

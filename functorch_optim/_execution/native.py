@@ -41,7 +41,7 @@ class _Pattern(NamedTuple):
     outputs: tuple[Name, ...]
 
 
-_LIKE = torch.empty(0)
+_LIKE = torch.empty(0, device="cpu")
 _STATES = {n: namedtuple("State", [f"s{i}" for i in range(n)])(*range(n)) if n else () for n in range(4)}
 
 

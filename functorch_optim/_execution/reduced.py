@@ -75,7 +75,7 @@ class Norm(NamedTuple):
         if self.p == math.inf:
             return total
         if self.mean:
-            total = total / torch.tensor(sizes, dtype=torch.float64).clamp_(min=1)
+            total = total / torch.tensor(sizes, dtype=torch.float64, device=total.device).clamp_(min=1)
         return total if self.p == 1 else total.sqrt() if self.p == 2 else total.pow(1 / self.p)
 
 
@@ -171,7 +171,7 @@ class _Values:
                 number = self.known[value] if isinstance(value, Name) else value
                 # Functions such as torch.maximum take tensors alone.
                 is_number = differs and isinstance(value, Name) and not isinstance(number, Tensor)
-                return torch.tensor(number, dtype=self.dtype) if is_number else number
+                return torch.tensor(number, dtype=self.dtype, device="cpu") if is_number else number
 
             kwargs = {key: given(value) for key, value in instruction.kwargs}
             self.known[instruction.result] = instruction.function(*map(given, instruction.args), **kwargs)
@@ -184,7 +184,11 @@ class _Values:
     def vector(self, name: Name) -> Tensor:
         """Return a number for each tensor."""
         number = self.known[name]
-        return number if self._differs(name) else torch.full((self.count,), float(number), dtype=torch.float64)
+        return (
+            number
+            if self._differs(name)
+            else torch.full((self.count,), float(number), dtype=torch.float64, device="cpu")
+        )
 
     def _column(self, name: Name) -> Sequence[Any]:
         number = self.known[name]

@@ -214,7 +214,10 @@ def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structu
             for column, key in zip(columns, keys, strict=True):
                 column[places[id(p)]] = _copy(state[key])
     count = len(one.plan.links[k].rule.counters)
-    numbers = [torch.as_tensor(new).to(old) for new, old in zip(counters, initial[:count], strict=False)]
+    numbers = [
+        torch.as_tensor(new, dtype=old.dtype, device=old.device)
+        for new, old in zip(counters, initial[:count], strict=False)
+    ]
     trees = [tree.unflatten(structure, column) for column in columns] or initial[count:]
     return type(initial)(*numbers, *trees)
 

@@ -82,7 +82,8 @@ def qk_clip(
         }
         found["query"] = [i for i in found["query"] if i not in found["rotary"]]
         _check_found(path, found, leaves, [paths[i] for i in below])
-        gamma = _gamma(torch.as_tensor(logits).reshape(-1), tau)
+        given = logits if isinstance(logits, Tensor) else torch.as_tensor(logits, device="cpu")
+        gamma = _gamma(given.reshape(-1), tau)
         for role in ("query", "key", "rotary"):
             for i in found[role]:
                 where = paths[i]

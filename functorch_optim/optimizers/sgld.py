@@ -71,7 +71,7 @@ def sgld(
         step = state.step + 1
         t = step.to(torch.float64)
         rate = at(lr, t)
-        scale = safe_sqrt(torch.as_tensor(rate * at(temperature, t), dtype=torch.float64))
+        scale = safe_sqrt(torch.as_tensor(rate * at(temperature, t), dtype=torch.float64, device=t.device))
 
         def moving(g: Tensor, n: Tensor) -> Tensor:
             wide = widened(g)

@@ -54,7 +54,11 @@ class Schedule(Recorded):
         Args:
             step: number of updates already done: number or tensor.
         """
-        given = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
+        given = (
+            step.to(torch.float64)
+            if isinstance(step, Tensor)
+            else torch.tensor(step, dtype=torch.float64, device="cpu")
+        )
         value = self.at_number(given)
         check_returned(self._function, value)
         return value + torch.zeros_like(given)
@@ -66,7 +70,7 @@ class Schedule(Recorded):
             step: number of updates already done: float, or float64 tensor.
         """
         if isinstance(step, float) and self._call[0] is Schedule:  # a function of the user takes tensors
-            step = torch.tensor(step, dtype=torch.float64)
+            step = torch.tensor(step, dtype=torch.float64, device="cpu")
         return self._function(step)  # type: ignore[arg-type]  # ours take floats too
 
     def _compared(self, other: Any) -> bool:

@@ -165,7 +165,7 @@ def _as_number(value: Any, like: Tensor) -> Tensor:
             f"reduce_on_plateau needs a number as value, got a {type(value).__name__}; "
             "call tx.update(updates, state, params, value=loss)"
         )
-    value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype)
+    value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(
             f"reduce_on_plateau looks at one number, got a value of shape {tuple(value.shape)}; give their mean"

@@ -142,7 +142,8 @@ def _fitted(new: Any, old: Any, path: str) -> Any:
     if not isinstance(new, Tensor):
         whole = isinstance(new, Integral) or (isinstance(new, Real) and float(new).is_integer())
         dtype = torch.int64 if whole and not old.is_floating_point() else torch.float64
-        new = torch.tensor(new, dtype=torch.complex128 if not isinstance(new, Real) else dtype).expand(old.shape)
+        dtype = dtype if isinstance(new, Real) else torch.complex128
+        new = torch.tensor(new, dtype=dtype, device=old.device).expand(old.shape)
     if new.shape != old.shape:
         raise ValueError(
             f"The value for {path!r} has shape {tuple(new.shape)}, but what is there has {tuple(old.shape)}. To train "

@@ -137,7 +137,11 @@ def norm(tree: Tree, ord: float = 2.0) -> Tensor:  # noqa: A002 - torch.linalg's
     rows, _ = _rows("norm", tree)
     norms = [safe_norm(_inexact(leaf), ord) for (leaf,) in rows if leaf is not None]
     dtype = _promoted([one.dtype for one in norms])
-    return safe_norm(torch.stack([one.to(norms[0].device, dtype) for one in norms]), ord) if norms else torch.zeros(())
+    return (
+        safe_norm(torch.stack([one.to(norms[0].device, dtype) for one in norms]), ord)
+        if norms
+        else torch.zeros((), device="cpu")
+    )
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
@@ -185,7 +189,7 @@ def zeros_like(tree: Tree, dtype: torch.dtype | None = None) -> Tree:
         {'w': tensor([0., 0.]), 'b': None}
     """
     rows, structure = _rows("zeros_like", tree)
-    zeros = [leaf if leaf is None else torch.zeros_like(torch.as_tensor(leaf), dtype=dtype) for (leaf,) in rows]
+    zeros = [leaf if leaf is None else torch.zeros_like(_tensor(leaf), dtype=dtype) for (leaf,) in rows]
     return unflatten(structure, zeros)
 
 
@@ -259,7 +263,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         parts = iter(torch.split(vector, sizes) if sizes else ())
         return unflatten(structure, [None if kind is None else _unraveled(next(parts), *kind) for kind in kinds])
 
-    return torch.cat(pieces) if pieces else torch.zeros(0), unravel
+    return torch.cat(pieces) if pieces else torch.zeros(0, device="cpu"), unravel
 
 
 # Leaves. --------------------------------------------------------------------------------------------------------------
@@ -316,7 +320,7 @@ def _scaled(scalar: Any, leaf: Any) -> Any:
 
 
 def _dot(a: Any, b: Any) -> Tensor:
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    a, b = _tensor(a), _tensor(b)
     dtype = torch.promote_types(a.dtype, b.dtype)
     dtype = torch.float32 if dtype in _HALF else dtype
     product: Tensor = torch.vdot(a.to(dtype).reshape(-1), b.to(dtype).reshape(-1))
@@ -326,7 +330,11 @@ def _dot(a: Any, b: Any) -> Tensor:
 def _total(numbers: list[Tensor]) -> Tensor:
     """Add numbers in their promoted dtype, on the device of the first."""
     dtype = _promoted([number.dtype for number in numbers])
-    return torch.stack([n.to(numbers[0].device, dtype) for n in numbers]).sum(0) if numbers else torch.zeros(())
+    return (
+        torch.stack([n.to(numbers[0].device, dtype) for n in numbers]).sum(0)
+        if numbers
+        else torch.zeros((), device="cpu")
+    )
 
 
 def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -336,8 +344,13 @@ def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:
     return promoted
 
 
+def _tensor(leaf: Any) -> Tensor:
+    """Make a tensor of a number; `torch.as_tensor` would move a tensor to the default device."""
+    return leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf)
+
+
 def _inexact(leaf: Any) -> Tensor:
-    tensor: Tensor = torch.as_tensor(leaf)
+    tensor = _tensor(leaf)
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.get_default_dtype())
 
 

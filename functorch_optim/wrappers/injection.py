@@ -229,7 +229,7 @@ class _Keeper:
 
 
 def _initial(number: Any) -> Any:
-    return at(number, torch.ones((), dtype=torch.float64))
+    return at(number, torch.ones((), dtype=torch.float64, device="cpu"))
 
 
 def _is_hyperparameter(annotation: Any) -> bool:

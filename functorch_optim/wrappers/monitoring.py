@@ -194,7 +194,7 @@ def _total(each: Tree) -> Tensor:
     """Take the norm of norms."""
     present = [norm for norm in tree.flatten(each)[0] if norm is not None]
     if not present:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     return tree.norm(torch.stack([norm.to(present[0].device, torch.float64) for norm in present]))
 
 

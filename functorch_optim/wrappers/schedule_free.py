@@ -71,7 +71,7 @@ def _interpolated(
         return s.c * (state.z - y) + s.gain * dz, ScheduleFreeState(state.z + dz)  # y = b x + (1 - b) z, without x
 
     def evaluate(y: Tensor, state: ScheduleFreeState) -> Tensor:
-        weight = 1 - 1 / at(momentum, torch.ones((), dtype=torch.float64))
+        weight = 1 - 1 / at(momentum, torch.ones((), dtype=torch.float64, device="cpu"))
         weight = weight.to(y.device, state.z.dtype) if isinstance(weight, Tensor) else weight
         return torch.lerp(y.to(state.z.dtype), state.z, weight)
 

@@ -1,0 +1,42 @@
+"""Numbers and states are where parameters are, where torch's default device is another: `meta` stands for it."""
+
+import pytest
+import torch
+from catalogue import make_params, rows, train
+from torch_like_cases import NAMES
+
+import functorch_optim as fo
+
+
+@rows
+def test_steps_are_those_of_the_default_device_of_the_parameters(row):
+    params, x = make_params(), torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    expected, state = train(row(), params, x, 2)
+    with torch.device("meta"):
+        found, reached = train(row(), params, x, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(reached, state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_make_the_steps_of_the_default_device_of_the_parameters(name, options):
+    def trained(device):
+        p = torch.linspace(-1, 1, 6).reshape(3, 2).requires_grad_()
+        optimizer = getattr(fo.optim, name)([p], lr=0.1)
+        optimizer.param_groups[0].update({key: value for key, value in options.items() if key in optimizer.defaults})
+        p.grad = torch.linspace(1, 2, 6).reshape(3, 2)
+        p.grad = p.grad.to_sparse() if name == "SparseAdam" else p.grad
+        with torch.device(device):
+            for _ in range(3):
+                optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(trained("meta"), trained("cpu"), rtol=0, atol=0)
+
+
+def test_arithmetic_with_trees_leaves_tensors_where_they_are():
+    tree = {"w": torch.ones(2), "b": torch.tensor(2.0)}
+    with torch.device("meta"):
+        numbers = [fo.tree.norm(tree), fo.tree.vdot(tree, tree), fo.tree.zeros_like(tree)["b"], fo.tree.norm({})]
+    assert [number.device.type for number in numbers] == ["cpu"] * 4
