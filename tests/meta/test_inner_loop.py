@@ -126,7 +126,8 @@ def test_it_begins_as_the_module_is():
 def test_the_weights_are_those_of_ordinary_training(name, options):
     module = make(name)
     trained = copy.deepcopy(module)
-    opt = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.05)
+    # The gradient of a bias before a normalization is a rounding error: of that alone a smaller eps makes a step.
+    opt = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.05, eps=1e-3)
     torch.manual_seed(1)
     for _ in range(3):
         opt.zero_grad()
@@ -135,7 +136,7 @@ def test_the_weights_are_those_of_ordinary_training(name, options):
         for buffer in trained.buffers():
             buffer.detach_()
     torch.manual_seed(1)
-    inner = adapted(module, **options)
+    inner = adapted(module, fo.adam(0.05, eps=1e-3), **options)
     expected = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     for mine, theirs in ((inner.params, expected), (inner.buffers, dict(trained.named_buffers()))):
         assert mine.keys() == theirs.keys()
