@@ -184,11 +184,9 @@ class _Values:
     def vector(self, name: Name) -> Tensor:
         """Return a number for each tensor."""
         number = self.known[name]
-        return (
-            number
-            if self._differs(name)
-            else torch.full((self.count,), float(number), dtype=torch.float64, device="cpu")
-        )
+        if self._differs(name):
+            return number
+        return torch.full((self.count,), float(number), dtype=torch.float64, device="cpu")
 
     def _column(self, name: Name) -> Sequence[Any]:
         number = self.known[name]

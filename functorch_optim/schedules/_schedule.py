@@ -54,11 +54,8 @@ class Schedule(Recorded):
         Args:
             step: number of updates already done: number or tensor.
         """
-        given = (
-            step.to(torch.float64)
-            if isinstance(step, Tensor)
-            else torch.tensor(step, dtype=torch.float64, device="cpu")
-        )
+        given = step if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
+        given = given.to(torch.float64)
         value = self.at_number(given)
         check_returned(self._function, value)
         return value + torch.zeros_like(given)

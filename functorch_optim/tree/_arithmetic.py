@@ -137,11 +137,9 @@ def norm(tree: Tree, ord: float = 2.0) -> Tensor:  # noqa: A002 - torch.linalg's
     rows, _ = _rows("norm", tree)
     norms = [safe_norm(_inexact(leaf), ord) for (leaf,) in rows if leaf is not None]
     dtype = _promoted([one.dtype for one in norms])
-    return (
-        safe_norm(torch.stack([one.to(norms[0].device, dtype) for one in norms]), ord)
-        if norms
-        else torch.zeros((), device="cpu")
-    )
+    if not norms:
+        return torch.zeros((), device="cpu")
+    return safe_norm(torch.stack([one.to(norms[0].device, dtype) for one in norms]), ord)
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
@@ -330,11 +328,9 @@ def _dot(a: Any, b: Any) -> Tensor:
 def _total(numbers: list[Tensor]) -> Tensor:
     """Add numbers in their promoted dtype, on the device of the first."""
     dtype = _promoted([number.dtype for number in numbers])
-    return (
-        torch.stack([n.to(numbers[0].device, dtype) for n in numbers]).sum(0)
-        if numbers
-        else torch.zeros((), device="cpu")
-    )
+    if not numbers:
+        return torch.zeros((), device="cpu")
+    return torch.stack([n.to(numbers[0].device, dtype) for n in numbers]).sum(0)
 
 
 def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -144,6 +144,44 @@ def test_the_direction_of_lamb_is_masked_before_decay_and_trust_ratio(weight_dec
     assert_close(pure(whole, params, history), pure(parts, params, history))
 
 
+def sine():
+    return fo.stateless(lambda updates, params: fo.tree.map(torch.sin, updates))
+
+
+PASSES = {  # directions that are more than one pass over the leaves
+    "a function of the whole tree": lambda: [fo.scale_by_adam(BETAS, EPS), sine()],
+    "one at the beginning": lambda: [sine(), fo.scale_by_adam(BETAS, EPS)],
+    "two": lambda: [sine(), fo.scale_by_adam(BETAS, EPS), sine()],
+    "a norm of the whole tree": lambda: [fo.trace(0.9), fo.clip_by_global_norm(0.5), fo.scale_by_adam(BETAS, EPS)],
+    "a rule that needs its tensor whole": lambda: [fo.trace(0.9), fo.centralize(), fo.scale(2.0)],
+}
+
+
+@pytest.mark.parametrize("around", [lambda tx: tx, fo.schedule_free], ids=["alone", "inside of a wrapper"])
+@pytest.mark.parametrize("direction", PASSES.values(), ids=PASSES)
+def test_directions_of_several_passes_are_masked_by_what_they_were_given(direction, around):
+    params, history = make()
+    first, last = [fo.clip(1.5)], [fo.add_decayed_weights(WD), fo.scale_by_learning_rate(LR)]
+    tx = around(fo.chain(*first, fo.cautious(fo.chain(*direction())), *last))
+
+    def by_hand(updates, params, states=None):
+        """The links, one after the other."""
+        states = [link.init(params) for link in links] if states is None else states
+        given = {}
+        for k, link in enumerate(links):
+            given[k] = updates
+            updates, states[k] = link.update(updates, states[k], params)
+            if k == len(first) + len(direction()) - 1:
+                pairs = {name: (u.numpy(), given[len(first)][name].numpy()) for name, u in updates.items()}
+                updates = {name: torch.from_numpy(masked(u, g, "mean")) for name, (u, g) in pairs.items()}
+        return updates, states
+
+    links = [*first, *direction(), *last]
+    manual = around(fo.GradientTransformation(lambda p: None, lambda g, s, p: by_hand(g, p, s)))
+    assert_close(pure(tx, params, history), pure(manual, params, history), rtol=1e-11, atol=1e-12)
+    assert_close(stateful(tx, params, history), pure(manual, params, history), rtol=1e-6, atol=1e-7)
+
+
 def test_complex_parameters_that_decay_in_their_rule():
     """Real and imaginary parts are as two parameters, but for the mean of the mask."""
     drawn = [torch.randn(2, 3, 2, dtype=torch.float64) for _ in range(4)]
