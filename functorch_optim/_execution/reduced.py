@@ -183,7 +183,7 @@ class _Values:
 
     def vector(self, name: Name) -> Tensor:
         """Return a number for each tensor."""
-        number = self.known[name]
+        number: Tensor = self.known[name]
         if self._differs(name):
             return number
         return torch.full((self.count,), float(number), dtype=torch.float64, device="cpu")

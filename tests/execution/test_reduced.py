@@ -44,6 +44,9 @@ RULES = {
     "novograd": fo.novograd(0.1, weight_decay=0.1),
     "adanorm": fo.adanorm(0.1),
     "ldog": fo.ldog(0.1, reps_rel=0.1),
+    "cautious": fo.chain(fo.cautious(fo.chain(fo.trace(0.5), fo.scale(0.1))), fo.scale(-0.1)),
+    "cautious of the same links": fo.chain(fo.trace(0.5), fo.cautious(fo.scale(0.1)), fo.scale(-0.1)),
+    "cautious behind another rule": fo.chain(fo.centralize(), fo.cautious(fo.adamw(0.1))),
     "masked": fo.masked(fo.lars(0.1), lambda params: fo.tree.map(lambda p: p.ndim != 1, params)),
 }
 rules = pytest.mark.parametrize("tx", RULES.values(), ids=RULES)

@@ -229,6 +229,11 @@ def test_signs_and_not_products_are_compared():
     assert found.all()
 
 
+def test_a_direction_without_parameters_needs_none():
+    tx, g = fo.cautious(fo.trace(0.9)), torch.tensor([1.0, -2.0])
+    assert torch.equal(tx.update(g, tx.init(g))[0], g)
+
+
 def test_one_that_descends_by_other_means_says_so():
     params = torch.zeros(2)
     trace, slope = fo.chain(fo.trace(0.9), fo.scale(lambda step: -0.1)), torch.tensor([1.0, 2.0])
