@@ -35,6 +35,9 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
     computation of the loss, or `@fo.meta.exact_derivatives()` on the loss function. It works inside and outside of the
     transforms of torch.func and of functions that `torch.compile` compiles. It may be nested.
 
+    While torch.compile traces, the losses and `hardsigmoid` and `glu` are not replaced: it does not tell modes of calls
+    of `torch._C._nn` (2.13). Forward mode over a gradient of them is an error there.
+
     Only calls by torch's Python names are replaced. `torch.ops.aten.native_layer_norm` and modules that went through
     `torch.jit` are not. The page "Derivatives in torch" of the documentation lists the errors in torch.
 
