@@ -237,8 +237,8 @@ def _evaluated(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=int() | float() | str() | None as value):
             return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float()) | ast.Name(id="inf") as operand):
+            return -_evaluated(operand)
         case ast.Tuple(elts=items):
             return tuple([_evaluated(item) for item in items])
         case ast.List(elts=items):

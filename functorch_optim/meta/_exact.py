@@ -1,6 +1,7 @@
 """Right derivatives: operations that torch differentiates wrongly are replaced while a function runs."""
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,7 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
     computation of the loss, or `@fo.meta.exact_derivatives()` on the loss function. It works inside and outside of the
     transforms of torch.func and of functions that `torch.compile` compiles. It may be nested.
 
-    While torch.compile traces, the losses and `hardsigmoid` and `glu` are not replaced: it does not tell modes of calls
-    of `torch._C._nn` (2.13). Forward mode over a gradient of them is an error there.
+    While torch.compile traces, it does not tell of `hardsigmoid` (2.13), which stays without a second derivative there.
 
     Only calls by torch's Python names are replaced. `torch.ops.aten.native_layer_norm` and modules that went through
     `torch.jit` are not. The page "Derivatives in torch" of the documentation lists the errors in torch.
@@ -67,15 +67,30 @@ class exact_derivatives(TorchFunctionMode, contextlib.ContextDecorator):  # noqa
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function of torch that is written in Python, without the check whether a mode handles it.
 
-    A mode sees a torch function as one call. It sees each call that the copy makes.
+    A mode sees a torch function as one call. It sees each call that the copy makes; but while torch.compile traces none
+    of `torch._C._nn`, which the copy therefore replaces itself.
     """
     questions = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    names = {**function.__globals__, **dict.fromkeys(questions, _no)}
+    names = {**function.__globals__, **dict.fromkeys(questions, _no), "torch": _torch()}
     opened = types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
     opened.__kwdefaults__ = function.__kwdefaults__
     return opened
+
+
+@functools.cache
+def _torch() -> types.ModuleType:
+    """Copy the module torch, with replacements in `torch._C._nn`."""
+
+    def copied(module: Any, **others: Any) -> types.ModuleType:
+        made = types.ModuleType(module.__name__)
+        made.__dict__.update({**module.__dict__, **others})
+        return made
+
+    nn = torch._C._nn
+    own = {name: _EXACT[found] for name, found in vars(nn).items() if callable(found) and found in _EXACT}
+    return copied(torch, _C=copied(torch._C, _nn=copied(nn, **own)))
 
 
 def _no(*_: Any) -> bool:

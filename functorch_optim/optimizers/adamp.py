@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas
+from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -145,7 +145,7 @@ def adamp(
         w, ratio = _projected(ahead / (safe_sqrt(v) / s.root + s.projection.eps), g, p, s.projection)
         return -s.rate * w - s.decay * ratio * p, AdamPState(m, v)
 
-    rule = of_rule(_init_adamp, update, scalars, needs_params=True, turns=True, decays=True, lr=lr)
+    rule = of_rule(_init_adamp, update, scalars, needs_params=True, turns=True, decays=not is_zero(weight_decay), lr=lr)
     return uphill_or_down(rule, maximize=maximize)
 
 
@@ -207,7 +207,7 @@ def sgdp(
         w, ratio = _projected(g + s.momentum * b if nesterov else b, g, p, s.projection)
         return -s.rate * w - s.decay * ratio * p, SGDPState(b)
 
-    rule = of_rule(_init_sgdp, update, scalars, needs_params=True, turns=True, decays=True, lr=lr)
+    rule = of_rule(_init_sgdp, update, scalars, needs_params=True, turns=True, decays=not is_zero(weight_decay), lr=lr)
     return uphill_or_down(rule, maximize=maximize)
 
 

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite
+from functorch_optim._core.hyperparameters import (
+    Hyperparameter,
+    at,
+    at_first,
+    check,
+    check_betas,
+    is_infinite,
+    is_zero,
+)
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -187,7 +195,7 @@ def dadapt_adam(
         elementwise=True,
         needs_params=decoupled_weight_decay,
         turns=True,
-        decays=decoupled_weight_decay,
+        decays=decoupled_weight_decay and not is_zero(weight_decay),
         lr=lr,
     )
     decay = add_decayed_weights(0.0 if decoupled_weight_decay else weight_decay)

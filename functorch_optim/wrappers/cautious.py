@@ -38,15 +38,16 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
             "count" as in the paper and in the authors' Lion.
         descends: whether the update of `tx` goes downhill, against the gradient. None: found out. An optimizer that is
             one rule, such as `rprop`, descends, and otherwise the links before a learning rate, or all of a
-            transformation without one, goes with the gradient. Say so for one that descends by other means,
-            `scale(-0.1)`.
+            transformation without one, goes with the gradient. Say so for one that descends by other means, such as
+            `lbfgs`.
 
     Returns:
         Transformation with the state of `tx`, in which that of the last link of the direction is a pair, unless this
         link decays the parameters itself, as `adamp` does.
 
     Raises:
-        ValueError: `scaling` is neither of the two.
+        ValueError: `scaling` is neither of the two; or the direction ends in a rule that decays the parameters itself,
+            as `adamp` does, behind links with a state.
         TypeError: `tx` is neither a transformation nor a factory.
 
     To derivatives the mask is a constant. g is the update that `tx` is given at its place in the chain, after
@@ -71,13 +72,19 @@ def cautious(tx: Any, scaling: Literal["mean", "count"] = "mean", *, descends: b
 @wrapper
 def _cautious(tx: GradientTransformation, scaling: str, descends: bool | None) -> GradientTransformation:
     for begin, end, down, of in reversed(_directions(tx._links, descends)):
-        mask = _mask(scaling, down)
         link, last = tx._links[of], tx._links[end - 1]
         if end > begin and isinstance(last.rule, Rule) and last.rule.decays:
-            links = [*tx._links[: end - 1], last._replace(rule=_without_decay(last.rule, mask)), *tx._links[end:]]
+            before = [one.rule for one in tx._links[begin : end - 1]]
+            if not all([_is_stateless(rule) and not rule.needs_params for rule in before]):  # noqa: C419
+                raise ValueError(
+                    f"cautious masks no weight decay, and that of {last.rule.name} is in its rule, behind "
+                    f"{before[0].name}: write chain(..., cautious({last.rule.name}(...))), or give weight_decay=0"
+                )
+            rule = _without_decay(last.rule, _mask(scaling, last.rule.turns))
+            links = [*tx._links[: end - 1], last._replace(rule=rule), *tx._links[end:]]
             tx = GradientTransformation._of(links, tx._layout)
             continue
-        rule = Rule(None, _alone(mask), norms=True, needs_params=True, sparse="dense")
+        rule = Rule(None, _alone(_mask(scaling, down)), norms=True, needs_params=True, sparse="dense")
         when = tuple([end - (of - back) for back in link.when])
         tx = inserted(tx, end, Link(rule, link.where, when, recalls=end - begin))
     return tx
@@ -108,8 +115,12 @@ def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction
             begin -= 1
         rule = link.rule
         multiplies = isinstance(rule, Rule) and rule.init is None and not rule.needs_params
-        if begin in found or (rule.lr is None and not rule.turns) or (rule.lr is None and multiplies and k == begin):
+        if (rule.lr is None and not rule.turns) or (rule.lr is None and multiplies and k == begin):
             continue  # the latter is `maximize`
+        if begin in found and not (
+            _is_sign(links[found[begin].of].rule) and link.where == links[found[begin].of].where
+        ):
+            continue  # as is a change of sign before a learning rate
         end = k + 1
         if multiplies:  # and the links before it may be decay, and what scales with it
             first = k
@@ -128,6 +139,11 @@ def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction
 def _is_part(link: Link, of: Link) -> bool:
     """Tell whether a link is for some of the leaves of another, and for no others."""
     return len(link.where) >= len(of.where) and all(map(operator.is_, link.where, of.where))
+
+
+def _is_sign(rule: Rule | TreeRule) -> bool:
+    """Tell whether a rule is `maximize` or `scale`, which may stand for a learning rate."""
+    return rule.lr is None and isinstance(rule, Rule) and rule.init is None
 
 
 def _is_stateless(rule: Rule | TreeRule) -> bool:

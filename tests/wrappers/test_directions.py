@@ -229,6 +229,45 @@ def test_signs_and_not_products_are_compared():
     assert found.all()
 
 
+ADAMP = fo.adamp(0.1, weight_decay=1e-9)
+WAYS = {  # where a change of sign may stand, and the way of the steps
+    "descent": (fo.adam(0.1), -1),
+    "ascent": (fo.adam(0.1, maximize=True), 1),
+    "ascent behind a link": (fo.chain(fo.clip(10.0), fo.adam(0.1, maximize=True)), 1),
+    "ascent behind a keeper": (fo.inject_hyperparams(fo.adam)(0.1, maximize=True), 1),
+    "ascent behind a gate": (fo.apply_if_finite(fo.adam(0.1, maximize=True)), 1),
+    "ascent behind a function of the whole tree": (fo.monitor(fo.adam(0.1, maximize=True)), 1),
+    "ascent, with decay in the rule": (fo.adamp(0.1, weight_decay=1e-9, maximize=True), 1),
+    "a factor of -1": (fo.chain(fo.scale(-1.0), ADAMP), 1),
+    "two of them": (fo.chain(fo.scale(-1.0), fo.scale(-1.0), ADAMP), -1),
+    "a factor for the learning rate": (fo.chain(fo.trace(0.9), fo.scale(-0.1)), -1),
+    "both": (fo.chain(fo.clip(1.0), fo.maximize(), fo.trace(0.9), fo.scale(-0.1)), 1),
+    "a state before a rule that could decay": (fo.chain(fo.trace(0.9), fo.adamp(0.1)), -1),
+}
+
+
+@pytest.mark.parametrize(("tx", "way"), WAYS.values(), ids=WAYS)
+def test_all_that_moves_goes_its_way_and_something_does_not_move(tx, way):
+    generator = torch.Generator().manual_seed(0)
+    params = torch.randn(12, 3, generator=generator)
+    tx = fo.cautious(tx)
+    state, moved = tx.init(params), 0
+    for _ in range(6):
+        g = torch.randn(12, 3, generator=generator)
+        updates, state = tx.update(g, state, params)
+        moves = updates.abs() > 1e-6
+        assert (updates * g * way > 0)[moves].all()
+        moved += int(moves.sum())
+    assert 0.5 < moved / (6 * params.numel()) < 0.9
+
+
+def test_decay_in_a_rule_behind_a_state_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"that of adamp is in its rule, behind trace: write chain\(..., cautious\(adamp"
+    ):
+        fo.cautious(fo.chain(fo.trace(0.9), fo.adamp(0.1, weight_decay=0.1)))
+
+
 def test_a_direction_without_parameters_needs_none():
     tx, g = fo.cautious(fo.trace(0.9)), torch.tensor([1.0, -2.0])
     assert torch.equal(tx.update(g, tx.init(g))[0], g)
