@@ -163,22 +163,39 @@ class Plan:
         update. Then those of the parameter with the most updates count. Where nobody has the step of the tree yet, it
         is that number of updates.
         """
+        sharing = {i for users in self.sharing.values() for i, _ in users}
+        own = {i: self.own_numbers(i, states.get(self.params[i], {})) for i in sharing}
 
         def rank(holder: tuple[int, tuple[str, ...]]) -> tuple[bool, float]:
-            own = states[self.params[holder[0]]]
-            counts = [float(own.get(key, 0)) for key in self.parts[holder[0]].counters]
-            return own.keys() >= {*holder[1]}, max(counts, default=0.0)
+            i, keys = holder
+            state = states[self.params[i]]
+            counts = [float(state.get(key) or 0) for key in self.parts[i].counters]
+            return own[i].keys() >= {*keys}, max(counts, default=0.0)
 
         found = {}
         for k, users in self.sharing.items():
             rule = self.links[k].rule
             count = len(rule.counters[rule.counts :])
-            holders = [(i, keys) for i, keys in users if states.get(self.params[i], {}).keys() >= {*keys[:count]}]
+            holders = [(i, keys) for i, keys in users if own[i].keys() >= {*keys[:count]}]
             if holders:
                 i, keys = furthest = max(holders, key=rank)
-                own = states[self.params[i]]
-                found[k] = [own[key] if key in own else scalar(rank(furthest)[1]) for key in keys]
+                found[k] = [own[i][key] if key in own[i] else scalar(rank(furthest)[1]) for key in keys]
         return found
+
+    def own_numbers(self, i: int, state: State) -> State:
+        """Return those numbers of a `state[p]` that are one for all parameters, as tensors that can be written.
+
+        Args:
+            i: index of the parameter.
+            state: its `state[p]`.
+        """
+        part = self.parts[i]
+        return {
+            key: writable(state[key], None if key in part.counters else number_dtype(self.links[k]))
+            for k, keys in part.shared.items()
+            for key in keys
+            if state.get(key) is not None
+        }
 
     def completed(
         self, i: int, state: State, shared: Mapping[int, Sequence[Tensor]] | None = None
@@ -211,7 +228,7 @@ class Plan:
             link = self.links[k]
             rule: Any = link.rule
             for key, number in zip(carried_keys, rule.carried() if carried_keys else (), strict=True):
-                dtype = step_dtype() if rule.narrow else torch.float64
+                dtype = number_dtype(link)
                 state[key] = writable(state[key], dtype) if key in state else scalar(number, dtype)
             # Parameters with the same tensor that requires grad run together.
             numbers = shared[k][: len(carried_keys)] if k in shared else [state[key] for key in carried_keys]
@@ -281,6 +298,12 @@ def _of_tree(links: Sequence[Link]) -> set[int]:
 def _is_kept(rule: Any) -> bool:
     """Tell whether a rule keeps hyperparameters that can be set; scheduled ones depend on the parameter's step."""
     return rule.keeps is not None and not hasattr(rule.state_type, "_computed")
+
+
+def number_dtype(link: Link) -> torch.dtype:
+    """Return the dtype in which `state[p]` keeps the numbers that the scalars of a link carry on."""
+    rule: Any = link.rule
+    return step_dtype() if rule.narrow else torch.float64
 
 
 def scalar(value: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -153,6 +153,19 @@ def test_a_parameter_whose_state_is_dropped_takes_them_from_the_others():
     assert float(opt.state[params[0]]["d"]) == float(opt.state[params[1]]["d"]) >= d > 0.1
 
 
+@pytest.mark.parametrize("key", ["d", "step"])
+@pytest.mark.parametrize("number", [2, 2.0])
+def test_a_python_number_that_a_program_sets_counts_as_a_tensor_does(key, number):
+    moved = []
+    for value in (number, torch.tensor(2.0, dtype=torch.float64)):
+        params, opt = make(fo.prodigy(d0=0.1))
+        drive(params, opt, [(1.0, 2.0, 3.0)])
+        for own in opt.state.values():
+            own[key] = value
+        moved.append(drive(params, opt, [(1.0, 2.0, 3.0), (3.0, 1.0, 2.0)]))
+    assert moved[0] == moved[1]
+
+
 def test_parameters_that_a_gate_lets_through_at_different_steps_share_them():
     """Gradients are accumulated for each parameter, so that the first makes its steps alone here."""
     params, opt = make(fo.accumulate(fo.prodigy(d0=0.1), 2))
