@@ -83,12 +83,13 @@ class PreparedStep:
         self.states: dict[int, State] = {}
         kept = writing.unshared(plan.params)  # an initial state may be a part of a parameter
         shared = plan.shared_numbers(state) if plan.sharing else {}
-        for i in self.moving:
-            own = state.get(plan.params[i], {})
-            with modes.lasting():
+        with modes.lasting():
+            still = [(i, state.get(p, {})) for i, p in enumerate(plan.params) if grads[i] is None]
+            self.still = {i: plan.own_numbers(i, own) for i, own in still}
+            for i, own in [(i, state.get(plan.params[i], {})) for i in self.moving]:
                 position, completed = plan.completed(i, own, shared)
                 self.states[i] = {key: v if own.get(key) is v else kept(v) for key, v in completed.items()}
-            groups.setdefault(position, []).append(i)
+                groups.setdefault(position, []).append(i)
         self.tree_states = {
             k: tree_states[k] if k in tree_states else plan.initial_tree_state(k)
             for k in (plan.whole if groups else ())
@@ -112,7 +113,7 @@ class PreparedStep:
         self.prepared = Prepared(
             links, plan.structure, plan.path, leaves, active, self.mode, way, overwrites=self.adds, keeps=keeps
         )
-        self.shared = {k: self._shared(k, state) for k in plan.sharing}
+        self.shared = {k: self._shared(k) for k in plan.sharing}
         self.counted = [self._counted(position, members) for position, members in groups.items()]
         self.parted = bool(self.shared) and len(self.counted) > 1
         self.buckets = [counted.bucket for counted in self.counted]
@@ -139,10 +140,10 @@ class PreparedStep:
                 column[i] = self.states[i][key]
         return state_type(*columns) if columns else ()
 
-    def _shared(self, k: int, state: Mapping[Any, State]) -> list[list[Tensor]]:
+    def _shared(self, k: int) -> list[list[Tensor]]:
         """Collect the tensors that hold the numbers of a link that are one for all parameters, still ones too."""
-        users = sorted(self.plan.sharing[k], key=lambda user: user[0] not in self.states)  # completed ones are right
-        held = [(self.states.get(i, state.get(self.plan.params[i], {})), keys) for i, keys in users]
+        users = sorted(self.plan.sharing[k], key=lambda user: user[0] in self.still)  # completed ones are right
+        held = [((self.still if i in self.still else self.states)[i], keys) for i, keys in users]
         return [[own[keys[j]] for own, keys in held if keys[j] in own] for j in range(len(users[0][1]))]
 
     def _counted(self, position: Position, members: list[int]) -> _Counted:
@@ -168,15 +169,14 @@ class PreparedStep:
                 carried[k] = lists[:count]
             if count and key is not None and k in plan.of_tree:
                 [counters[key]] = lists[count:]
-        steps: list[Any] = [None] * len(plan.links)
-        numbers: list[tuple[Any, ...]] = [()] * len(plan.links)
+        steps: list[Any] = [None] * len(self.columns)
+        numbers: list[tuple[Any, ...]] = [()] * len(self.columns)
         for k, key in enumerate(links):
             if key is not None:
                 steps[k] = 1.0 if k in position.fresh else done[key] + 1
             numbers[k] = self._read(carried[k])
-        more = 1 if self.adds else 0
-        bucket = Bucket(members, steps + [None] * more, numbers + [()] * more)
-        return _Counted(bucket, links, done, counters, carried, torch.zeros((), dtype=torch.float64, device="cpu"))
+        now = torch.zeros((), dtype=torch.float64, device="cpu")
+        return _Counted(Bucket(members, steps, numbers), links, done, counters, carried, now)
 
     def compute(self, extra: dict[str, Any]) -> Outcome:
         """Compute the numbers of a step and all that is not overwritten; change nothing."""
@@ -214,9 +214,9 @@ class PreparedStep:
 
     def _adopt(self, state: dict[Any, State]) -> None:
         """Let the states that were completed be the optimizer's."""
-        for i in self.moving:
+        for i, completed in (self.states | self.still).items():
             own = state.get(self.plan.params[i], {})
-            new = {key: value for key, value in self.states[i].items() if own.get(key) is not value}
+            new = {key: value for key, value in completed.items() if own.get(key) is not value}
             if new:  # a parameter without a state has no entry, as in torch.optim
                 state[self.plan.params[i]].update(new)  # at once, whatever interrupts
         self.first = False

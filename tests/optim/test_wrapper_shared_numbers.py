@@ -97,6 +97,17 @@ def drive(params, opt, rows, **extra):
     return [p.detach() for p in params]
 
 
+def exchanging(name, exchange):
+    """Exchange the numbers of all parameters before each step."""
+    params, opt = make(TRANSFORMATIONS[name])
+    for row in GRADIENTS:
+        for own in opt.state.values():
+            numbers = {key: value for key, value in own.items() if torch.is_tensor(value) and value.ndim == 0}
+            own.update({key: exchange(value) for key, value in numbers.items()})
+        moved = drive(params, opt, [row], **extras(name))
+    return moved
+
+
 @each
 def test_missing_gradients_give_the_numbers_of_the_functional_form(name):
     tx, extra = TRANSFORMATIONS[name], extras(name)
@@ -164,6 +175,18 @@ def test_a_python_number_that_a_program_sets_counts_as_a_tensor_does(key, number
             own[key] = value
         moved.append(drive(params, opt, [(1.0, 2.0, 3.0), (3.0, 1.0, 2.0)]))
     assert moved[0] == moved[1]
+
+
+@each
+def test_python_numbers_of_the_same_value_change_nothing(name):
+    assert exchanging(name, torch.Tensor.item) == functional(TRANSFORMATIONS[name], GRADIENTS, **extras(name))
+
+
+@each
+def test_numbers_of_inference_mode_change_nothing(name):
+    """They can be written in that mode alone."""
+    clone = torch.inference_mode()(torch.clone)
+    assert exchanging(name, clone) == functional(TRANSFORMATIONS[name], GRADIENTS, **extras(name))
 
 
 def test_parameters_that_a_gate_lets_through_at_different_steps_share_them():
