@@ -249,6 +249,8 @@ class Optimizer(EvaluatingOptimizer):
     def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Set hyperparameters that `inject_hyperparams` keeps, from the next step on, for all parameters.
 
+        Parameters that are in no group now have them, too, once they return; but for names that are preceded by paths.
+
         Args:
             values: numbers or 0-dim tensors by name, as in `hyperparams`.
             **named: further ones by keyword: `opt.set_hyperparams(lr=1e-4)`.
@@ -276,9 +278,18 @@ class Optimizer(EvaluatingOptimizer):
         for k, numbers in new.items():
             kept: Any = plan.links[k].rule.keeps
             kept.check(numbers)
+        here = {*plan.params, REST}
+        elsewhere = [own for p, own in self.state.items() if p not in here]
         for k, numbers in new.items():  # all of a link, so that no parameter lacks the others
             for i, keys in plan.sharing.get(k, ()):
                 self.state[plan.params[i]].update(zip(keys, map(Tensor.clone, numbers), strict=False))
+            # A parameter that returns to the groups may have more updates than all others, and then its numbers count.
+            # Which link they are of is known where no other has the same names.
+            names = plan.links[k].rule.counters[1:]
+            if all(name in places for name in names):
+                for own in elsewhere:
+                    if own.keys() >= {*names}:
+                        own.update(zip(names, map(Tensor.clone, numbers), strict=True))
 
     def _injected(self) -> dict[str, tuple[int, int]]:
         """Find the injected hyperparameters by name: the link that keeps each, and its number there."""

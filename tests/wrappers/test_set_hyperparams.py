@@ -41,6 +41,38 @@ def test_parameters_whose_state_is_lost_have_those_that_were_set(lost):
     assert opt.state[params[lost]]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: fo.chain(fo.zclip(), tx), fo.apply_if_finite])
+def test_parameters_that_return_to_the_groups_have_those_that_were_set(around):
+    p, q = single(), single()
+    tx = around(fo.inject_hyperparams(fo.adamw)(lr=0.5))
+    opt = fo.Optimizer([{"params": [p]}, {"params": [q]}], tx)
+    q.grad = None
+    opt.step()
+    opt.step()  # so that p has more updates than q
+    q.grad = torch.ones(1)
+    group = opt.param_groups.pop(0)
+    opt.step()
+    opt.set_hyperparams(lr=0.25)
+    opt.param_groups.insert(0, group)
+    opt.step()
+    assert [opt.state[one]["lr"] for one in (p, q)] == [0.25, 0.25]
+    assert opt.hyperparams["lr"] == 0.25
+
+
+def test_parameters_in_no_group_keep_those_of_another_part_of_the_transformation():
+    p, q = single(), single()
+    parts = {"a": fo.inject_hyperparams(fo.adamw)(lr=0.5), "b": fo.inject_hyperparams(fo.adamw)(lr=0.125)}
+    labels = {"p": "a", "q": "b"}
+    tx = fo.partition(parts, lambda params: {name: labels[name] for name in params})
+    opt = fo.Optimizer([{"params": [("p", p)]}, {"params": [("q", q)]}], tx)
+    opt.step()
+    group = opt.param_groups.pop(0)
+    opt.set_hyperparams({"b.lr": 0.25})
+    opt.param_groups.insert(0, group)
+    assert opt.hyperparams["a.lr"] == 0.5
+    assert opt.hyperparams["b.lr"] == 0.25
+
+
 @pytest.mark.parametrize("begun", [0, 1])
 @pytest.mark.parametrize("strict", [True, False])
 def test_they_are_saved_before_parameters_have_had_a_gradient(begun, strict):
