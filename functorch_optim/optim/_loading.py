@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim._core import checks, places, saving
 from functorch_optim._core.rule import DECLARED
 from functorch_optim._execution.sharded import placed
-from functorch_optim.optim._plan import Plan, State
+from functorch_optim.optim._plan import Plan, State, number_dtype, scalar
 
 # Besides the names that rules declare: torch.optim's of rules that may not have been declared yet.
 _TORCHS = (
@@ -165,14 +165,19 @@ def _checked_tensor(plan: Plan, i: int, key: str, value: Tensor, like: Tensor | 
 
 def exported_state(plan: Plan, i: int, state: State) -> State:
     """Return copies of a functional state of one parameter, as `state[p]` keeps it; see `checked_state`."""
-    counters = plan.parts[i].counters if plan.count is None else ()
-    kept = {key: value for key, value in state.items() if key not in counters}
-    checked = checked_state(plan, i, kept, set(), plan.parts[i].known)
-    scalars = plan.parts[i].scalars
-    return {
-        key: plan.as_kept(key, float(value)) if key in scalars else value.detach().clone()
-        for key, value in checked.items()
+    part = plan.parts[i]
+    uncounted = part.counters if plan.count is None else ()
+    checked = checked_state(plan, i, {k: v for k, v in state.items() if k not in uncounted}, set(), part.known)
+    dtypes = {
+        key: number_dtype(plan.links[k]) for k, keys in zip(part.links, part.carried, strict=True) for key in keys
     }
+
+    def exported(key: str, value: Any) -> Any:
+        if key in part.counters:
+            return plan.as_kept(key, float(value))
+        return scalar(float(value), dtypes[key]) if key in dtypes else value.detach().clone()
+
+    return {key: exported(key, value) for key, value in checked.items()}
 
 
 def fitting_state(plan: Plan, i: int, state: Mapping[str, Any]) -> tuple[State, list[str]]:

@@ -170,6 +170,26 @@ def test_optimizers_around_chains():
     assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [fo.prodigy(d0=0.1), fo.accumulate(fo.prodigy(d0=0.1), 2), fo.momo(0.5), fo.nadam(0.1)],
+)
+def test_states_come_back_bit_for_bit(tx):
+    torch.set_default_dtype(torch.float32)  # in which numbers of the whole tree do not fit
+    optimizer = fo.Optimizer([torch.ones(2), torch.ones(3)], tx)
+    for p in parameters(optimizer):
+        p.grad = torch.full_like(p, 0.3)
+    for _ in range(3):
+        optimizer.step(**({"value": 3.0} if "momo" in repr(tx) else {}))
+    before = [dict(optimizer.state[p]) for p in parameters(optimizer)]
+    _, params, state = fo.from_torch(optimizer)
+    fo.to_torch(optimizer, params, state)
+    for p, old in zip(parameters(optimizer), before, strict=True):
+        assert optimizer.state[p].keys() == old.keys()
+        for key, value in old.items():
+            torch.testing.assert_close(optimizer.state[p][key], value, rtol=0, atol=0)
+
+
 def test_hyperparameters_are_copies():
     optimizer = make(torch.optim, "Adam", {"lr": torch.tensor(0.1)})
     tx, params, state = fo.from_torch(optimizer)
