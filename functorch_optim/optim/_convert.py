@@ -127,11 +127,13 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
         by_param = {p: saved.get(path, {}) for p, path in zip(leaves, tree.paths(params), strict=True)}
         new_states = {}
         for plan, transformation, _ in _plans(optimizer):
+            one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory
+            links = unnest(transformation._layout, state) if one else []
             for i, p in enumerate(plan.params):
                 if by_param[p].get("step", 1) > 0 or p in optimizer.state:
-                    new_states[p] = exported_state(plan, i, by_param[p])
-            if isinstance(optimizer, OptimizerBase) and not optimizer._has_factory:
-                new_states.update(optimizer._exported_tree_states(plan, unnest(transformation._layout, state)))
+                    new_states[p] = exported_state(plan, i, {**by_param[p], **_numbers(plan, i, links)})
+            if isinstance(optimizer, OptimizerBase) and one:
+                new_states.update(optimizer._exported_tree_states(plan, links))
     with torch.no_grad():
         writing.check_writable(leaves, lambda i: tree.paths(originals)[i])
         for p, value in zip(leaves, values, strict=True):
@@ -220,6 +222,24 @@ def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structu
     ]
     trees = [tree.unflatten(structure, column) for column in columns] or initial[count:]
     return type(initial)(*numbers, *trees)
+
+
+def _numbers(plan: Plan, i: int, links: list[Any]) -> dict[str, Tensor]:
+    """Find a parameter's numbers in the states of links; in those that keep nothing else, nothing tells whose they are.
+
+    Args:
+        plan: of one transformation for all parameters.
+        i: index of the parameter.
+        links: the states of its links; none where there are several transformations.
+    """
+    part, found = plan.parts[i], dict[str, Tensor]()
+    for k, carried, step in zip(part.links, part.carried, part.steps, strict=True) if links else ():
+        rule: Any = plan.links[k].rule
+        named = dict(zip(carried, rule.counters[rule.counts :], strict=True))
+        if step in part.tree_steps:
+            named[str(step)] = "step"
+        found.update({key: getattr(links[k], name) for key, name in named.items() if hasattr(links[k], name)})
+    return found
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -170,10 +170,20 @@ def test_optimizers_around_chains():
     assert deviation(parameters(optimizer), parameters(twin)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [fo.prodigy(d0=0.1), fo.accumulate(fo.prodigy(d0=0.1), 2), fo.momo(0.5), fo.nadam(0.1)],
-)
+ONE_FOR_ALL = [
+    fo.prodigy(d0=0.1),
+    fo.accumulate(fo.prodigy(d0=0.1), 2),
+    fo.chain(fo.trace(0.5), fo.momo(0.5)),
+    fo.nadam(0.1),
+    fo.apply_if_finite(fo.adam(0.1)),
+    fo.chain(fo.zclip(), fo.adam(0.1)),
+    fo.chain(fo.zclip(), fo.sgd(0.1)),
+    fo.inject_hyperparams(fo.adam)(lr=0.1),
+    fo.chain(fo.inject_hyperparams(fo.trace)(0.5), fo.inject_hyperparams(fo.trace)(0.25)),
+]
+
+
+@pytest.mark.parametrize("tx", ONE_FOR_ALL, ids=repr)
 def test_states_come_back_bit_for_bit(tx):
     torch.set_default_dtype(torch.float32)  # in which numbers of the whole tree do not fit
     optimizer = fo.Optimizer([torch.ones(2), torch.ones(3)], tx)
