@@ -214,6 +214,7 @@ def fitting(
     if any(known.values()) and new | trees:
         new[REST] = known
     used = {place: new.get(number, {}) for number, place in enumerate(places)}
+    used[REST] = {key for key, state in known.items() if state is trees.get(key)}
     left = [
         f"{theirs.get(place, place)}.{key}"
         for place, own in states.items()

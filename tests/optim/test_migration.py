@@ -223,3 +223,13 @@ def test_functions_of_the_whole_tree():
     assert "transformation.0.0" in without.load_state_dict(opt.state_dict(), strict=False).left
     _, fresh = make_optimizer(fo.chain(fo.lbfgs(), fo.sgd(0.1, 0.9)))
     assert "transformation.0.0.step" in fresh.load_state_dict(opt.state_dict(), strict=False).begun
+
+
+def test_a_state_of_the_whole_tree_that_was_taken_is_not_left_out():
+    tx = fo.monitor(fo.sgd(0.1, 0.9))
+    named, opt = make_optimizer(tx)
+    train_optimizer(opt, named, range(2))
+    _, other = make_optimizer(tx)
+    for report in (other.load_state_dict(opt.state_dict(), strict=False), opt.migrate(fo.monitor(fo.sgd(0.1, 0.9)))):
+        assert "transformation.0.0.grad_norm" in report.taken
+        assert report.begun == report.left == ()
