@@ -201,4 +201,7 @@ def fitting_state(plan: Plan, i: int, state: Mapping[str, Any]) -> tuple[State, 
             kept[step] = state[step]
         elif plan.count is not None:
             begun.append(step)
+    if kept.keys() & ({*part.counters} - part.tree_steps):
+        # A step of the tree that was not saved is the number of updates.
+        begun = [key for key in begun if key not in part.tree_steps & going]
     return kept, begun

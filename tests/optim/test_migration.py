@@ -233,3 +233,20 @@ def test_a_state_of_the_whole_tree_that_was_taken_is_not_left_out():
     for report in (other.load_state_dict(opt.state_dict(), strict=False), opt.migrate(fo.monitor(fo.sgd(0.1, 0.9)))):
         assert "transformation.0.0.grad_norm" in report.taken
         assert report.begun == report.left == ()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_step_of_the_tree_goes_on_where_the_steps_of_parameters_do(saved):
+    """It may be missing: not all optimizers had one."""
+    tx = fo.chain(fo.zclip(), fo.adam(0.1))
+    named, opt = make_optimizer(tx)
+    train_optimizer(opt, named, range(3))
+    state_dict = opt.state_dict()
+    if not saved:
+        for own in state_dict["state"].values():
+            del own["step.1"]
+    other_named, other = make_optimizer(tx)
+    report = other.load_state_dict(state_dict, strict=False)
+    assert report.begun == report.left == ()
+    train_optimizer(other, other_named, range(3, 4))
+    assert {float(own["step.1"]) for own in other.state.values()} == {4.0}
