@@ -336,8 +336,10 @@ class _OverOne(OverBlocks):
         columns: Sequence[list[Tensor]],
         compiled: Callable[..., None] | None,
     ) -> None:
-        super().__init__(program, overwritten, columns)
         self.compiled = compiled if columns[0][0].numel() >= SMALL else None
+        if self.compiled is not None:
+            self.length = None  # compiled functions need no buffers, and a call of one takes long
+        super().__init__(program, overwritten, columns)
 
     def run(self, inputs: Sequence[Cut], numbers: Sequence[Any]) -> None:
         """Overwrite."""
