@@ -104,3 +104,18 @@ def test_a_function_of_the_user_sees_one_dtype_inside():
         tx = wrap(fo.chain(fo.stateless(function), fo.sgd(0.1)))
         fo.step(tx, params, tx.init(params), params)
     assert seen == [(torch.float32, torch.float32)] * 5 + [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("rounds", rounding.values(), ids=rounding)
+def test_inside_updates_are_wide_from_the_first_link_on(rounds):
+    """Also where the wrapper is not the first link of a chain."""
+    seen = []
+
+    def look(updates, params):
+        seen.append(updates)
+        return updates
+
+    tx = fo.chain(fo.clip(9.0), rounds(fo.chain(fo.scale(1 / 3), fo.stateless(look))))
+    params, grads = torch.ones(4, dtype=torch.bfloat16), torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.bfloat16)
+    fo.step(tx, grads, tx.init(params), params)
+    torch.testing.assert_close(seen[0], grads.float() / 3)
