@@ -75,7 +75,8 @@ class Prepared:
         self.numbers = Numbers(links, active, shapes, structure, path)
         make_group = functools.partial(Group, mode=mode, plain=self.plain, together=together, way=way, keeps=keeps)
         dtypes = [p.dtype if isinstance(p, Tensor) else None for p in leaves.params or leaves.updates]
-        own = [link._replace(recalls=None) for link in links] if self.recalled else links  # such are given parameters
+        # A link that is alone in its pass is given the updates that it recalls as if they were the parameters.
+        own = [link._replace(recalls=None) for link in links] if self.recalled else links
         self.groups = LeafGroups(own, active, self.numbers, dtypes, path, make_group, self.shards)
         for p in leaves.params or () if way == "fused" else ():
             if isinstance(p, Tensor) and p.is_meta:

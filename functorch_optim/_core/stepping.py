@@ -142,7 +142,8 @@ def _count(made: Call, listed: list[Any]) -> Any:
 def _rooms(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the old tensors that can hold a new one, by identity.
 
-    One that stands in several places can if all get the same: links count with one tensor until a gate leaves out some.
+    A tensor that stands in several places can, if all of them get the same new one. Links share a counter until a gate
+    leaves some of them out.
     """
     news: dict[int, set[int]] = {}
     for old, new in pairs:

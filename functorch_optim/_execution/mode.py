@@ -31,7 +31,7 @@ def current() -> Mode:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Make tensors that may be written to at any time: those of inference mode may not, once it has ended."""
+    """Make tensors that may be written to at any time; those made in inference mode may be written to only there."""
     if not torch.is_inference_mode_enabled():
         yield
         return

@@ -225,7 +225,7 @@ def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structu
 
 
 def _numbers(plan: Plan, i: int, links: list[Any]) -> dict[str, Tensor]:
-    """Find a parameter's numbers in the states of links; in those that keep nothing else, nothing tells whose they are.
+    """Collect a parameter's numbers from the states of links. A state of numbers alone does not name its parameters.
 
     Args:
         plan: of one transformation for all parameters.

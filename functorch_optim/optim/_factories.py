@@ -177,7 +177,7 @@ def make(factory: Factory, group: Mapping[str, Any], live: bool) -> GradientTran
 
 
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
-"""What those of torch write into groups."""
+"""Entries that torch's schedulers write into groups."""
 _OF_GROUPS = ("params", "param_names", "name", "differentiable", "foreach", "fused", *_OF_SCHEDULERS)
 
 
@@ -204,7 +204,7 @@ def meant(name: str, known: Collection[str]) -> str | None:
     stems = [right for right in known if name.endswith(f"_{right}") or name.startswith(f"{right}_")]
     for right in known:
         likeness = difflib.SequenceMatcher(None, name.lower(), right.lower()).ratio()
-        if stems:  # lr_scale of a layer is a word of the program; lr_deccay is lr_decay for all that
+        if stems:  # lr_scale is an entry of the program, but lr_deccay is a misspelt lr_decay
             if right not in stems and likeness >= 0.85:
                 return right
             continue

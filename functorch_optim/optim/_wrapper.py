@@ -249,7 +249,8 @@ class Optimizer(EvaluatingOptimizer):
     def set_hyperparams(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Set hyperparameters that `inject_hyperparams` keeps, from the next step on, for all parameters.
 
-        Parameters that are in no group now have them, too, once they return; but for names that are preceded by paths.
+        A parameter that is in no group at present has the new values when it returns. Hyperparameters whose names are
+        preceded by paths are an exception.
 
         Args:
             values: numbers or 0-dim tensors by name, as in `hyperparams`.

@@ -315,30 +315,6 @@ def test_compiled_whole(inside):
         torch.testing.assert_close(compiled(W), meta_gradient(by_hand)(W))
 
 
-LOSSES = {
-    "huber_loss": lambda x, y: torch.nn.functional.huber_loss(x, y, delta=0.5),
-    "mse_loss": torch.nn.functional.mse_loss,
-    "soft_margin_loss": lambda x, y: torch.nn.functional.soft_margin_loss(x, y.sign()),
-    "glu": lambda x, y: torch.nn.functional.glu(x + y).sin().sum(),
-}
-
-
-@pytest.mark.sampled(size=1)
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiled_losses_are_replaced_too(name):
-    x, y = [torch.linspace(*ends, 6, dtype=torch.float64) for ends in ((-1.0, 2.0), (2.0, -1.5))]
-
-    def slope(rate):
-        def trained(rate):
-            return fo.meta.unroll(lambda w, b: LOSSES[name](w * x, y), fo.sgd(rate), x, range(3)).params.sum()
-
-        return torch.func.jvp(trained, (rate,), (torch.ones_like(rate),))[1]
-
-    rate = torch.tensor(0.1, dtype=torch.float64)
-    compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(rate), slope(rate))
-
-
 def test_running_statistics_are_those_of_torch():
     for make in (nn.BatchNorm1d, lambda n: nn.InstanceNorm1d(n, track_running_stats=True)):
         ours, theirs = make(3).double(), make(3).double()

@@ -137,6 +137,30 @@ def test_of_training_with_squared_errors_is_reverse_mode(reduction, weight):
         torch.testing.assert_close(way(lr), expected, rtol=1e-10, atol=0)
 
 
+LOSSES = {
+    "huber_loss": lambda x, y: torch.nn.functional.huber_loss(x, y, delta=0.5),
+    "mse_loss": torch.nn.functional.mse_loss,
+    "soft_margin_loss": lambda x, y: torch.nn.functional.soft_margin_loss(x, y.sign()),
+    "glu": lambda x, y: torch.nn.functional.glu(x + y).sin().sum(),
+}
+
+
+@pytest.mark.sampled(size=1)
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_losses_are_replaced_too(name):
+    x, y = [torch.linspace(*ends, 6, dtype=torch.float64) for ends in ((-1.0, 2.0), (2.0, -1.5))]
+
+    def slope(rate):
+        def trained(rate):
+            return fo.meta.unroll(lambda w, b: LOSSES[name](w * x, y), fo.sgd(rate), x, range(3)).params.sum()
+
+        return torch.func.jvp(trained, (rate,), (torch.ones_like(rate),))[1]
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rate), slope(rate))
+
+
 @ways
 def test_autograd_records_nothing_unless_it_is_told_to(vectorize):
     lr, start = torch.tensor(0.1, **F64).requires_grad_(), torch.ones((), **F64).requires_grad_()

@@ -319,28 +319,6 @@ def test_functions_of_the_whole_tree_stand_still(way, after):
     assert_close(found, expected)
 
 
-WHOLE = {
-    "mars": lambda: fo.mars(fo.identity()),
-    "clip_by_norm": lambda: fo.clip_by_norm(0.5),
-    "centralize": fo.centralize,
-    "clip_by_block_rms": lambda: fo.clip_by_block_rms(0.5),
-}
-
-
-@pytest.mark.parametrize("way", [pure, in_place, stateful], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("rule", WHOLE.values(), ids=WHOLE)
-def test_rules_that_need_a_tensor_whole_stand_before_a_gate(rule, way):
-    params, history = make(4)
-    found, _ = way(fo.chain(rule(), fo.accumulate(base(), 2)), params, history)
-    tx, changed = rule(), []
-    state = tx.init(params)
-    for grads in history:
-        grads, state = tx.update(grads, state, params)  # noqa: PLW2901
-        changed.append(grads)
-    means = [fo.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in zip(changed[::2], changed[1::2], strict=True)]
-    assert_close(found, momentum_sgd(params, means))
-
-
 @ways
 @pytest.mark.parametrize(
     ("gate", "used"),

@@ -50,6 +50,30 @@ def test_the_optimizer_does_the_same(name):
     assert_close({key: p.detach() for key, p in own.items()}, expected, rtol=1e-6, atol=1e-7)
 
 
+WHOLE = {
+    "mars": lambda: fo.mars(fo.identity()),
+    "clip_by_norm": lambda: fo.clip_by_norm(0.5),
+    "centralize": fo.centralize,
+    "clip_by_block_rms": lambda: fo.clip_by_block_rms(0.5),
+}
+
+
+@forms
+@pytest.mark.parametrize("rule", WHOLE.values(), ids=WHOLE)
+def test_rules_that_need_a_tensor_whole_stand_before_a_gate(take, rule):
+    params, history = make(4)
+    tx, changed = rule(), []
+    state = tx.init(params)
+    for grads in history:
+        updates, state = tx.update(grads, state, params)
+        changed.append(updates)
+    expected, _ = train(pure, fo.sgd(0.1, 0.9), params, means(changed, 2))
+    gated = fo.chain(rule(), fo.accumulate(fo.sgd(0.1, 0.9), 2))
+    assert_close(train(take, gated, params, history)[0], expected)
+    own, _ = optimize(gated, params, history)
+    assert_close([p.detach() for p in own], list(expected.values()), rtol=1e-6, atol=1e-7)
+
+
 @forms
 def test_between_steps_everything_inside_stands_still(take):
     params, history = make(3)
