@@ -1,6 +1,6 @@
 """From a live torch.optim optimizer to the functional form, and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,9 @@ def from_torch(optimizer: torch.optim.Optimizer) -> tuple[GradientTransformation
 
     Raises:
         TypeError: it is no optimizer, or its class is not known.
-        ValueError: a hyperparameter is out of range; or parameters have had different numbers of updates, and something
-            looks at them together: a norm, say, or a `fo.Optimizer` that was given a transformation.
+        ValueError: a hyperparameter is out of range; or parameters have had different numbers of updates, or carry
+            different numbers on, and something looks at them together: a norm, say, or a `fo.Optimizer` that was given
+            a transformation.
 
     Example:
         >>> import functorch_optim as fo, torch
@@ -142,14 +143,34 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
         optimizer.state[key] = tree.map(_copy, new) if isinstance(key, str) else new
 
 
+Numbers = dict[int, tuple[float, list[Any]]]
+
+
 class _Set(NamedTuple):
-    """Parameters that are updated alike: one param group's, after the same number of updates."""
+    """Parameters of one plan that can be updated together: each link is at the same numbers for all that it is for.
+
+    Attributes:
+        transformation: the transformation.
+        plan: of the transformation.
+        numbers: for each link, its step, and the numbers that its scalars carry on.
+        states: for each parameter, its index in the plan, and its `state[p]`.
+        tree_states: the states of functions of the tree.
+    """
 
     transformation: GradientTransformation
     plan: Plan
-    position: Any
-    states: dict[Tensor, tuple[int, dict[str, Any]]]  # index in the plan, and `state[p]`
+    numbers: Numbers
+    states: dict[Tensor, tuple[int, dict[str, Any]]]
     tree_states: dict[int, Any]
+
+    def fits(self, numbers: Numbers) -> bool:
+        """Tell whether a parameter with these numbers can be updated with the others."""
+        return all(self.numbers.get(k, number) == number for k, number in numbers.items())
+
+    @property
+    def step(self) -> float:
+        """Return the number of updates that were done."""
+        return max([step for step, _ in self.numbers.values()], default=0.0)
 
 
 def _plans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Plan, GradientTransformation, dict[int, Any]]]:
@@ -177,36 +198,39 @@ def _plans(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Plan, GradientTra
 def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
     sets: list[_Set] = []
     for plan, transformation, tree_states in _plans(optimizer):
-        found: dict[Any, _Set] = {}
+        found: list[_Set] = []
         shared = plan.shared_numbers(optimizer.state)
         for i, p in enumerate(plan.params):
             given = optimizer.state.get(p, {})
             position, state = plan.completed(i, checked_state(plan, i, given, set(given)), shared)
-            one = found.setdefault(position, _Set(transformation, plan, position, {}, tree_states))
+            part = plan.parts[i]
+            numbers: Numbers = {
+                k: (position.step_of(part, k), [number for link, number in position.carried if link == k])
+                for k in part.links
+            }
+            one = next((one for one in found if one.fits(numbers)), None)
+            if one is None:
+                one = _Set(transformation, plan, {}, {}, tree_states)
+                found.append(one)
+            one.numbers.update(numbers)
             one.states[p] = (i, state)
         is_one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory
         if len(found) > 1 and (is_one or any(isinstance(k.rule, TreeRule) or k.rule.sees_tree for k in plan.links)):
+            steps = [f"{one.step:g}" for one in found]
+            where = f"steps, {', '.join(steps)}" if len(set(steps)) > 1 else "numbers that rules carry on"
             raise ValueError(
-                f"The parameters are at different steps, {_steps(found)}, but "
-                f"{transformation!r} looks at all of them together, or is one for all: it cannot be parted"
+                f"The parameters are at different {where}, but {transformation!r} looks at all of them together, "
+                "or is one for all: it cannot be parted"
             )
-        sets += found.values()
+        sets += found
     return sets
-
-
-def _steps(positions: Iterable[Any]) -> str:
-    """List the steps of positions."""
-    return ", ".join([f"{dict(position.steps).get('step', 0.0):g}" for position in positions])
 
 
 def _link_state(one: _Set, k: int, initial: Any, places: dict[int, int], structure: Any) -> Any:
     """Make the state of a link as the parameters of a set have it, from the one that `init` made."""
     links = one.plan.links
-    users = [i for _, (i, _) in one.states.items() if k in one.plan.parts[i].links]
-    steps = dict(one.position.steps)
-    step = one.position.step_of(one.plan.parts[users[0]], k) if users else steps.get("step", 0.0)
-    counters: list[Any] = [int(step)] * links[k].rule.counts
-    counters += [number for link, number in one.position.carried if link == k]
+    step, carried = one.numbers.get(k, (one.step, []))
+    counters: list[Any] = [int(step)] * links[k].rule.counts + carried
     columns: list[list[Any]] = []
     for p, (i, state) in one.states.items():
         part = one.plan.parts[i]

@@ -318,6 +318,8 @@ def writable(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Return a number of `state[p]`, which a program may have exchanged, as a tensor that a step can write to."""
     if not isinstance(value, Tensor):
         return scalar(value, dtype)
+    if dtype is not None and not value.is_floating_point():
+        return value.to(dtype)
     return value.clone() if value.is_inference() else value
 
 

@@ -229,6 +229,37 @@ def test_sparse_adam():
 
 
 @pytest.mark.parametrize(
+    "parts",
+    [
+        (fo.nadam(0.1), fo.sgd(0.1)),
+        (fo.nadam(0.1), fo.nadam(0.1, momentum_decay=0.1)),
+        (fo.prodigy(), fo.dadapt_adam()),
+    ],
+    ids=["nadam and sgd", "two of nadam", "two of the whole tree"],
+)
+def test_parts_may_carry_numbers_of_their_own(parts):
+    tx = fo.partition({"first": parts[0], "second": parts[1]}, {"a": "first", "b": "second"})
+    optimizer, back = [fo.Optimizer({"a": torch.ones(3), "b": torch.ones(2, 2)}.items(), tx) for _ in range(2)]
+    step_all(optimizer, draw(3, parameters(optimizer)))
+    found, params, state = fo.from_torch(optimizer)
+    history = draw(4, parameters(optimizer))
+    fo.to_torch(back, *update_all(found, params, state, history, list(params)))
+    step_all(optimizer, history)
+    for some in (optimizer, back):
+        step_all(some, draw(2, parameters(some)))
+    assert deviation(parameters(back), parameters(optimizer)) == 0
+
+
+def test_numbers_that_parameters_carry_on_apart_are_told():
+    tx = fo.nadam(0.1)
+    optimizer = fo.Optimizer([torch.ones(2), torch.ones(2)], tx)
+    step_all(optimizer, [[torch.ones(2), torch.ones(2)]])
+    optimizer.state[parameters(optimizer)[0]]["mu_product"].mul_(2)
+    with pytest.raises(ValueError, match="at different numbers that rules carry on, but nadam.* it cannot be parted"):
+        fo.from_torch(optimizer)
+
+
+@pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
         (fo.sgd(0.1), torch.optim.Adam, "lacks 'exp_avg'"),

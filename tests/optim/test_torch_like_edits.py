@@ -144,6 +144,18 @@ def test_numbers_that_are_exchanged_for_those_of_python(name):
     assert_same(*pair)
 
 
+@pytest.mark.parametrize("name", ["NAdam", "ASGD"])
+def test_numbers_that_are_exchanged_for_tensors_of_integers(name):
+    pair = ours, theirs = make_pair(name)
+    train(pair, 3)
+    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+        for key in ours.state[p].keys() & {"mu_product", "eta", "mu"}:
+            ours.state[p][key] = torch.tensor(1)
+            theirs.state[q][key].fill_(1)
+    train(pair, 3)
+    assert_same(*pair)
+
+
 @pytest.mark.parametrize("step", ["three", [1], torch.ones(2)])
 def test_a_step_that_is_no_number_is_an_error_before_anything_is_written(step):
     ours = make_pair("Adam")[0]
