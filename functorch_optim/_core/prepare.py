@@ -57,7 +57,7 @@ class Prepared:
         keeps: bool = False,
     ) -> None:
         self.links, self.structure, self.path, self.active = links, structure, path, active
-        self.mode, self.overwrites = mode, overwrites
+        self.mode, self.overwrites, self.fuses = mode, overwrites, way == "fused"
         self.widening: dict[int, list[int]] = {}  # for each place, the links that make updates float32 from there on
         for k, link in enumerate(links):
             if link.widens is not None:
@@ -180,7 +180,11 @@ class Prepared:
         def listed(some: list[Tensor], before: Sequence[Any] | None) -> list[Tensor]:
             if self.shards is not None:
                 return self.shards.joined(some, here, before)
-            return Plain(some) if self.plain and len({(x.dtype, x.device) for x in some}) == 1 else some
+            if not (self.plain and len({(x.dtype, x.device) for x in some}) == 1):
+                return some
+            plain = Plain(some)
+            plain.fuses = self.fuses
+            return plain
 
         seen: dict[str, Any] = {}
         if "updates" in names:

@@ -57,7 +57,13 @@ def wants_derivatives(tensors: Sequence[Any]) -> bool:
 
 
 class Plain(list[Tensor]):
-    """A list of tensors that may be given to foreach kernels: of one dtype, plain, and without derivatives."""
+    """A list of tensors that may be given to foreach kernels: of one dtype, plain, and without derivatives.
+
+    Attributes:
+        fuses: whether the user wants compiled functions.
+    """
+
+    fuses = False
 
 
 def as_plain(tensors: list[Tensor]) -> list[Tensor]:

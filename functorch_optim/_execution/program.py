@@ -129,6 +129,24 @@ def record(stages: Sequence[Stage], states: Sequence[Any], with_params: bool, sc
     return program
 
 
+def record_terms(terms: Callable[..., Any], count: int, numbers: Sequence[Any], like: Tensor) -> Program:
+    """Run an elementwise function of tensors and numbers on names, and write down its calls.
+
+    Args:
+        terms: the function; it returns a tensor, or several.
+        count: of the tensors.
+        numbers: behind the tensors.
+        like: a tensor of the dtype and device that all have.
+    """
+    recording = _Recording(like)
+    tensors = [recording.input(f"x{j}") for j in range(count)]
+    results = terms(*tensors, *map(recording.number, numbers))
+    names = tuple([result.name for result in (results if isinstance(results, tuple) else (results,))])
+    kept = needed(recording.instructions, names)
+    of_numbers = tuple(recording.numbers)
+    return Program(tuple(recording.inputs), of_numbers, kept, names, like.dtype, like.device, updates=False)
+
+
 NORMS = (safe_norm, rms, mean_norm)
 """Functions of all elements of a tensor, which make a number of it."""
 

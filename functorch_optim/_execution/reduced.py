@@ -50,13 +50,13 @@ class Norm(NamedTuple):
     Attributes:
         of: the value that it is of.
         result: its name.
-        p: its order.
+        p: its order; None for a sum.
         mean: whether it is that of a mean.
     """
 
     of: Name
     result: Name
-    p: float
+    p: float | None
     mean: bool
 
     @classmethod
@@ -76,14 +76,16 @@ class Norm(NamedTuple):
             return total
         if self.mean:
             total = total / torch.tensor(sizes, dtype=torch.float64, device=total.device).clamp_(min=1)
-        return total if self.p == 1 else total.sqrt() if self.p == 2 else total.pow(1 / self.p)
+        return total if self.p in (None, 1) else total.sqrt() if self.p == 2 else total.pow(1 / self.p)
 
 
 @functools.cache
-def _contribution(p: float) -> Callable[[Tensor], Tensor]:
+def _contribution(p: float | None) -> Callable[[Tensor], Tensor]:
     """Return the function of a float64 block that computes its contribution to a norm, and overwrites it."""
 
     def contribution(block: Tensor) -> Tensor:
+        if p is None:
+            return block.sum()
         if p == math.inf:
             return block.abs_().amax() if block.numel() else block.sum()
         if p == 2:
@@ -94,7 +96,7 @@ def _contribution(p: float) -> Callable[[Tensor], Tensor]:
 
 
 @functools.cache
-def _summed(p: float) -> Callable[[Tensor], Tensor]:
+def _summed(p: float | None) -> Callable[[Tensor], Tensor]:
     """Return the same function of a block of any dtype, which stays as it is."""
     contribution = _contribution(p)
     return lambda values: contribution(values.to(torch.float64, copy=True))
@@ -124,8 +126,7 @@ class Level:
         scratch = Scratch.of(self.program.device)
         found = []
         for one, numbers in zip(tensors, values.rows(self.program.numbers), strict=True):
-            parts = torch.stack([self._of_block(row, numbers, scratch) for row in one.rows(scratch)])
-            found.append(torch.stack([norm.joined(parts[:, k]) for k, norm in enumerate(self.norms)]))
+            found.append(self.contributions(one, numbers, scratch))
         totals = torch.stack(found, 1)
         sizes = [one.size for one in tensors]
         if shards is not None:
@@ -133,6 +134,15 @@ class Level:
             totals = torch.stack([norm.joined(ranks[:, k]) for k, norm in enumerate(self.norms)])
         for norm, total in zip(self.norms, totals, strict=True):
             values.known[norm.result] = norm.of_total(total, sizes).to(values.dtype)
+
+    def source(self) -> Callable[..., Tensor]:
+        """Write what computes the contributions of a block, for a compiler."""
+        return summing(self.program, tuple([(norm.of, _summed(norm.p)) for norm in self.norms]))
+
+    def contributions(self, tensors: Inputs, numbers: Sequence[Any], scratch: Scratch) -> Tensor:
+        """Return what tensors contribute to all norms."""
+        parts = torch.stack([self._of_block(row, numbers, scratch) for row in tensors.rows(scratch)])
+        return torch.stack([norm.joined(parts[:, k]) for k, norm in enumerate(self.norms)])
 
     def _of_block(self, row: Sequence[Tensor], numbers: Sequence[Any], scratch: Scratch) -> Tensor:
         """Return the contributions of a block to all norms."""
@@ -230,12 +240,10 @@ class Reduced:
 
     def _compile(self) -> None:
         """Compile all functions or none, so that there is one warning where that fails."""
-        sources: list[tuple[Program, Callable[..., Any]]] = []
-        for level in self.levels:
-            sums = tuple([(norm.of, _summed(norm.p)) for norm in level.norms])
-            sources.append((level.program, summing(level.program, sums)))
+        sources = [(level.program, level.source()) for level in self.levels]
         kernels = []
-        for program, source in (*sources, (self.program, pure(self.program, self.overwritten))):
+        results: Callable[..., Any] = pure(self.program, self.overwritten)
+        for program, source in (*sources, (self.program, results)):
             compiled = fused.tried(program, source)
             if compiled is None:
                 return

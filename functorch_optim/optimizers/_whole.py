@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import check_loss
-from functorch_optim._execution.blocks import BLOCK
 from functorch_optim._execution.representation import as_reals, widened
 from functorch_optim._execution.sharded import over_ranks, some_sharded
-from functorch_optim._numerics import double, known, minimum, safe_sqrt, where, wide_device
+from functorch_optim._execution.sums import can_run, sums
+from functorch_optim._numerics import double, known, minimum, where, wide_device
 
 
 def like(number: Any, tensor: Tensor) -> Any:
@@ -21,62 +21,54 @@ def like(number: Any, tensor: Tensor) -> Any:
     return number.to(tensor.device, tensor.dtype) if isinstance(number, Tensor) else number
 
 
-def total(term: Callable[..., Tensor], columns: Sequence[Sequence[Tensor]], step: Any) -> Any:
-    """Add a term over all elements: a float where the step is one and nothing is differentiated.
+def total(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], step: Any, *numbers: Any) -> Any:
+    """Add terms over all elements: floats where the step is one and nothing is differentiated.
 
     Args:
-        term: elementwise function of a tensor of each column. It is given them as rules are: real, and in float32 at
-            least.
+        terms: elementwise function of a tensor of each column, and of the numbers; of a module, so that it is recorded
+            once. It is given tensors as rules are: real, and in float32 at least. It returns a tensor, or several.
         columns: lists of tensors of the same shapes.
-        step: of the scalars. Where it is known, large tensors are added piece by piece, so that terms stay in the
-            cache.
+        step: of the scalars.
+        numbers: the numbers.
+
+    Returns:
+        The sum of what `terms` returns, or the several sums.
     """
-    if not columns[0]:
-        return 0.0 * step
-    rows: Iterable[tuple[Tensor, ...]] = zip(*columns, strict=True)
-    if any(map(some_sharded, columns)):
-        return known(over_ranks([_at_row(term, row) for row in rows], _sum_of, Tensor.sum), step)
-    if isinstance(step, float):
-        rows = (piece for row in rows for piece in _pieces(row))
-    return known(_sum_of(_at_row(term, row) for row in rows), step)
+    if columns[0] and isinstance(step, float) and can_run(columns, numbers):
+        found: list[Any] = sums(terms, columns, numbers)
+    else:
+        rows = zip(*columns, strict=True) if columns[0] else [[torch.zeros(0)] * len(columns)]
+        sharded = any(map(some_sharded, columns))
+        each = [[term if sharded else _sum(term) for term in _of_row(terms, row, numbers)] for row in rows]
+        add = _over_ranks if sharded else _joined
+        found = [known(add(parts), step) for parts in zip(*each, strict=True)]
+    return found[0] if len(found) == 1 else found
 
 
-def _at_row(term: Callable[..., Tensor], row: Sequence[Tensor]) -> Tensor:
-    return term(*[as_reals(widened(tensor)) for tensor in row])
+def _of_row(terms: Callable[..., Any], row: Sequence[Tensor], numbers: Sequence[Any]) -> tuple[Tensor, ...]:
+    reals = [as_reals(widened(tensor)) for tensor in row]
+    found = terms(*reals, *[like(number, reals[0]) for number in numbers])
+    return found if isinstance(found, tuple) else (found,)
 
 
-def _pieces(row: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape along their first dimension."""
-    size = row[0].numel()
-    if size <= BLOCK:
-        return iter([tuple(row)])
-    length = max(1, BLOCK * row[0].shape[0] // size)
-    return zip(*[torch.split(tensor, length) for tensor in row], strict=True)
+def _over_ranks(terms: Sequence[Tensor]) -> Tensor:
+    return over_ranks(terms, lambda some: _joined(list(map(_sum, some))), Tensor.sum)
 
 
-def _sum_of(terms: Iterable[Tensor]) -> Tensor:
-    sums = [_sum(term) for term in terms]
+def _joined(sums: Sequence[Tensor]) -> Tensor:
     return torch.stack([one.to(sums[0].device) for one in sums]).sum()
 
 
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], step: Any) -> Any:
-    """Take the inner product of two lists of tensors."""
-    return total(torch.mul, [xs, ys], step)
+def _sum(x: Tensor) -> Tensor:
+    if wide_device(x.device) != x.device:
+        return double(x.sum())  # type: ignore[no-any-return]
+    return x.sum(dtype=torch.float64)
 
 
-def squares(xs: Sequence[Tensor], step: Any) -> Any:
-    """Add the squares of all elements of tensors."""
-    return total(torch.square, [xs], step)
-
-
-def norm(xs: Sequence[Tensor], step: Any) -> Any:
-    """Take the 2-norm of all elements of tensors, with derivative zero at zero."""
-    return safe_sqrt(squares(xs, step))
-
-
-def squared_distance(xs: Sequence[Tensor], ys: Sequence[Tensor], step: Any) -> Any:
-    """Add the squares of the differences of two lists of tensors."""
-    return total(lambda x, y: (x - y).square(), [xs, ys], step)
+def averaged(g: Tensor, m: Tensor, beta: Any, weight: Any) -> Tensor:
+    """Return a running mean with one more value."""
+    new: Tensor = beta * m + weight * g
+    return new
 
 
 def or_first(carried: Any, first: Callable[[], Any]) -> Any:
@@ -103,9 +95,3 @@ def loss_at(value: Any, step: Any) -> Any:
         return float(value)
     check_loss("value must be", value)
     return known(double(value), step)
-
-
-def _sum(x: Tensor) -> Tensor:
-    if wide_device(x.device) != x.device:
-        return double(x.sum())  # type: ignore[no-any-return]
-    return x.sum(dtype=torch.float64)

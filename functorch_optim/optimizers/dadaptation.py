@@ -22,7 +22,7 @@ from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
-from functorch_optim.optimizers._whole import dot, like, norm, or_first, total
+from functorch_optim.optimizers._whole import averaged, or_first, total
 from functorch_optim.transforms.decay import add_decayed_weights
 
 
@@ -160,10 +160,8 @@ def dadapt_adam(
         if use_bias_correction:
             eta = eta * sqrt(debias(beta2, k)) / debias(beta1, k)
         q, weight3 = where(live, q, 1.0), where(live, (1 - q) * eta, 0.0)
-        r = q * carried.numerator_weighted + weight3 * total(
-            lambda g, s, v: g * (s / or_one(safe_sqrt(v) + like(e, v))), [updates, states.s, states.exp_avg_sq], step
-        )
-        size = total(lambda g, s: (like(q, g) * s + like(weight3, g) * g).abs(), [updates, states.s], step)
+        way, size = total(_terms_of_adam, [updates, states.s, states.exp_avg_sq], step, e, q, weight3)
+        r = q * carried.numerator_weighted + weight3 * way
         moves = live & (size != 0)
         grown = _grown(d, quotient(r, (1 - q) * size), growth_rate, step)
         now = DAdaptAdamCarried(grown, r, k)
@@ -252,11 +250,11 @@ def dadapt_sgd(
         return DAdaptSGDCarried(at_first(d0), 0.0, 0.0)
 
     def scalars(step: Any, carried: DAdaptSGDCarried, *, updates: Any, states: Any) -> Any:
-        g0_norm = or_first(carried.g0_norm, lambda: norm(updates, step))
+        g0_norm = or_first(carried.g0_norm, lambda: safe_sqrt(total(torch.square, [updates], step)))
         eta = quotient(carried.d * at(lr, step), g0_norm)
-        r = carried.numerator_weighted + eta * dot(updates, states.s, step)
-        size = safe_sqrt(total(lambda g, s: (s + like(eta, g) * g).square(), [updates, states.s], step))
-        d = _grown(carried.d, quotient(2 * r, size), growth_rate, step)
+        way, size = total(_terms_of_sgd, [updates, states.s], step, eta)
+        r = carried.numerator_weighted + eta * way
+        d = _grown(carried.d, quotient(2 * r, safe_sqrt(size)), growth_rate, step)
         return (eta, 1 - at(momentum, step)), DAdaptSGDCarried(d, r, g0_norm)
 
     def update(g: Tensor, state: DAdaptSGDState, p: Any, numbers: Any) -> Any:
@@ -266,6 +264,14 @@ def dadapt_sgd(
 
     rule = of_rule(_init_sgd, update, scalars, carry=carry, elementwise=True, needs_params=True, turns=True, lr=lr)
     return uphill_or_down(add_decayed_weights(weight_decay), rule, maximize=maximize)
+
+
+def _terms_of_adam(g: Tensor, s: Tensor, v: Tensor, eps: Any, q: Any, weight3: Any) -> tuple[Tensor, Tensor]:
+    return g * (s / or_one(safe_sqrt(v) + eps)), averaged(g, s, q, weight3).abs()
+
+
+def _terms_of_sgd(g: Tensor, s: Tensor, eta: Any) -> tuple[Tensor, Tensor]:
+    return g * s, (s + eta * g).square()
 
 
 def _grown(d: Any, estimate: Any, growth_rate: Any, step: Any) -> Any:

@@ -14,7 +14,7 @@ from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype
 from functorch_optim._numerics import maximum, quotient, safe_norm, safe_sqrt
 from functorch_optim.optimizers._descent import descent
-from functorch_optim.optimizers._whole import norm, or_first, squared_distance, squares
+from functorch_optim.optimizers._whole import or_first, total
 
 
 class DoGCarried(NamedTuple):
@@ -115,9 +115,12 @@ def dog(
         return DoGCarried(0.0, 0.0)
 
     def scalars(step: Any, carried: DoGCarried, *, updates: Any, params: Any, states: Any) -> Any:
-        before = or_first(carried.rbar, lambda: at(reps_rel, step) * (1 + norm(states.p0, step)))
-        rbar = maximum(before, safe_sqrt(squared_distance(params, states.p0, step)))
-        G = carried.G + squares(updates, step)  # noqa: N806
+        before = or_first(
+            carried.rbar, lambda: at(reps_rel, step) * (1 + safe_sqrt(total(torch.square, [states.p0], step)))
+        )
+        r2, g2 = total(_terms, [updates, states.p0, params], step)
+        rbar = maximum(before, safe_sqrt(r2))
+        G = carried.G + g2  # noqa: N806
         return quotient(rbar, safe_sqrt(G + at(eps, step))), DoGCarried(rbar, G)
 
     def update(g: Tensor, state: DoGState, p: Any, eta: Any) -> Any:
@@ -214,8 +217,9 @@ def dowg(
         return DoWGCarried(at_first(d0_squared), 0.0)
 
     def scalars(step: Any, carried: DoWGCarried, *, updates: Any, params: Any, states: Any) -> Any:
-        r2 = maximum(carried.r2, squared_distance(params, states.p0, step))
-        v = carried.v + r2 * squares(updates, step)
+        r2, g2 = total(_terms, [updates, states.p0, params], step)
+        r2 = maximum(carried.r2, r2)
+        v = carried.v + r2 * g2
         return quotient(r2, safe_sqrt(v) + at(eps, step)), DoWGCarried(r2, v)
 
     def update(g: Tensor, state: DoWGState, p: Any, eta: Any) -> Any:
@@ -229,6 +233,10 @@ def _check_dog(lr: Any, eps: Any, reps_rel: Any, trees: bool) -> None:
     check("learning rate", lr)
     check("epsilon value", eps, trees=trees)
     check("reps_rel", reps_rel, "value > 0", trees=trees)
+
+
+def _terms(g: Tensor, p0: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return (p - p0).square(), g.square()
 
 
 def _init_dog(p: Tensor) -> DoGState:

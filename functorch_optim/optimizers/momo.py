@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, debias, safe_sqrt, where
-from functorch_optim.optimizers._whole import bounded, dot, like, loss_at, total
+from functorch_optim.optimizers._whole import averaged, bounded, loss_at, total
 
 
 class MoMoCarried(NamedTuple):
@@ -111,12 +110,12 @@ def momo(
     ) -> tuple[MoMoScalars, MoMoCarried]:
         kept = where(step == 1, 0.0, at(beta, step))
         rate = at(lr, step)
-        mean, given = _mean(kept), [updates, states.exp_avg]
         f = kept * carried.loss_avg + (1 - kept) * loss_at(value, step)
-        q = kept * carried.grad_dot_w + (1 - kept) * dot(updates, params, step)
+        here, way, size = total(_terms, [updates, states.exp_avg, params], step, kept, 1 - kept)
+        q = kept * carried.grad_dot_w + (1 - kept) * here
         decay = rate * at(weight_decay, step)
-        h = (1 + decay) * (f - at(lb, step) - q) + total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
-        tau = bounded(rate, at_least(h, 0.0), total(lambda g, m: mean(g, m).square(), given, step))
+        h = (1 + decay) * (f - at(lb, step) - q) + way
+        tau = bounded(rate, at_least(h, 0.0), size)
         return MoMoScalars(kept, 1 - kept, 0.0, 0.0, 1.0, 0.0, tau, decay, 1 + decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoState, p: Any, s: MoMoScalars) -> Any:
@@ -177,21 +176,15 @@ def momo_adam(
         step: Any, carried: MoMoCarried, *, updates: Any, params: Any, states: Any, value: Any
     ) -> tuple[MoMoScalars, MoMoCarried]:
         beta1, beta2, e, rate = at(betas[0], step), at(betas[1], step), at(eps, step), at(lr, step)
-        mean, mean_of_squares, given = _mean(beta1), _mean(beta2), [updates, states.exp_avg]
         root, corrected = safe_sqrt(debias(beta2, step)), debias(beta1, step)
-
-        def scaled(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            v = mean_of_squares(g * g, v)
-            term: Tensor = mean(g, m).square() / (safe_sqrt(v) / like(root, v) + like(e, v))
-            return term
-
+        weights = beta1, 1 - beta1, beta2, 1 - beta2, root, e
+        here, way, size = total(_terms_of_adam, [updates, states.exp_avg, params, states.exp_avg_sq], step, *weights)
         f = beta1 * carried.loss_avg + (1 - beta1) * loss_at(value, step)
-        q = beta1 * carried.grad_dot_w + (1 - beta1) * dot(updates, params, step)
+        q = beta1 * carried.grad_dot_w + (1 - beta1) * here
         decay = rate * at(weight_decay, step)
-        way = total(lambda g, m, p: mean(g, m) * p, [*given, params], step)
         h = (1 + decay) * (f - corrected * at(lb, step) - q) + way
-        tau = bounded(rate / corrected, at_least(h, 0.0), total(scaled, [*given, states.exp_avg_sq], step))
-        return MoMoScalars(beta1, 1 - beta1, beta2, 1 - beta2, root, e, tau, decay, 1 + decay), MoMoCarried(f, q)
+        tau = bounded(rate / corrected, at_least(h, 0.0), size)
+        return MoMoScalars(*weights, tau, decay, 1 + decay), MoMoCarried(f, q)
 
     def update(g: Tensor, state: MoMoAdamState, p: Any, s: MoMoScalars) -> Any:
         m = s.beta1 * state.exp_avg + s.weight1 * g
@@ -211,14 +204,16 @@ def _carry() -> MoMoCarried:
     return MoMoCarried(0.0, 0.0)
 
 
-def _mean(beta: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that adds a tensor to a running mean."""
+def _terms(g: Tensor, m: Tensor, p: Tensor, beta1: Any, weight1: Any) -> tuple[Tensor, ...]:
+    m = averaged(g, m, beta1, weight1)
+    return g * p, m * p, m.square()
 
-    def added(x: Tensor, mean: Tensor) -> Tensor:
-        new: Tensor = like(beta, x) * mean + like(1 - beta, x) * x
-        return new
 
-    return added
+def _terms_of_adam(
+    g: Tensor, m: Tensor, p: Tensor, v: Tensor, beta1: Any, weight1: Any, beta2: Any, weight2: Any, root: Any, eps: Any
+) -> tuple[Tensor, ...]:
+    m, v = averaged(g, m, beta1, weight1), averaged(g * g, v, beta2, weight2)
+    return g * p, m * p, m.square() / (safe_sqrt(v) / root + eps)
 
 
 def _check(lr: Any, weight_decay: Any, lb: Any) -> None:

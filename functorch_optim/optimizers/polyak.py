@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_choice
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least
-from functorch_optim.optimizers._whole import bounded, loss_at, squares
+from functorch_optim.optimizers._whole import bounded, loss_at, total
 
 
 @factory
@@ -62,7 +63,7 @@ def polyak(
     def scalars(step: Any, *, updates: Any, value: Any) -> Any:
         gap = loss_at(value, step) - at(f_min, step)
         gap = at_least(gap, 0.0) if variant == "sps+" else gap
-        size = at(c, step) * squares(updates, step) + at(eps, step)
+        size = at(c, step) * total(torch.square, [updates], step) + at(eps, step)
         return bounded(at(max_lr, step), gap, size)
 
     def update(g: Tensor, state: Any, p: Any, eta: Any) -> Any:

@@ -13,7 +13,7 @@ from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import debias, maximum, minimum, or_one, quotient, safe_sqrt, sqrt, where
 from functorch_optim.optimizers._descent import uphill_or_down
-from functorch_optim.optimizers._whole import like, total
+from functorch_optim.optimizers._whole import averaged, total
 
 
 class ProdigyCarried(NamedTuple):
@@ -145,9 +145,8 @@ def prodigy(
             eta = eta * sqrt(debias(beta2, k)) / debias(beta1, k)
         weight3 = where(live, d / start * (d if safeguard_warmup else eta), 0.0)
         b3 = where(live, b3, 1.0)
-        way = total(lambda g, p0, p: g * (p0 - p), [updates, states.p0, params], step)
+        way, size = total(_terms, [updates, states.s, states.p0, params], step, b3, weight3)
         r = b3 * carried.d_numerator + where(live, d / start * eta, 0.0) * way
-        size = total(lambda g, s: (like(b3, g) * s + like(weight3, g) * g).abs(), [updates, states.s], step)
         moves = live & (size != 0)
         d_hat = at(d_coef, step) * quotient(r, size)
         begun = where(d == start, maximum(d, d_hat), d)
@@ -179,6 +178,10 @@ def prodigy(
     options: Any = {"elementwise": True, "needs_params": True, "turns": True, "decays": decays, "lr": lr}
     rule = of_rule(_init, update, scalars, carry=carry, **options)
     return uphill_or_down(rule, maximize=maximize)
+
+
+def _terms(g: Tensor, s: Tensor, p0: Tensor, p: Tensor, beta3: Any, weight3: Any) -> tuple[Tensor, Tensor]:
+    return g * (p0 - p), averaged(g, s, beta3, weight3).abs()
 
 
 def _init(p: Tensor) -> ProdigyState:
