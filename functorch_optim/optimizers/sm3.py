@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,8 @@ def sm3(
     def update(g: Tensor, state: SM3State, p: Any, s: tuple[Any, Any]) -> Any:
         weight, e = s
         nu = _smallest(state.accumulators, g.shape) + g * g
-        zero = nu == 0
-        w = torch.where(zero, torch.zeros_like(g), g * torch.rsqrt(nu.masked_fill(zero, 1) + e))
+        moves = (nu != 0).to(nu.dtype)
+        w = g * moves * torch.rsqrt(nu + (1 - moves) + e)
         m = torch.lerp(state.momentum_buffer, w, weight)
         return m, SM3State(_largest(nu, state.accumulators), m)
 
@@ -97,10 +98,7 @@ def _smallest(accumulators: Tensor, shape: torch.Size) -> Tensor:
         part.reshape(-1, *[1] * (len(shape) - dim - 1))
         for dim, part in enumerate(torch.split(accumulators, list(shape)))
     ]
-    smallest: Tensor = parts[0].expand(shape)
-    for part in parts[1:]:
-        smallest = torch.minimum(smallest, part)
-    return smallest
+    return functools.reduce(torch.minimum, reversed(parts))  # the last one alone is of the size of the parameter
 
 
 def _largest(nu: Tensor, accumulators: Tensor) -> Tensor:
@@ -109,4 +107,8 @@ def _largest(nu: Tensor, accumulators: Tensor) -> Tensor:
         return nu.reshape(-1)
     if nu.numel() == 0:
         return accumulators
-    return torch.cat([nu.amax([other for other in range(nu.ndim) if other != dim]) for dim in range(nu.ndim)])
+    found = []
+    for _ in range(nu.ndim - 1):
+        found.append(nu.amax(list(range(1, nu.ndim))))
+        nu = nu.amax(0)
+    return torch.cat([*found, nu])
