@@ -136,7 +136,7 @@ def filled_like(p: Tensor, hyperparameter: Hyperparameter) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     try:
-        value = at(hyperparameter, torch.ones((), dtype=torch.float64, device="cpu"))
+        value = at_first(hyperparameter)
     except DiffersError:
         raise TypeError(
             f"A state begins with the value of this hyperparameter, so it cannot be a tree: {hyperparameter!r}. Give "

@@ -9,11 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.hyperparameters import Hyperparameter, at, is_tree
+from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, is_tree
 from functorch_optim._core.injected import number_of
 from functorch_optim._core.leafwise import identity, of_rule
 from functorch_optim._core.links import shift
@@ -189,7 +188,7 @@ class _Keeper:
         """Keep a number, and return its reader."""
         self.names.append(name)
         self.numbers[name] = number
-        initial = _initial(number)
+        initial = at_first(number)
         return _Injected(name, self, len(self.numbers) - 1, initial)
 
     def check(self, numbers: Sequence[Tensor]) -> None:
@@ -207,7 +206,7 @@ class _Keeper:
         numbers, carried_type = list(self.numbers.values()), make_type("Carried", list(self.numbers))
 
         def carry() -> Any:
-            return carried_type(*map(_initial, numbers))
+            return carried_type(*map(at_first, numbers))
 
         def scalars(step: Tensor, kept: Any) -> Any:
             if self.state_type is ScheduledHyperparamsState:
@@ -226,10 +225,6 @@ class _Keeper:
             sparse="touched",
             keeps=self,
         )
-
-
-def _initial(number: Any) -> Any:
-    return at(number, torch.ones((), dtype=torch.float64, device="cpu"))
 
 
 def _is_hyperparameter(annotation: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, is_zero
+from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_zero
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -71,7 +71,7 @@ def _interpolated(
         return s.c * (state.z - y) + s.gain * dz, ScheduleFreeState(state.z + dz)  # y = b x + (1 - b) z, without x
 
     def evaluate(y: Tensor, state: ScheduleFreeState) -> Tensor:
-        weight = 1 - 1 / at(momentum, torch.ones((), dtype=torch.float64, device="cpu"))
+        weight = 1 - 1 / at_first(momentum)
         weight = weight.to(y.device, state.z.dtype) if isinstance(weight, Tensor) else weight
         return torch.lerp(y.to(state.z.dtype), state.z, weight)
 
