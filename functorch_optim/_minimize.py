@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim._control import is_known, while_loop
+from functorch_optim._core.checks import check_loss
 from functorch_optim._core.hyperparameters import check_integer, check_number
 from functorch_optim._core.rule import with_loss
 from functorch_optim._core.transformation import GradientTransformation, apply_updates, check_transformation
@@ -84,7 +85,7 @@ def minimize(
         or the gradient is NaN.
 
     Raises:
-        TypeError: `fn` is no function or does not return a tensor, or `tx` is no transformation.
+        TypeError: `fn` is no function or does not return a tensor; or `tx` is no transformation.
         ValueError: `fn` returns more than a number, or a number is out of range.
 
     `torch.vmap` can batch it over data, first parameters, or hyperparameters of `tx`. Under `torch.vmap` and
@@ -115,7 +116,9 @@ def minimize(
 
     def evaluated(params: Tensors) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         def loss(some: list[Tensor]) -> Tensor:
-            return _checked(fn(as_params(some)))
+            value = fn(as_params(some))
+            check_loss("The function to minimize must return", value)
+            return value
 
         grads, value = torch.func.grad_and_value(loss)(list(params))
         sizes = [g.detach().abs().amax() for g in grads if g.numel()]
@@ -145,14 +148,3 @@ def minimize(
     history = run.history[: int(run.steps) + 1] if is_known(run.grad_norm) else run.history
     params, converged = as_params(run.params), (run.grad_norm <= tol) & ~run.value.isnan()
     return Minimized(params, run.value, run.grad_norm, run.steps, converged, history, as_state(run.state))
-
-
-def _checked(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"minimize needs a function that returns a 0-dim tensor, got a {type(value).__name__} from it")
-    if value.ndim:
-        raise ValueError(
-            f"minimize needs a function that returns a 0-dim tensor, got one of shape {tuple(value.shape)} from it; "
-            "take the mean or sum"
-        )
-    return value
