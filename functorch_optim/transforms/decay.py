@@ -13,7 +13,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state, unchanged
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import maximum, where
+from functorch_optim._numerics import maximum, quotient
 from functorch_optim.tree import Tree
 
 
@@ -122,8 +122,8 @@ def add_decayed_weights(
                 return factor
             rate = at(lr, step)
             if kind == "independent":
-                return -factor if behind else factor * _ratio(1.0, rate)
-            return factor * _ratio(rate, largest) * (-rate if behind else 1.0)
+                return -factor if behind else factor * quotient(1.0, rate)
+            return factor * quotient(rate, largest) * (-rate if behind else 1.0)
 
         def scalars(step: Any) -> Any:
             return amount(step, None if lr_max is None else at(lr_max, step))
@@ -164,8 +164,3 @@ def _without_rate(*args: Any) -> Any:
 
 def _no_rate() -> LargestRate:
     return LargestRate(0.0)
-
-
-def _ratio(x: Any, y: Any) -> Any:
-    """Return x / y, 0 where y is zero."""
-    return where(y == 0, 0.0, x / where(y == 0, 1.0, y))
