@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.nn import functional
 
-from functorch_optim._core.checks import HALF
+from functorch_optim._execution.representation import widened
 from functorch_optim._numerics import safe_sqrt
 
 # Normalizations. Torch's backward passes treat the mean and the deviation of the forward pass as constants, and their
@@ -32,7 +32,8 @@ def layer_norm(
     if not shape or any(other != shape for other in shapes):
         return torch.layer_norm(input, shape, weight, bias, eps, cudnn_enable)  # raises torch's error
     single = input.is_cuda and torch.is_autocast_enabled("cuda")
-    x = _standardized(_full(input), tuple(range(-len(shape), 0)), eps)
+    # In half precision torch's kernels take means in float32.
+    x = _standardized(widened(input), tuple(range(-len(shape), 0)), eps)
     return _affine(x, weight, bias).to(torch.float32 if single else input.dtype)
 
 
@@ -58,7 +59,7 @@ def batch_norm(
     if running_mean is not None:  # torch keeps the running statistics, which have no derivatives
         torchs(input.detach(), None, None, running_mean, running_var, *rest)
     along = (-1, *[1] * (input.ndim - 2))
-    x = _standardized(_full(input), (*batch, *range(2, input.ndim)), eps)
+    x = _standardized(widened(input), (*batch, *range(2, input.ndim)), eps)
     return _affine(x, *[None if p is None else p.reshape(along) for p in (weight, bias)]).to(input.dtype)
 
 
@@ -85,11 +86,6 @@ def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
-
-
-def _full(x: Tensor) -> Tensor:
-    """Return the tensor in the precision of torch's kernels: half precision is too little for means."""
-    return x.float() if x.dtype in HALF else x
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -150,7 +146,7 @@ def soft_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tenso
 
 def mse_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:  # noqa: A002
     if torch.is_autocast_enabled(input.device.type):  # which has losses in single precision
-        input, target = _full(input), _full(target)  # noqa: A001
+        input, target = widened(input), widened(target)  # noqa: A001
     return _reduced((input - target).square(), reduction)
 
 

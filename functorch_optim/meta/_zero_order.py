@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import HALF, check_params
+from functorch_optim._core.checks import check_params
 from functorch_optim._core.hyperparameters import check_number
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
+from functorch_optim._execution.representation import widened
 from functorch_optim.tree import Tree
 
 ESTIMATORS = ("naive", "forward", "antithetic")
@@ -119,7 +120,7 @@ def zero_order_grad(
 def _number(value: Any) -> Tensor:
     """Turn a number into a tensor of full precision, because differences of these tensors are taken."""
     if isinstance(value, Tensor) and value.ndim == 0:
-        return value.detach().float() if value.dtype in HALF else value.detach()
+        return widened(value.detach())
     if isinstance(value, Real):
         return torch.tensor(float(value), dtype=torch.float64)
     what = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.transformation import GradientTransformation
+from functorch_optim._execution.representation import widened
 from functorch_optim._execution.sharded import on_shards
 from functorch_optim._numerics import double, safe_sqrt
 from functorch_optim._random import at_step, key_of, mixed, normal
@@ -104,6 +104,6 @@ def _noisy(g: Tensor, places: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     if g.is_complex():
         pairs = torch.stack([2 * places, 2 * places + 1], -1)
         return torch.view_as_complex(_noisy(torch.view_as_real(g.resolve_conj()), pairs, spread, key))
-    wide = g.float() if g.dtype in HALF else g
+    wide = widened(g)
     noise = normal(key.to(g.device), places).to(wide.dtype)
     return (wide + spread.to(g.device, wide.dtype) * noise).to(g.dtype)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from functorch_optim._core.checks import HALF
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._execution.representation import widened
 
 
 @factory
@@ -100,5 +100,4 @@ def maximize() -> GradientTransformation:
 
 def scaled(g: Tensor, scale: Tensor) -> Tensor:
     """Multiply a tensor by a number; half precision is computed in float32."""
-    wide = g.float() if g.dtype in HALF else g
-    return (scale.to(g.device) * wide).to(g.dtype)
+    return (scale.to(g.device) * widened(g)).to(g.dtype)
