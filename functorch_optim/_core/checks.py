@@ -133,7 +133,7 @@ def check_present(name: str, field: str, tensors: Sequence[Any], path: Path) -> 
 
 
 def check_state(
-    name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path, cast: bool = False
+    name: str, field: str, tensors: Sequence[Tensor], updates: Sequence[Tensor], path: Path, cast: bool
 ) -> None:
     """Raise unless the state of an elementwise rule has the shapes of the updates, and their dtypes or float32.
 

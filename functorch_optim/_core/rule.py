@@ -246,9 +246,7 @@ def _name(update: Any) -> str:
     return str(getattr(update, "__qualname__", type(update).__name__)).split(".")[0].lstrip("_")
 
 
-def check_extras(
-    rules: Sequence[Any], extras: dict[str, Any], call: str = "tx.update(updates, state, params, "
-) -> None:
+def check_extras(rules: Sequence[Any], extras: dict[str, Any], call: str) -> None:
     """Raise when an extra was given that no rule declares, or one is missing that a rule needs.
 
     Args:

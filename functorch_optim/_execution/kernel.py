@@ -27,10 +27,6 @@ class Kernel:
     function: Callable[..., None]
     buffers: tuple[torch.dtype, ...]
 
-    def scratch(self, size: int, device: torch.device) -> list[Tensor]:
-        """Make the buffers."""
-        return [torch.empty(size, dtype=dtype, device=device) for dtype in self.buffers]
-
 
 @functools.lru_cache(maxsize=256)
 def kernel(program: Program, in_place: tuple[str, ...] | None) -> Kernel:

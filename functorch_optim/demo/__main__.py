@@ -53,13 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def whole_number(smallest: int, largest: int = 2**32 - 1) -> Callable[[str], int]:
-    """Make a function that turns text into a whole number in a range.
-
-    Args:
-        smallest: smallest number that is allowed.
-        largest: largest number that is allowed.
-    """
+def whole_number(smallest: int) -> Callable[[str], int]:
+    """Make a function that turns text into a whole number, from the smallest that is allowed to 2^32 - 1."""
+    largest = 2**32 - 1
 
     def number_in(text: str) -> int:
         try:

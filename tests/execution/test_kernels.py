@@ -29,15 +29,18 @@ def assert_kernels_agree(program, expected, inputs, numbers, tolerance=1e-14):
     def close(results):
         torch.testing.assert_close(list(results), list(expected), rtol=tolerance, atol=tolerance, equal_nan=True)
 
+    def scratch(of):
+        return [torch.empty_like(inputs[0], dtype=dtype) for dtype in of.buffers]
+
     mine = [tensor.clone() for tensor in inputs]
     over = kernel(program, in_place)
-    over.function(*mine, *flat, *over.scratch(len(mine[0]), mine[0].device))
+    over.function(*mine, *flat, *scratch(over))
     close([mine[k] for k in overwritten])
 
     mine = [tensor.clone() for tensor in inputs]
     results = [torch.full_like(tensor, torch.nan) for tensor in expected]
     apart = kernel(program, None)
-    apart.function(*mine, *results, *flat, *apart.scratch(len(mine[0]), mine[0].device))
+    apart.function(*mine, *results, *flat, *scratch(apart))
     close(results)
     assert all(map(torch.equal, mine, inputs))
 
