@@ -173,6 +173,9 @@ def advice(value: Any) -> str:
 def factory(function: Callable[_P, GradientTransformation]) -> Callable[_P, GradientTransformation]:
     """Let transformations that `function` makes print and pickle as the call that made them.
 
+    Args:
+        function: takes hyperparameters and returns a transformation.
+
     Example:
         >>> import functorch_optim as fo
         >>> @fo.factory

@@ -61,7 +61,20 @@ class MaskedNode(NamedTuple):
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
-    """Split a tree into its leaves and its structure; None is a leaf, MaskedNode is none."""
+    """Split a tree into its leaves and its structure; None is a leaf, MaskedNode is none.
+
+    Args:
+        tree: any tree.
+
+    Returns:
+        The list of leaves, those of dicts sorted by key; and the structure, for `unflatten`.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> leaves, structure = fo.tree.flatten({"w": 1, "b": (2, None)})
+        >>> leaves
+        [2, None, 1]
+    """
     if torch.compiler.is_compiling():
         structure = _TracedStructure(tree)
         return structure.flatten_up_to(tree), structure
@@ -108,7 +121,21 @@ def _adopted(kind: type) -> bool:
 
 
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Tree:
-    """Build the tree of this structure with these leaves."""
+    """Build the tree of this structure with these leaves: the inverse of `flatten`.
+
+    Args:
+        structure: the second result of `flatten`.
+        leaves: as many as the structure has, in the order of `flatten`.
+
+    Raises:
+        ValueError: there are more or fewer leaves.
+
+    Example:
+        >>> import functorch_optim as fo
+        >>> leaves, structure = fo.tree.flatten({"w": 1, "b": (2, None)})
+        >>> fo.tree.unflatten(structure, [10 * leaf if leaf else leaf for leaf in leaves])
+        {'w': 10, 'b': (20, None)}
+    """
     return structure.unflatten(leaves)
 
 

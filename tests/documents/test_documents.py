@@ -148,6 +148,8 @@ def test_every_public_name_has_an_example():
         thing = getattr(fo, name)
         if callable(thing) and name not in ("EmptyState", "StepState", "ReduceOnPlateauState", "LBFGSState"):
             assert ">>>" in thing.__doc__, name
+    for name in TREE:
+        assert ">>>" in getattr(fo.tree, name).__doc__, name
 
 
 def test_schedules_and_classes_have_examples():
