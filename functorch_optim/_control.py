@@ -113,7 +113,7 @@ def cond(
         ValueError: the condition has more than one element; or both functions run, and their results differ in
             structure, shape or dtype.
 
-    Differs from torch.cond: that traces both functions always, and refuses what dynamo cannot trace. The idea is
+    torch.cond, in contrast, always traces both functions, and refuses those that dynamo cannot trace. The idea is
     `jax.lax.cond`.
 
     Example:

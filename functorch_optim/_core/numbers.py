@@ -254,7 +254,7 @@ def _as_known(gate: Condition) -> Condition:
 
 
 def _of_step(link: Link, extras: Any) -> Callable[[Any], Any] | None:
-    """Return the function of the step, and of what the link sees, that makes its numbers; None where more is needed."""
+    """Return the scalars of a link that need the step, and tensors of the tree, alone; None where others need more."""
     rule: Any = link.rule
     if rule.scalars is None and not link.when:
         return _nothing

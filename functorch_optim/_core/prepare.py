@@ -234,7 +234,7 @@ class Prepared:
             )
 
         params, some = self._params_of(k, leaves.params, columns), updates
-        if params is not None and link.widens is None:  # a wrapper that rounds must see what the parameters are
+        if params is not None and link.widens is None:  # a wrapper that rounds must see the dtypes of the parameters
             params, some = _beside(params, updates), _beside(updates, params)
         given = arranged(some)
         pair = rule.update(

@@ -270,7 +270,7 @@ class Group:
         params: list[Tensor] | None,
         path: Path,
     ) -> tuple[list[Tensor], list[Columns]]:
-        """Run the rules of one run, and check what they return."""
+        """Run the rules of one run, and check their results."""
         elementwise, members, stages, *_ = run
         view = as_reals if elementwise and self.is_complex else as_it_is
         arguments = (

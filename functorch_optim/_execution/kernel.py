@@ -163,7 +163,7 @@ def _copied(tensor: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _nonzero(tensor: Tensor, *, out: Tensor) -> Tensor:
-    """Return what `or_one` does: to add a one is faster than to fill it in."""
+    """Compute `or_one`: to add a one is faster than to fill it in."""
     return torch.add(tensor, torch.eq(tensor, 0, out=torch.empty_like(tensor)), out=out)
 
 

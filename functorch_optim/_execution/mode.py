@@ -50,7 +50,7 @@ def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
 
 
 def wants_derivatives(tensors: Sequence[Any]) -> bool:
-    """Tell whether derivatives of what is computed from tensors are recorded, or carried along."""
+    """Tell whether derivatives with respect to tensors are recorded, or carried along."""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

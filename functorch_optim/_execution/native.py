@@ -187,7 +187,7 @@ class Native:
 
     def over(self, columns: Sequence[list[Tensor]]) -> Overwriting:
         """Get ready to overwrite parameters and states."""
-        # The calls after the kernel read what it has written.
+        # The calls after the kernel read its results.
         follows = self.after is None or self.after.only_overwrites
         taken = follows and _lie_alike(columns) and self._takes(columns)
         return _OverNative(self, columns) if taken else self.other.over(columns)

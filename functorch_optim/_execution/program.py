@@ -325,7 +325,7 @@ class _Recording:
         written = tuple([_written(value) for value in args])
         written_kwargs = tuple([(key, _written(value)) for key, value in kwargs.items()])
         is_sum = name in ("add", "__add__") and not kwargs and all(isinstance(value, Name) for value in written)
-        if is_sum and written in self.sums:  # the new parameters: a link that looks at them adds up what ADD does
+        if is_sum and written in self.sums:  # the new parameters: a link that looks at them makes the sum of ADD too
             return self.sums[written]
         self.instructions.append(Instruction(function, written, written_kwargs, result, dtype))
         symbol = _Symbol(self, result, sample)

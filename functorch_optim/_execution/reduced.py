@@ -67,11 +67,11 @@ class Norm(NamedTuple):
         return cls(instruction.args[0], instruction.result, p, instruction.function is not safe_norm)
 
     def joined(self, parts: Tensor) -> Tensor:
-        """Join what blocks, or ranks, contribute: the first dimension."""
+        """Join the contributions of blocks, or ranks: the first dimension."""
         return parts.amax(0) if self.p == math.inf else parts.sum(0)
 
     def of_total(self, total: Tensor, sizes: list[int]) -> Tensor:
-        """Return the norms of tensors of some sizes, given what all their elements contribute."""
+        """Return the norms of tensors of some sizes, given the contributions of all their elements."""
         if self.p == math.inf:
             return total
         if self.mean:

@@ -147,7 +147,7 @@ class _Piece(NamedTuple):
     Attributes:
         owner: the coordinates of the rank.
         layout: of the shards.
-        tensor: what this rank has of it.
+        tensor: the shard of this rank.
     """
 
     owner: tuple[int, ...]
@@ -232,7 +232,7 @@ class _Owners:
         ]
 
     def _cuts(self, d: int, c: int) -> dict[int, int]:
-        """Return the cuts of part c along dimension d of the mesh, of what this rank has along those before."""
+        """Return the cuts of part c along dimension d of the mesh; along those before, of the part of this rank."""
         return {e: c if e == d else self.here[e] for e in self.dims[: self.dims.index(d) + 1]}
 
     def _by_owner(self, pieces: Sequence[_Piece], d: int) -> list[list[_Piece]]:

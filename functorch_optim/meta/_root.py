@@ -50,7 +50,7 @@ def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], 
             what = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(
                 f"The solution has a {what} at {tree.paths(x)[i]!r}; it must be a tree of floating-point or complex "
-                "tensors. Return what else there is as aux, with has_aux=True"
+                "tensors. Return anything else as aux, with has_aux=True"
             )
     optimality_fn = exact_derivatives()(optimality_fn)
     present = [i for i, leaf in enumerate(x_leaves) if leaf is not None]

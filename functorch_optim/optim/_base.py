@@ -260,7 +260,7 @@ class OptimizerBase(torch.optim.Optimizer):
             super().__setstate__(state)
             return
         # torch's load_state_dict ends here, with nothing changed yet. Try the loaded state on a copy.
-        state = {"state": self.state, "param_groups": self.param_groups, **state}  # what is left out stays
+        state = {"state": self.state, "param_groups": self.param_groups, **state}  # missing entries stay
         candidate = type(self).__new__(type(self))
         candidate.__dict__.update({**self.__dict__, "_plans": {}, "_steps": {}})
         # The classes of torch.optim complete older param groups. Their care for older states is ours.

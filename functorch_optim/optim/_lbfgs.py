@@ -194,7 +194,7 @@ class LBFGS(torch.optim.LBFGS):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" not in state:  # torch's load_state_dict ends here, with nothing changed yet
-            state = {"state": self.state, "param_groups": self.param_groups, **state}  # what is left out stays
+            state = {"state": self.state, "param_groups": self.param_groups, **state}  # missing entries stay
             [group], [loaded] = self.param_groups, state["param_groups"]
             states, manner = matching.unwrapped(state["state"])
             p = group["params"][0]

@@ -71,7 +71,7 @@ class PreparedStep:
         self, plan: Plan, state: Mapping[Any, State], tree_states: dict[int, Any], way: Way, rounds: bool = False
     ) -> None:
         self.plan, self.mode, self.rounds = plan, modes.current(), rounds
-        self.inference = torch.is_inference_mode_enabled()  # what is kept was made in it, and is written to in it alone
+        self.inference = torch.is_inference_mode_enabled()  # then only such steps may write to the kept tensors
         grads: list[Any] = [p.grad for p in plan.params]
         check_updates(grads, plan.params, plan.path)
         self.moving = [i for i, g in enumerate(grads) if g is not None]
@@ -287,7 +287,7 @@ class PreparedStep:
                 steps[k] = counted.done[name] + 1
 
     def _read_shared(self) -> None:
-        """Read what is one for all parameters, where gates may have let only some of them write it."""
+        """Read the numbers that are one for all parameters, where gates may have let only some of them write it."""
         for counted in self.counted:
             for k in self.shared:
                 if counted.carried[k] and self.mode == "plain":

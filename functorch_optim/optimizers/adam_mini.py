@@ -68,7 +68,7 @@ def adam_mini(
         betas: decay rates of m and of v, in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: decoupled, >= 0. Unless it is the number 0, `update` needs the parameters.
-        block: what has one second moment.
+        block: the elements that share a second moment.
             "row": each index of the first dimension: an output of a layer, a token; an element of a vector.
             "tensor": the whole parameter.
             "element": each element: this is AdamW.

@@ -143,7 +143,7 @@ def scale_by_shampoo(
         grafting_eps: added to the root of v, >= 0.
         root: r of the power -1 / r, >= 1. None: as above; 2 with `one_sided` or `kl`.
         one_sided: precondition the shorter side alone, of the first of equal ones.
-        kl: KL-Shampoo. L is the moment of what is preconditioned on all other sides, (g R^) (g R^)^T, with the last R^.
+        kl: KL-Shampoo. L is the moment of g, preconditioned on all other sides, (g R^) (g R^)^T, with the last R^.
         flatten: whether the dimensions after the first are one, as for convolutions.
 
     Raises:

@@ -146,11 +146,11 @@ def _fitted(new: Any, old: Any, path: str) -> Any:
         new = torch.tensor(new, dtype=dtype, device=old.device).expand(old.shape)
     if new.shape != old.shape:
         raise ValueError(
-            f"The value for {path!r} has shape {tuple(new.shape)}, but what is there has {tuple(old.shape)}. To train "
-            "with several values at once, batch them: torch.vmap(lambda lr: ...)(lrs)"
+            f"The value for {path!r} has shape {tuple(new.shape)}, but the present one has {tuple(old.shape)}. To "
+            "train with several values at once, batch them: torch.vmap(lambda lr: ...)(lrs)"
         )
     if new.is_complex() > old.is_complex() or _has_fractions(new) > _has_fractions(old):
-        raise TypeError(f"The value for {path!r} is {new.dtype}, but what is there is {old.dtype}")
+        raise TypeError(f"The value for {path!r} is {new.dtype}, but the present one is {old.dtype}")
     return new.to(old.device, old.dtype, copy=True)
 
 

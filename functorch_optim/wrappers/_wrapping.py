@@ -56,7 +56,7 @@ def wrapped(tx: Any, wrap: Callable[..., GradientTransformation], example: str, 
 
 
 class WrappedFactory:
-    """A factory whose transformations are wrapped; its name and signature are those of what it wraps."""
+    """A factory whose transformations are wrapped; its name and signature are those of the factory inside."""
 
     def __init__(
         self,

@@ -24,8 +24,8 @@ def cast_states(tx: Any, dtype: torch.dtype | Mapping[str, torch.dtype] = torch.
 
     Returns:
         Transformation whose state is built as that of `tx`. The states of float64 and complex parameters stay as they
-        are, and so do numbers that are kept once for all parameters, states of functions of the whole tree, and what
-        `master_weights` and `kahan` keep.
+        are, and so do numbers that are kept once for all parameters, states of functions of the whole tree, and those
+        of `master_weights` and `kahan`.
 
     Raises:
         ValueError: a dtype is none of these, or no rule in `tx` keeps a state of a name.

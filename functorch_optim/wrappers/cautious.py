@@ -122,7 +122,7 @@ def _directions(links: Sequence[Link], descends: bool | None) -> list[_Direction
         ):
             continue  # as is a change of sign before a learning rate
         end = k + 1
-        if multiplies:  # and the links before it may be decay, and what scales with it
+        if multiplies:  # and the links before it may be decay, and scale with it
             first = k
             while first > begin and _is_stateless(links[first - 1].rule):
                 first -= 1
@@ -169,7 +169,7 @@ def _mask(scaling: str, down: bool) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _alone(mask: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """Make the update of a rule that masks what the links before it return."""
+    """Make the update of a rule that masks the update of the links before it."""
 
     def cautious(u: Tensor, state: Any, g: Tensor, s: Any) -> tuple[Tensor, Any]:
         return like(mask(as_reals(u), as_reals(g)), u), state

@@ -192,7 +192,7 @@ class _Keeper:
         return _Injected(name, self, len(self.numbers) - 1, initial)
 
     def check(self, numbers: Sequence[Tensor]) -> None:
-        """Raise what the factory raises when it refuses these numbers."""
+        """Raise the error of the factory when it refuses these numbers."""
         self._checked({name: number.item() for name, number in zip(self.numbers, numbers, strict=True)})
 
     def __deepcopy__(self, memo: Any) -> _Keeper:

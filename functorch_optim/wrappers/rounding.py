@@ -134,7 +134,7 @@ def _master(dtype: torch.dtype) -> Rule:
 
 
 def kahan(tx: Any) -> Any:
-    """Add updates to parameters in half precision by compensated summation: what rounding loses is added later.
+    """Add updates to parameters in half precision by compensated summation: rounding errors are added later.
 
         u = tx(g) + c
         q = round(p + u),  c <- u - (q - p),  p <- q
@@ -187,7 +187,7 @@ def _compensated(dtype: torch.dtype) -> Rule:
 
 
 def stochastic_rounding(tx: Any, generator: torch.Generator | int | Tensor | None = None) -> Any:
-    """Round parameters in half precision up or down at random, so that the mean is what was to be rounded.
+    """Round parameters in half precision up or down at random, so that the mean is the number before rounding.
 
         x = p + tx(g)
         p <- the next number above x with probability (x - below) / (above - below), else the next below

@@ -69,14 +69,14 @@ def test_set_exchanges_one_part_and_copies():
 def test_what_does_not_fit_is_not_set():
     tree = state()
     with pytest.raises(
-        ValueError, match=r"value for 'a\.1\.1\.exp_avg\.x' has shape \(3,\), but what is there has \(2,\)"
+        ValueError, match=r"value for 'a\.1\.1\.exp_avg\.x' has shape \(3,\), but the present one has \(2,\)"
     ):
         T.set(tree, "exp_avg.x", torch.ones(3))
     with pytest.raises(ValueError, match=r"the value and the node at 'a\.1\.1\.exp_avg' do not match: 'y' is missing"):
         T.set(tree, "exp_avg", {"x": torch.ones(2)})
-    with pytest.raises(TypeError, match=r"value for 'b\.step' is torch\.float64, but what is there is torch\.int64"):
+    with pytest.raises(TypeError, match=r"value for 'b\.step' is torch\.float64, but the present one is torch\.int64"):
         T.set(tree, "step", 0.5, path="b")
-    with pytest.raises(TypeError, match=r"is torch\.complex64, but what is there is torch\.float32"):
+    with pytest.raises(TypeError, match=r"is torch\.complex64, but the present one is torch\.float32"):
         T.set(tree, "exp_avg.x", torch.ones(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"value for 'exp_avg\.w' is a str"):
         T.set(fo.adam().init({"w": torch.ones(1)})[1], "exp_avg.w", "x")
