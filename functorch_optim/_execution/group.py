@@ -35,7 +35,7 @@ from functorch_optim._execution.representation import (
 from functorch_optim._execution.wholes import Wholes
 
 Kinds: TypeAlias = tuple[type | bool, ...]
-"""What a program depends on of its numbers: a condition that is known, else the type; none where all are floats."""
+"""The traits of numbers that a program depends on: a known condition itself, else the type; () where all are floats."""
 
 
 class Group:

@@ -20,7 +20,7 @@ from functorch_optim.optimizers._descent import check_real, descent
 from functorch_optim.tree import Tree
 
 Block: TypeAlias = Literal["row", "tensor", "element"] | int
-"""What has one second moment; an integer is a number of attention heads."""
+"""The elements that share a second moment; an integer is a number of attention heads."""
 
 
 @leaf_state

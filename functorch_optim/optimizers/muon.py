@@ -235,7 +235,7 @@ class NormalizeRowsState(NamedTuple):
 
 
 class NormalizeRowsScalars(NamedTuple):
-    """What `normalize_rows` needs at a step.
+    """The numbers of `normalize_rows` at a step.
 
     Attributes:
         weight: 1 - beta2.

@@ -38,7 +38,7 @@ class ScaleByLMOState(NamedTuple):
 
 
 class LMOScalars(NamedTuple):
-    """What `scale_by_lmo` needs at a step.
+    """The numbers of `scale_by_lmo` at a step.
 
     Attributes:
         momentum: a, the weight of the new gradient.
