@@ -11,8 +11,9 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import at_least, known, sqrt, where
+from functorch_optim._numerics import at_least, sqrt, where
 from functorch_optim.optimizers._descent import descent
+from functorch_optim.optimizers._whole import squares
 
 
 class AdaiCarried(NamedTuple):
@@ -117,12 +118,8 @@ def _init(p: Tensor) -> ScaleByAdaiState:
 
 def _mean_square(tensors: list[Tensor], step: Any) -> Any:
     """Take the mean of squares of all elements of all tensors; real and imaginary parts are elements of their own."""
-    parts = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
-    count = sum([x.numel() for x in parts])
-    if not count:
-        return 0.0 * step
-    sums = [x.square().sum(dtype=torch.float64).to(parts[0].device) for x in parts]
-    return known(torch.stack(sums).sum() / count, step)
+    count = sum([x.numel() * (2 if x.is_complex() else 1) for x in tensors])
+    return squares(tensors, step) / max(count, 1)
 
 
 @factory
