@@ -286,7 +286,7 @@ class _Recording:
         return _Symbol(self, self.numbers[-1], value)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = str(getattr(function, "__name__", function))
+        name = _name(function)
         if (name.endswith("_") and not name.endswith("__")) and name.strip("_") not in ("and", "or"):
             raise TypeError(f"A rule must not modify its arguments: use {name.strip('_')}() in place of {name}()")
         if "out" in kwargs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import at_least, safe_norm, where
+from functorch_optim._numerics import at_least, quotient, safe_norm
 from functorch_optim.transforms.clipping import global_norm
 
 
@@ -58,7 +58,7 @@ def normalize_by_update_norm(scale_factor: Hyperparameter = 1.0, eps: Hyperparam
 
     def scalars(step: Tensor, *, updates: list[Tensor]) -> Any:
         total = global_norm(updates, 2.0, step) + at(eps, step)
-        return where(total == 0, 0.0, at(scale_factor, step) / where(total == 0, 1.0, total))
+        return quotient(at(scale_factor, step), total)
 
     def update(g: Tensor, state: Any, p: Tensor | None, factor: Any) -> Any:
         return factor * g, state
