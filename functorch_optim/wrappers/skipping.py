@@ -185,7 +185,7 @@ def _gate(state_type: type, scalars: Callable[..., Any], carry: Callable[[], Any
     """Make a gate that lets gradients through as they are, or not at all."""
     return of_rule(
         state_type,
-        lambda g, state, p, s: (g, state),
+        lambda g, state, p, s: (g, state),  # a pass of rules that are `unchanged` is left out, and this one holds
         scalars,
         carry=carry,
         elementwise=True,
