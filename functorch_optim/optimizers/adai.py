@@ -13,7 +13,7 @@ from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._numerics import at_least, sqrt, where
 from functorch_optim.optimizers._descent import descent
-from functorch_optim.optimizers._whole import squares
+from functorch_optim.optimizers._whole import total
 
 
 class AdaiCarried(NamedTuple):
@@ -119,7 +119,7 @@ def _init(p: Tensor) -> ScaleByAdaiState:
 def _mean_square(tensors: list[Tensor], step: Any) -> Any:
     """Take the mean of squares of all elements of all tensors; real and imaginary parts are elements of their own."""
     count = sum([x.numel() * (2 if x.is_complex() else 1) for x in tensors])
-    return squares(tensors, step) / max(count, 1)
+    return total(torch.square, [tensors], step) / max(count, 1)
 
 
 @factory
