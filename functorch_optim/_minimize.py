@@ -34,6 +34,8 @@ class Minimized(NamedTuple):
         >>> found = fo.minimize(lambda x: (x - 1) ** 2, torch.tensor(0.0), fo.sgd(0.5))
         >>> found.params, found.steps, found.history
         (tensor(1.), tensor(1), tensor([1., 0.]))
+
+    Printed, it leaves `history` and `state` out.
     """
 
     params: Tree
@@ -43,6 +45,10 @@ class Minimized(NamedTuple):
     converged: Tensor
     history: Tensor
     state: Any
+
+    def __repr__(self) -> str:
+        fields = [f"{name}={getattr(self, name)!r}" for name in self._fields[: self._fields.index("history")]]
+        return f"Minimized({', '.join(fields)}, ...)"
 
 
 class _Run(NamedTuple):

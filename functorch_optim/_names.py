@@ -197,9 +197,11 @@ def _called(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """Call a function of the library.
 
     Raises:
-        TypeError: it has no parameter of a name; the message has the nearest. Or an argument only makes schedules.
+        TypeError: it has no parameter of a name; the message has the nearest. Or an argument is missing, or only makes
+            schedules.
     """
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for name in kwargs:
             if name not in parameters:
@@ -211,6 +213,15 @@ def _called(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     for value in (*args, *kwargs.values()):
         if inspect.isfunction(value) and value in vars(schedules).values():
             raise TypeError(f"{value.__name__} needs its own arguments to be a schedule: {value.__name__}(...)")
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        around = (
+            "it goes around a transformation, as in ema_weights(adamw(1e-3), 0.999). " if "tx" in parameters else ""
+        )
+        raise TypeError(
+            f"{function.__name__} is called wrongly: {error}; {around}Its arguments are {', '.join(parameters)}"
+        ) from None
     return function(*args, **kwargs)
 
 

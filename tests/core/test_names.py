@@ -209,6 +209,8 @@ def test_only_calls_of_the_library_are_executed(text):
         ({"name": "adamw", "learning_rate": 1.0}, TypeError, "did you mean 'lr'"),
         ({"adamw": {"learning_rate": 1.0}}, TypeError, "did you mean 'lr'"),
         ({"clip": [1.0, 2.0]}, TypeError, "Its arguments are clip_value"),
+        ("adam(0.1) | ema_weights(0.9)", TypeError, "missing a required argument: 'decay'; it goes around a transf"),
+        ("cosine(0.1)", TypeError, "cosine is called wrongly: missing a required argument: 'total_iters'; Its arg"),
     ],
 )
 def test_mistakes_are_errors(spec, error, message):

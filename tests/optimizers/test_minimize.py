@@ -56,6 +56,12 @@ def test_is_the_loop_that_one_would_write():
     assert found.steps == 7
 
 
+def test_a_long_history_is_not_printed():
+    found = fo.minimize(lambda x: (x - 1) ** 2, torch.tensor(0.0), fo.sgd(0.5))
+    assert repr(found).startswith("Minimized(params=tensor(1.), value=tensor(0.), ")
+    assert repr(found).endswith("converged=tensor(True), ...)")
+
+
 def test_a_start_at_the_minimum_takes_no_step_and_nan_ends():
     there = torch.ones(2, dtype=F64)
     found = fo.minimize(lambda x: (x - 1).square().sum(), there)
