@@ -15,7 +15,7 @@ from functorch_optim._core.rule import ADD
 from functorch_optim._execution import choose, writing
 from functorch_optim._execution.choose import Machine, Way
 from functorch_optim._execution.foreach import Overwriting
-from functorch_optim._execution.mode import Mode, wants_derivatives
+from functorch_optim._execution.mode import Mode, wants_derivatives, without_autocast
 from functorch_optim._execution.program import needed, record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import (
@@ -107,7 +107,9 @@ class Group:
             inputs = self._inputs(updates, params, states)
             outputs = self._machine("new", runs[0], inputs, states, scalars, *known).new(inputs, known[0])
             return self._restored(outputs, updates, params, states)
-        return self._compute_by_rules(runs, updates, params, states, scalars, eagerly=self.plain and known is not None)
+        with without_autocast(self.device.type):
+            eagerly = self.plain and known is not None
+            return self._compute_by_rules(runs, updates, params, states, scalars, eagerly)
 
     def overwrite(
         self, updates: list[Tensor], params: list[Tensor], states: Sequence[Columns], scalars: Sequence[Any]

@@ -1,7 +1,7 @@
 """How torch treats tensors at present; a call of this library asks once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -37,6 +37,13 @@ def lasting() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Switch torch.autocast off for a type of device; a step within it would round the products of matrices."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def is_plain(mode: Mode, tensors: Sequence[Any]) -> bool:
