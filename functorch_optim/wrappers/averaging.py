@@ -132,8 +132,8 @@ def ema_weights(
         ValueError: a number is out of range, or `warmup` is none of these.
         TypeError: `tx` is neither a transformation nor a factory.
 
-    The average begins with the initial parameters, as in timm and torch_ema. `torch.optim.swa_utils.AveragedModel`
-    begins with those after the first step: that is `start=1`.
+    The average begins with the initial parameters, as in torch_ema. `torch.optim.swa_utils.AveragedModel` begins with
+    those after the first step: that is `start=1`. So does timm's `ModelEmaV3` if its `update` is given the step.
 
     Evaluate with `fo.eval_params(tx, state, params)`, or within `opt.averaged()`. A step that `tx` leaves out, of
     `accumulate` say, is left out here too. A parameter whose gradient is None is left alone, and so is its average,

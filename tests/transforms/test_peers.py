@@ -112,3 +112,29 @@ def test_corrected_decay_equals_timms_where_the_first_rate_is_the_largest():
         opt.step()
     for key, leaf in params.items():
         torch.testing.assert_close(leaf, theirs[key].detach(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "stepped", "ours"),
+    [
+        ({}, False, {}),
+        ({}, True, {"start": 1}),
+        ({"update_after_step": 2}, True, {"start": 3}),
+        ({"use_warmup": True}, True, {"warmup": "timm"}),
+        ({"use_warmup": True, "update_after_step": 2}, True, {"warmup": "timm", "start": 2}),
+    ],
+)
+def test_exponential_averages_equal_timms(theirs, stepped, ours):
+    model_ema = pytest.importorskip("timm.utils.model_ema")
+    model = torch.nn.Linear(3, 2)
+    average = model_ema.ModelEmaV3(model, decay=0.7, **theirs)
+    tx, params = fo.ema_weights(fo.sgd(1.0), 0.7, **ours), fo.params_of(model)
+    state = tx.init(params)
+    for t in range(1, 7):
+        grads = fo.tree.map(lambda p: torch.full_like(p, 0.1 * t), params)
+        params, state = fo.step(tx, grads, state, params)
+        model.load_state_dict(params)
+        average.update(model, **({"step": t} if stepped else {}))
+    expected = dict(average.module.named_parameters())
+    for key, leaf in fo.eval_params(tx, state, params).items():
+        torch.testing.assert_close(leaf, expected[key].detach(), rtol=1e-5, atol=1e-6)
