@@ -69,7 +69,8 @@ def novograd(
     Raises:
         ValueError: a number is out of range.
 
-    timm starts v again whenever it is zero, and optax has betas (0.9, 0.25). Derivatives are finite at zero gradients.
+    timm starts v again whenever it is zero, and optax has betas (0.9, 0.25). With grad_averaging the first m is
+    (1 - beta1) d, as in timm; pytorch_optimizer's is d. Derivatives are finite at zero gradients.
 
     Source: Ginsburg et al., arXiv:1905.11286, algorithm 1.
 
