@@ -47,6 +47,9 @@ def lowered(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     home = next((number for number, p in zip(numbers, params, strict=True) if p.requires_grad), None)
     if home is not None and REST in saved["state"]:
         saved["state"][home] = {**saved["state"].get(home, {}), REST: saved["state"].pop(REST)}
+        for number, p in zip(numbers, params, strict=True):
+            if p.requires_grad:
+                saved["state"].setdefault(number, {})  # without an entry, torch's helper does not load
 
 
 def lifted(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +60,13 @@ def lifted(state_dict: dict[str, Any]) -> dict[str, Any]:
     homes = [key for key, own in states.items() if key != REST and isinstance(own, Mapping) and REST in own]
     if homes:
         own = dict(states[homes[0]])
-        return {**state_dict, "state": {**states, REST: own.pop(REST), homes[0]: own}}
-    flattened = _flattened(states)
-    return {**state_dict, "state": {**states, REST: flattened}} if flattened else state_dict
+        whole = own.pop(REST)
+        states = {**states, homes[0]: own}
+    else:
+        whole = _flattened(states)
+        if not whole:
+            return state_dict
+    return {**state_dict, "state": {**{key: own for key, own in states.items() if own != {}}, REST: whole}}
 
 
 def _flattened(states: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:

@@ -213,3 +213,32 @@ def test_distributed_state_dicts_of_the_wrapper(name):
         # torch.optim's NAdam casts its product to the parameters' dtype when it is loaded.
         tolerance = 1e-6 if name == "NAdam" else 1e-12
         assert_same_dicts(*[new.state_dict() for new, _ in resumed], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize("tx", [fo.lbfgs(max_iter=2), fo.quantized(fo.adamw(0.1))], ids=["lbfgs", "quantized"])
+def test_distributed_state_dicts_where_no_parameter_has_a_state_of_its_own(tx, flat):
+    how = distributed.StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def make():
+        model = Model(0)
+        return model, fo.Optimizer(model.parameters(), tx)
+
+    def train(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = sum((p - 1).square().sum() for p in model.parameters())
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+
+    pair, resumed = make(), make()
+    train(*pair)
+    both = through_a_file(distributed.get_state_dict(*pair, options=how))
+    distributed.set_state_dict(*resumed, model_state_dict=both[0], optim_state_dict=both[1], options=how)
+    for some in (pair, resumed):
+        train(*some)
+    assert_same_dicts(pair[0].state_dict(), resumed[0].state_dict())
+    assert_same_dicts(pair[1].state_dict(), resumed[1].state_dict())
