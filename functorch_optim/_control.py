@@ -43,7 +43,7 @@ def is_known(condition: Tensor | bool) -> bool:
         if torch._C._functorch.is_batchedtensor(tensor):
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return True
+    return not tensor.is_meta
 
 
 def is_masked() -> bool:

@@ -18,6 +18,17 @@ def test_steps_are_those_of_the_default_device_of_the_parameters(row):
     torch.testing.assert_close(reached, state, rtol=0, atol=0)
 
 
+@rows
+def test_states_and_parameters_without_data_have_the_shapes_of_others(row):
+    if row.name == "offload":
+        pytest.skip("its states have data, on the CPU")
+    params, x = make_params(), torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    on_meta = fo.tree.map(lambda p: p.to("meta"), params)
+    expected, found = [train(row(), some, x.to(device), 2) for some, device in ((params, "cpu"), (on_meta, "meta"))]
+    for some, other in zip(fo.tree.flatten(found)[0], fo.tree.flatten(expected)[0], strict=True):
+        assert (some.shape, some.dtype) == (other.shape, other.dtype)
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_make_the_steps_of_the_default_device_of_the_parameters(name, options):
