@@ -28,7 +28,7 @@ def trained(tx, take, autocast):
     return params, state
 
 
-@pytest.mark.sampled(size=32)
+@pytest.mark.sampled
 @pytest.mark.parametrize("row", OF_LEAVES, ids=lambda row: row.name)
 def test_a_step_does_not_depend_on_autocast(row):
     for take in (updated, fo.step, fo.step_):

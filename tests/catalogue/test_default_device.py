@@ -18,6 +18,7 @@ def test_steps_are_those_of_the_default_device_of_the_parameters(row):
     torch.testing.assert_close(reached, state, rtol=0, atol=0)
 
 
+@pytest.mark.sampled
 @rows
 def test_states_and_parameters_without_data_have_the_shapes_of_others(row):
     if row.name == "offload":
