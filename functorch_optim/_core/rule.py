@@ -148,7 +148,7 @@ class Rule:
             )
         if not pairs:
             return state
-        return type(state)(*map(torch.view_as_complex, state)) if state else state
+        return type(state)(*map(_as_complex, state)) if state else state
 
     def carried(self) -> Any:
         """Make the numbers that scalars carry on, before the first update."""
@@ -377,3 +377,8 @@ def _rebuild(state_type: Any, counters: tuple[str, ...], fields: tuple[Any, ...]
 def step_dtype() -> torch.dtype:
     """Return torch.optim's dtype of `step`: float32, unless the default is float64."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """Make pairs of reals complex. In torch 2.13 only a copy of an empty tensor has a tangent that can be viewed so."""
+    return torch.view_as_complex(pairs if pairs.numel() else pairs.clone(memory_format=torch.contiguous_format))

@@ -218,3 +218,15 @@ def test_forward_mode_of_a_float32_number():
 
     _, slope = torch.func.jvp(moved, (torch.ones(()),), (torch.ones(()),))
     assert slope.dtype == torch.float32
+
+
+def test_forward_mode_of_a_first_value_of_complex_states_of_which_one_is_empty():
+    params = [torch.ones(2, dtype=torch.complex128), torch.ones(0, 3, dtype=torch.complex128)]
+
+    def moved(lr):
+        tx = fo.rprop(lr)
+        return fo.step(tx, params, tx.init(params), params)[0][0].real.sum()
+
+    one = torch.ones((), dtype=torch.float64)
+    _, slope = torch.func.jvp(moved, (0.1 * one,), (one,))
+    assert slope == torch.func.grad(moved)(0.1 * one) != 0
