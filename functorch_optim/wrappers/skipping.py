@@ -205,6 +205,9 @@ def _takes_step(condition: Any) -> bool:
             f"skip needs a function that tells which steps to leave out, got {condition!r}; write "
             "skip(adamw(1e-3), lambda step: step < 10)"
         )
+    code = None if inspect.ismethod(condition) else getattr(condition, "__code__", None)
+    if code is not None and code.co_argcount < 2 and not hasattr(condition, "__wrapped__"):
+        return bool(code.co_argcount or code.co_flags & inspect.CO_VARARGS)  # torch.compile traces no inspect.signature
     kinds = inspect.Parameter
     positional = [
         parameter

@@ -230,3 +230,16 @@ def test_forward_mode_of_a_first_value_of_complex_states_of_which_one_is_empty()
     one = torch.ones((), dtype=torch.float64)
     _, slope = torch.func.jvp(moved, (0.1 * one,), (one,))
     assert slope == torch.func.grad(moved)(0.1 * one) != 0
+
+
+def test_a_condition_may_be_made_where_torch_compile_traces():
+    def trained(lr):
+        tx = fo.skip(fo.sgd(lr, 0.5), lambda step: step == 1)
+        params = torch.ones(2)
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = fo.step(tx, params.sin(), state, params)
+        return params.sum()
+
+    gradient, lr = torch.func.grad(trained), torch.tensor(0.1)
+    torch.testing.assert_close(torch.compile(gradient, backend="eager", fullgraph=True)(lr), gradient(lr))
