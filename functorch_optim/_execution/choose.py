@@ -9,6 +9,7 @@
 | - `foreach=True`; on a GPU; or few small tensors on the CPU | foreach |
 | - `fused=False` or `foreach=False`; all else on the CPU | in blocks |
 | elementwise ones but for norms of their tensor, on plain tensors of the CPU; into new tensors only if one is large | reduced: a program in blocks, once for the norms and once for the results; overwriting large ones with `fused=True`, both compiled |
+| sums over all tensors that numbers of rules need, on plain tensors of the CPU | in blocks; with `fused=True`, large tensors by a compiled function |
 | elementwise ones, on many small tensors that are differentiated or vmapped | flat: once on all of them, end to end |
 | elementwise ones, on large tensors that autograd differentiates | recomputed in backward |
 | rules that need their tensor whole and say that they may be stacked, on small tensors of one shape | stacked |
@@ -16,7 +17,7 @@
 | of sharded tensors (DTensor) | the same, on their local shards |
 """  # noqa: E501
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
@@ -25,13 +26,14 @@ from functorch_optim._execution import blocks, flat, fused, native, recomputed
 from functorch_optim._execution.blocks import InBlocks
 from functorch_optim._execution.flat import can_join
 from functorch_optim._execution.foreach import Foreach, Overwriting
-from functorch_optim._execution.mode import Mode
+from functorch_optim._execution.mode import Mode, Plain
 from functorch_optim._execution.program import Program
 from functorch_optim._execution.recomputed import can_recompute
 from functorch_optim._execution.reduced import Reduced
 from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns
 from functorch_optim._execution.stacked import can_stack, stacked
+from functorch_optim._execution.sums import in_blocks
 from functorch_optim._execution.wholes import Wholes
 
 FEW = 32
@@ -121,6 +123,23 @@ def machine(
         return native.Native(program, found, chosen, numbers)
     compiles = way == "fused" and len(program.instructions) > 1  # of one call there is nothing to fuse
     return (fused.compiled(program) or chosen) if compiles else chosen
+
+
+def sums(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], numbers: Sequence[Any]) -> list[float] | None:
+    """Choose how to add terms over all elements; None: tensor by tensor, as torch's functions do.
+
+    Args:
+        terms: elementwise function of a tensor of each column, and of the numbers; it returns a tensor, or several.
+        columns: lists of tensors of the same shapes.
+        numbers: the numbers.
+    """
+    plain = all([isinstance(column, Plain) and column for column in columns])  # noqa: C419
+    known = all([type(number) is float for number in numbers])  # noqa: C419
+    if not plain or not known or columns[0][0].device.type != "cpu":
+        return None
+    fuses = columns[0].fuses  # type: ignore[attr-defined]
+    large = any([tensor.numel() >= blocks.SMALL for tensor in columns[0]])  # noqa: C419
+    return in_blocks(terms, columns, numbers, compiles=fuses and large)
 
 
 class Parted:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from functorch_optim._core.checks import check_loss
+from functorch_optim._execution import choose
 from functorch_optim._execution.representation import as_reals, widened
 from functorch_optim._execution.sharded import over_ranks, some_sharded
-from functorch_optim._execution.sums import can_run, sums
 from functorch_optim._numerics import double, known, minimum, where, wide_device
 
 
@@ -34,9 +34,8 @@ def total(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], step: 
     Returns:
         The sum of what `terms` returns, or the several sums.
     """
-    if columns[0] and isinstance(step, float) and can_run(columns, numbers):
-        found: list[Any] = sums(terms, columns, numbers)
-    else:
+    found: Any = choose.sums(terms, columns, numbers) if isinstance(step, float) else None
+    if found is None:
         rows = zip(*columns, strict=True) if columns[0] else [[torch.zeros(0)] * len(columns)]
         sharded = any(map(some_sharded, columns))
         each = [[term if sharded else _sum(term) for term in _of_row(terms, row, numbers)] for row in rows]

@@ -55,8 +55,8 @@ def sam(
     function of the parameters, on the batch of the step. In `fo.Optimizer` an ordinary closure is enough,
     `opt.step(closure)`: it is evaluated again at p + e, with autocast and whatever else it does. Parameters, gradients,
     and the buffers of modules, such as the statistics of BatchNorm, are then as the first evaluation has left them.
-    Inside of `masked` and `partition`, `grad_fn` and `value_fn` get `MaskedNode()` in place of the other parameters, and
-    must have their values from elsewhere.
+    Inside of `masked` and `partition`, `grad_fn` and `value_fn` get `MaskedNode()` in place of the other parameters,
+    and must have their values from elsewhere.
 
     Where all gradients are zero, so is e, with derivative zero. A parameter without a gradient stays in both places.
     `sam(accumulate(tx, 4))` adds up gradients of small batches, each at its own p + e. `sam(apply_if_finite(tx))`

@@ -43,6 +43,7 @@ LAYERS = [
     "_execution.flat",
     "_execution.stacked",
     "_execution.reduced",
+    "_execution.sums",
     "_execution.choose",
     "_execution.group",
     "_execution",
