@@ -39,6 +39,8 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         (0.1, tensor(1., dtype=torch.float64))
     """
     value: Any = hyperparameter.read() if type(hyperparameter) is Live else hyperparameter
+    if isinstance(value, Recorded):
+        value = _scheduled(value, step)
     if type(value) is float:
         return value
     of_leaf = is_tree(value)
