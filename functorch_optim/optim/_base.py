@@ -246,7 +246,8 @@ class OptimizerBase(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
 
-        Hyperparameters that are functions, schedules say, belong to the program and are left out.
+        Hyperparameters that are functions, schedules say, transformations or generators belong to the program and are
+        left out.
         """
         with self.register_state_dict_post_hook(_make_plain, prepend=True):
             return super().state_dict()
@@ -377,15 +378,17 @@ def _disabled(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _without_functions(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the entries of a saved group that stand for functions: those stay the program's."""
-    return {k: v for k, v in saved.items() if v is not None or not factories.has_function(own.get(k))}
+    """Leave out the entries of a saved group that stand for functions and the like: those stay the program's."""
+    return {k: v for k, v in saved.items() if v is not None or not factories.is_of_program(own.get(k))}
 
 
 def _make_plain(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     for_helper = helpers.saves()
     for group in saved["param_groups"]:
-        for name in [name for name, value in group.items() if factories.has_function(value)]:
-            if for_helper:
+        for name, value in list(group.items()):
+            if not factories.is_of_program(value):
+                group[name] = factories.plain(value)
+            elif for_helper:
                 group[name] = None  # torch's helper looks for every name
             else:
                 del group[name]

@@ -100,8 +100,9 @@ class EvaluatingOptimizer(OptimizerBase):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the hyperparameters in plain containers; `torch.load(weights_only=True)` takes them.
 
-        Hyperparameters that are functions, schedules say, belong to the program and are left out. Where a wrapper keeps
-        two sets of weights, each group has `train_mode`: False while the parameters are those to evaluate with.
+        Hyperparameters that are functions, schedules say, transformations or generators belong to the program and are
+        left out. Where a wrapper keeps two sets of weights, each group has `train_mode`: False while the parameters are
+        those to evaluate with.
         """
         saved = super().state_dict()
         if self._averages or self._evaluating:

@@ -304,3 +304,26 @@ def _same(old: Any, new: Any, live: bool) -> bool:
 def has_function(value: Any) -> bool:
     """Tell whether a hyperparameter is a function, a schedule say, or holds one."""
     return any(map(callable, tree.flatten(value)[0]))
+
+
+def is_of_program(value: Any) -> bool:
+    """Tell whether a hyperparameter is no data, or holds such: a function, a transformation, a generator."""
+    return any(
+        callable(leaf) or isinstance(leaf, GradientTransformation | torch.Generator) for leaf in tree.flatten(value)[0]
+    )
+
+
+def plain(value: Any) -> Any:
+    """Turn numbers of numpy and the like into Python's; a function of a scheduler may return them."""
+    return tree.map(_plain_number, value) if any(map(_is_foreign, tree.flatten(value)[0])) else value
+
+
+def _plain_number(leaf: Any) -> Any:
+    if not _is_foreign(leaf):
+        return leaf
+    kind = int if isinstance(leaf, numbers.Integral) else float if isinstance(leaf, numbers.Real) else complex
+    return kind(leaf)
+
+
+def _is_foreign(leaf: Any) -> bool:
+    return isinstance(leaf, numbers.Complex) and type(leaf).__module__ != "builtins"

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,35 @@ def test_what_is_saved_is_plain(make):
     other.load_state_dict(saved)
     for p, q in zip(*map(parameters, (optimizer, other)), strict=True):
         torch.testing.assert_close(other.state[q], optimizer.state[p], rtol=0, atol=0, check_dtype=False)
+
+
+def clipped_sgd(lr, inner):
+    return fo.chain(inner, fo.sgd(lr))
+
+
+@pytest.mark.parametrize(
+    ("factory", "given"),
+    [(fo.dion, {"generator": torch.Generator()}), (clipped_sgd, {"inner": fo.clip(1.0)}), (fo.adopt, {"clip": abs})],
+    ids=["generator", "transformation", "function"],
+)
+def test_what_is_no_data_stays_with_the_program(factory, given):
+    optimizer = fo.Optimizer([nn.Parameter(torch.ones(2, 2))], factory, lr=0.1, **given)
+    saved = through_a_file(optimizer.state_dict(), weights_only=True)
+    optimizer.load_state_dict(saved)
+    (name,) = given
+    assert name not in saved["param_groups"][0]
+    assert optimizer.param_groups[0][name] is given[name]
+
+
+@pytest.mark.parametrize("make", [fo.optim.Adam, partial(fo.Optimizer, transformation=fo.adam)])
+def test_numbers_of_numpy_are_saved_as_numbers(make):
+    numpy = pytest.importorskip("numpy")
+    optimizer = make([nn.Parameter(torch.ones(2))], lr=0.5)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: numpy.cos(epoch))
+    optimizer.param_groups[0]["betas"] = (numpy.float32(0.5), 0.75)
+    saved = through_a_file(optimizer.state_dict(), weights_only=True)["param_groups"][0]
+    assert saved["lr"] == 0.5
+    assert saved["betas"] == (0.5, 0.75)
 
 
 def test_code_in_checkpoints_is_not_run(tmp_path, monkeypatch):
