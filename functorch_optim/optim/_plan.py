@@ -289,9 +289,11 @@ class Plan:
 def _of_tree(links: Sequence[Link]) -> set[int]:
     """Find the links whose scalars carry on numbers of the whole tree; and those that schedule hyperparameters of such.
 
-    So these numbers are the same, whichever of the parameters have a gradient.
+    So these numbers are the same, whichever of the parameters have a gradient. They are those of rules that see the
+    tree, and of gates: all parameters make their steps together.
     """
-    seeing = {k for k, link in enumerate(links) if link.rule.carry is not None and link.rule.sees_tree}
+    gates = {k - back for k, link in enumerate(links) for back in link.when}
+    seeing = {k for k, link in enumerate(links) if link.rule.carry is not None and (link.rule.sees_tree or k in gates)}
     return seeing | {k - back for k in seeing for back in links[k].reads}
 
 
