@@ -46,6 +46,7 @@ def sgld(
     Raises:
         ValueError: a number is out of range; there is neither noise nor a generator; or the noise is not like the
             parameters.
+        TypeError: `generator` is no generator.
 
     Source: Welling & Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011, equation 4.
 
@@ -57,6 +58,11 @@ def sgld(
     """
     check("learning rate", lr, trees=False)
     check("temperature", temperature, trees=False)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"Invalid generator: {generator!r}; give a torch.Generator, as in "
+            "sgld(generator=torch.Generator().manual_seed(0))"
+        )
 
     def init(params: Tree) -> StepState:
         leaves = [leaf for leaf in tree.flatten(params)[0] if leaf is not None]

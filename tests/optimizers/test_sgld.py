@@ -54,3 +54,8 @@ def test_sgld_without_noise_is_an_error():
     tx, params = fo.sgld(), torch.ones(2)
     with pytest.raises(ValueError, match="sgld needs noise"):
         tx.update(torch.ones(2), tx.init(params), params)
+
+
+def test_a_seed_in_place_of_a_generator_is_an_error():
+    with pytest.raises(TypeError, match=r"Invalid generator: 0; give a torch.Generator, as in sgld\(generator="):
+        fo.sgld(generator=0)
