@@ -163,7 +163,7 @@ def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
     if not _size(tree):
         raise ValueError("A tree without elements has no sum but 0, so there is no simplex; give at least one number")
     threshold = _threshold(tree, scale)
-    return _each(tree, lambda x: torch.clamp(x - _like(threshold, x), min=0))
+    return _each(tree, lambda x: _above(x, threshold))
 
 
 def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
@@ -189,9 +189,7 @@ def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
     fits = _sum([x.sum() for x in _tensors(sizes)]) <= scale
     # Inside of the ball tau is not used, and must have no derivative.
     threshold = torch.where(fits, 0.0, _threshold(sizes, where(fits, 1.0, scale)))
-    return _each(
-        tree, lambda x: torch.where(fits, x, torch.sign(x) * torch.clamp(x.abs() - _like(threshold, x), min=0))
-    )
+    return _each(tree, lambda x: torch.where(fits, x, torch.sign(x) * _above(x.abs(), threshold)))
 
 
 def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
@@ -235,6 +233,11 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
     last = (ordered > candidates).sum().clamp(min=1) - 1
     positive = x >= ordered.gather(0, last[None])
     return (torch.where(positive, x, 0.0).sum() - total) / positive.sum()
+
+
+def _above(x: Tensor, threshold: Tensor) -> Tensor:
+    """Return max(x - tau, 0). In the dtype of large numbers tau would be rounded by more than what is left of them."""
+    return torch.clamp(x.to(torch.float64) - threshold, min=0).to(x.dtype)
 
 
 def _norm(tree: Tree) -> Tensor:

@@ -168,3 +168,11 @@ def test_what_is_wrong_is_an_error():
         projections.simplex(torch.ones(0))
     with pytest.raises(ValueError, match="upper do not fit the parameters"):
         projections.box({"a": torch.ones(2)}, 0.0, {"b": 1.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numbers", [[12.0, 11.9, 11.8, 3.0], [100.0, 99.5], [1e4, -1e4]])
+@pytest.mark.parametrize("project", [projections.simplex, projections.l1_ball])
+def test_what_is_left_of_large_numbers_is_rounded_once(project, numbers, dtype):
+    given = torch.tensor(numbers, dtype=dtype)
+    torch.testing.assert_close(project(given), project(given.double()).to(dtype), rtol=0, atol=0)
