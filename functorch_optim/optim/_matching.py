@@ -44,11 +44,23 @@ def as_saved(
         manner: for `unwrapped` to return.
         takes_names: see `arranged`.
     """
-    checks.check_is_dict("state", state_dict["state"])
+    _check_parts(state_dict)
     groups = arranged(optimizer.param_groups, state_dict["param_groups"], takes_names)
     states = renamed(optimizer.param_groups, state_dict)
     wrapped = {key: _AsSaved(value, manner) for key, value in states.items()}
     return {**state_dict, "state": wrapped, "param_groups": groups}
+
+
+def _check_parts(saved: Mapping[str, Any]) -> None:
+    """Raise when a dict is not the state dict of an optimizer, but that of a model, say, or of several parts."""
+    for part in ("param_groups", "state"):
+        if part not in saved:
+            found = ", ".join(map(repr, [*saved][:4])) + (", ..." if len(saved) > 4 else "") or "nothing"
+            raise KeyError(
+                f"The state dict of an optimizer has 'state' and 'param_groups', but this one has no {part!r}; it has "
+                f"{found}. Give a result of opt.state_dict(), which may be a part of what was saved"
+            )
+    checks.check_is_dict("state", saved["state"])
 
 
 def unwrapped(states: Mapping[Any, Any]) -> tuple[dict[Any, Any], Manner]:
@@ -183,7 +195,7 @@ def fitting(
     Raises:
         ValueError: there are other numbers of parameters than were saved, and no names to tell which are which.
     """
-    checks.check_is_dict("state", saved["state"])
+    _check_parts(saved)
     states, params = renamed(groups, saved), indices_of(groups)
     places, theirs = _places(groups, saved["param_groups"])
     names = names_of(groups) or [str(number) for number in range(len(params))]
