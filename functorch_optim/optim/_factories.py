@@ -85,7 +85,7 @@ def _hint(given: Any) -> str:
 
 
 def check_params_argument(params: Any) -> None:
-    """Raise when a module, or a dict by name, is given for the parameters of an optimizer.
+    """Raise when a module, its method, or a dict by name, is given for the parameters of an optimizer.
 
     Raises:
         TypeError: it is.
@@ -95,6 +95,8 @@ def check_params_argument(params: Any) -> None:
             f"Optimizer needs parameters, got a {type(params).__name__}, which is a module; write "
             "Optimizer(model.parameters(), adamw, lr=1e-3), or give model.named_parameters() to have names too"
         )
+    if inspect.ismethod(params):
+        raise TypeError(f"Optimizer needs parameters, got the method {params.__name__}; call it: {params.__name__}()")
     if isinstance(params, Mapping):
         raise TypeError(
             "Optimizer needs an iterable of parameters, of pairs of name and parameter, or of groups, got a dict; for "

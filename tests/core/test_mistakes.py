@@ -52,6 +52,7 @@ MISTAKES = {
         TypeError,
         r"Linear.*params_of\(model\)",
     ),
+    "no call": (lambda: fo.Optimizer(MODEL.parameters, fo.adam), TypeError, r"the method parameters; call it: param"),
     # Combinations.
     "schedule": (lambda: fo.chain(fo.clip(1.0), COSINE), TypeError, r"not a Grad.*scale_by_learning_rate\(schedule\)"),
     "list of links": (lambda: fo.chain([fo.clip(1.0), TX]), TypeError, r"Unpack a list: chain\(\*transformations\)"),
