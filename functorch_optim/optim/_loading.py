@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from numbers import Real
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
             f"The saved {key} of parameter {plan.path(i)!r} has shape {tuple(value.shape)}, but it is one number"
         )
     number = value.item() if isinstance(value, Tensor) and not value.is_meta else value
-    if isinstance(number, bool) or not isinstance(number, int | float | Tensor):
+    if isinstance(number, bool) or not isinstance(number, Real | Tensor):
         raise ValueError(f"The saved {key} of parameter {plan.path(i)!r} is {value!r}, where a number belongs")
     if (
         key in plan.parts[i].counters

@@ -8,6 +8,7 @@ import pickle
 import re
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from fault_cases import OPTIMIZERS, each_optimizer, nothing_changes, trained
@@ -142,6 +143,16 @@ def test_steps_of_functional_states(functional, value, message):
     state, _ = functional
     with pytest.raises(ValueError, match=message):
         fo.load_state_dict(state, {**fo.state_dict(state), "1.step": value})
+
+
+@pytest.mark.parametrize("step", [numpy.int64(3), numpy.float32(3.0), 3])
+def test_steps_may_be_numbers_of_numpy(step):
+    optimizer = fo.optim.Adam([torch.ones(1)])
+    saved = optimizer.state_dict()
+    saved["state"][0] = {"step": step, "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
+    optimizer.load_state_dict(saved)
+    [own] = optimizer.state.values()
+    assert torch.equal(own["step"], torch.tensor(3.0))
 
 
 @pytest.mark.parametrize("step", [INF, -1.0, 0.5])
