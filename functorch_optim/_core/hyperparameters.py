@@ -39,7 +39,7 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         (0.1, tensor(1., dtype=torch.float64))
     """
     value: Any = hyperparameter.read() if type(hyperparameter) is Live else hyperparameter
-    if isinstance(value, Recorded):
+    if isinstance(value, Recorded) and callable(value):
         value = _scheduled(value, step)
     if type(value) is float:
         return value

@@ -127,7 +127,7 @@ def _checked_number(plan: Plan, i: int, key: str, value: Any) -> Any:
     if (
         key in plan.parts[i].counters
         and not isinstance(number, Tensor)
-        and not (number >= 0 and float(number).is_integer())
+        and not (float(number) >= 0 and float(number).is_integer())
     ):
         raise ValueError(f"The saved step of parameter {plan.path(i)!r} is {number}, but it is a count of updates")
     return plan.as_kept(key, value)
