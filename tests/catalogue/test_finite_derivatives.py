@@ -163,6 +163,7 @@ STEEP = (
     "came_corrected",  # whose means of equal numbers depend on decay rates by rounding
     *("adafactor_epsilon", "dion", "muon", "muon_polar_express", "normuon", "muon_with_adamw", "scion"),
     *("chain", "inject_hyperparams_chain", "partition"),
+    "project",  # whose projection rounds, so that later gradients are rounding errors
 )
 
 

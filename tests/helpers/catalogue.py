@@ -238,7 +238,7 @@ CATALOGUE = [
     Row(
         "came_corrected",
         partial(came, bias_correction=True),
-        {"lr": 0.1, **CAME},
+        {"lr": 0.1, **CAME, "beta2": 0.9},  # nearer to 1, second derivatives by it are differences of large numbers
         complex=False,
     ),
     Row("muon", muon, {**DECAYED, "momentum": 0.9, "eps": 1e-7}, complex=False),
