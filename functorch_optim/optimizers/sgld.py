@@ -34,6 +34,7 @@ def sgld(
 
     Noise comes from `generator`, drawn in the order of the leaves; or it is given, with which an update is a pure
     function: `tx.update(grads, state, params, noise=noise)`, a tree like the parameters of standard normal numbers.
+    Real and imaginary parts of complex parameters have separate noise, each of this variance.
 
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
@@ -86,10 +87,27 @@ def sgld(
 
         if noise is None:
             noise = tree.map(_drawn, updates)
+        else:
+            _check_noise(noise, updates)
         return tree.map(moving, updates, noise), StepState(step)
 
     def _drawn(g: Tensor) -> Tensor:
         dtype = torch.promote_types(g.dtype, torch.float32)
-        return placed(torch.randn(g.shape, generator=generator, dtype=dtype, device=g.device), g)
+        numbers = torch.randn(g.shape, generator=generator, dtype=dtype, device=g.device)
+        # torch's complex numbers have variance 1/2 in each of their parts.
+        return placed(2**0.5 * numbers if g.is_complex() else numbers, g)
 
     return uphill_or_down(add_decayed_weights(weight_decay), GradientTransformation(init, update), maximize=maximize)
+
+
+def _check_noise(noise: Tree, updates: Tree) -> None:
+    """Raise unless there is a number of noise for each of the gradients."""
+    leaves, structure = tree.flatten(updates)
+    given = tree.flatten_up_to(structure, noise, "noise", updates, "the gradients")
+    for path, g, n in zip(tree.paths(updates), leaves, given, strict=True):
+        if g is not None and (not isinstance(n, Tensor) or n.shape != g.shape):
+            what = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else f"type {type(n).__name__}"
+            raise ValueError(
+                f"The noise at {path or 'the root'!r} has {what}, and the gradient there has shape {tuple(g.shape)}; "
+                "write noise=tree.map(torch.randn_like, params)"
+            )

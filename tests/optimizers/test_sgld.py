@@ -59,3 +59,18 @@ def test_sgld_without_noise_is_an_error():
 def test_a_seed_in_place_of_a_generator_is_an_error():
     with pytest.raises(TypeError, match=r"Invalid generator: 0; give a torch.Generator, as in sgld\(generator="):
         fo.sgld(generator=0)
+
+
+def test_both_parts_of_complex_noise_have_the_variance_lr_times_temperature():
+    tx = fo.sgld(0.5, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    params = torch.zeros(20_000, dtype=torch.complex64)
+    noise = tx.update(params, tx.init(params), params)[0]
+    for part in (noise.real, noise.imag):
+        assert abs(float(part.var()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("noise", [torch.ones(1), torch.ones(()), 1.0, [torch.ones(2)]])
+def test_noise_that_is_not_like_the_parameters_is_an_error(noise):
+    tx, params = fo.sgld(), torch.ones(2)
+    with pytest.raises(ValueError, match="noise"):
+        tx.update(torch.ones(2), tx.init(params), params, noise=noise)
