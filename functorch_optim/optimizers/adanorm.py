@@ -11,6 +11,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.vector import common_dtype
 from functorch_optim._numerics import debias, safe_norm, safe_sqrt, sqrt
 from functorch_optim.optimizers._descent import check_real, descent
 
@@ -22,7 +23,7 @@ class ScaleByAdaNormState(NamedTuple):
     Attributes:
         exp_avg: m, running mean of lengthened g: like p.
         exp_avg_sq: v, running mean of g^2: like p.
-        exp_grad_norm: n, running mean of |g|: 0-dim.
+        exp_grad_norm: n, running mean of |g|: 0-dim, float32 at least.
     """
 
     exp_avg: Tensor
@@ -83,7 +84,7 @@ def scale_by_adanorm(
 
     def init(p: Tensor) -> ScaleByAdaNormState:
         check_real("AdaNorm", p)
-        return ScaleByAdaNormState(torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p.sum()))
+        return ScaleByAdaNormState(torch.zeros_like(p), torch.zeros_like(p), p.new_zeros((), dtype=common_dtype([p])))
 
     def scalars(step: Tensor) -> AdaNormScalars:
         beta1, beta2 = at(betas[0], step), at(betas[1], step)

@@ -12,6 +12,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.vector import common_dtype
 from functorch_optim._numerics import debias
 from functorch_optim.optimizers._descent import check_real, descent
 from functorch_optim.optimizers._factored import estimate, inverse_root, normalized, running_means
@@ -25,10 +26,10 @@ class CameState(NamedTuple):
 
     Attributes:
         exp_avg: m, running mean of u: like p.
-        exp_avg_sq_row: R, running mean of the means of g^2 over columns: (..., n, 1).
-        exp_avg_sq_col: C, running mean of the means of g^2 over rows: (..., 1, m).
-        exp_avg_res_row: running mean of the means of (u - m)^2 over columns: (..., n, 1).
-        exp_avg_res_col: running mean of the means of (u - m)^2 over rows: (..., 1, m).
+        exp_avg_sq_row: R, running mean of the means of g^2 over columns: (..., n, 1), float32 at least.
+        exp_avg_sq_col: C, running mean of the means of g^2 over rows: (..., 1, m), float32 at least.
+        exp_avg_res_row: running mean of the means of (u - m)^2 over columns: likewise.
+        exp_avg_res_col: running mean of the means of (u - m)^2 over rows: likewise.
     """
 
     exp_avg: Tensor
@@ -91,7 +92,7 @@ def came(
         betas: decay rates of m, of V, and of S, in [0, 1).
         eps: (eps1, eps2), added to the squares, >= 0.
         weight_decay: decoupled, >= 0. Unless it is the number 0, `update` needs the parameters.
-        clip_threshold: largest root mean square of u, >= 0.
+        clip_threshold: largest root mean square of u, > 0.
         bias_correction: divide V by 1 - beta2^t and S by 1 - beta3^t. The authors do not: then S is small at first, and
             the steps of matrices are more than ten times too large, by their root mean square, unless there is a
             warm-up.
@@ -155,7 +156,8 @@ def _kinds(params: Tree) -> Tree:
 
 def _init_matrix(p: Tensor) -> CameState:
     check_real("CAME", p)
-    row, col = [torch.zeros_like(p.sum(dim, keepdim=True)) for dim in (-1, -2)]
+    # In half precision their changes, by 1 - beta3 of themselves, would be rounded away.
+    row, col = [torch.zeros_like(p.sum(dim, keepdim=True), dtype=common_dtype([p])) for dim in (-1, -2)]
     return CameState(torch.zeros_like(p), row, col, torch.zeros_like(row), torch.zeros_like(col))
 
 

@@ -12,6 +12,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
+from functorch_optim._core.vector import common_dtype
 from functorch_optim.optimizers._descent import check_real, descent
 
 
@@ -21,7 +22,7 @@ class SM3State(NamedTuple):
 
     Attributes:
         accumulators: a, one number for each index of each dimension, one dimension after the other: (n_1 + ... + n_k,),
-            or (1,) for a scalar.
+            or (1,) for a scalar. float32 at least.
         momentum_buffer: m, running mean of the scaled gradient: like p.
     """
 
@@ -87,7 +88,7 @@ def sm3(
 
 def _init(p: Tensor) -> SM3State:
     check_real("SM3", p)
-    return SM3State(p.new_zeros(sum(p.shape) if p.ndim else 1), torch.zeros_like(p))
+    return SM3State(p.new_zeros(sum(p.shape) if p.ndim else 1, dtype=common_dtype([p])), torch.zeros_like(p))
 
 
 def _smallest(accumulators: Tensor, shape: torch.Size) -> Tensor:
