@@ -88,6 +88,8 @@ def zclip(
 
     Raises:
         ValueError: a number is out of range, or a word is none of those above.
+        TypeError: `warmup_steps` is no integer; a number other than `max_grad_norm` is a tree, and the statistics are
+            one for all parameters.
 
     Source: Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, arXiv:2504.02507, algorithm 1, and
     further arguments of their code.
@@ -101,15 +103,15 @@ def zclip(
         >>> updates
         tensor([1.5106])
     """
-    check("alpha", alpha, "0 <= value < 1")
-    check("z_thresh", z_thresh, "value > 0")
+    check("alpha", alpha, "0 <= value < 1", trees=False)
+    check("z_thresh", z_thresh, "value > 0", trees=False)
     if max_grad_norm is not None:
         check("max_grad_norm", max_grad_norm)
-    check("eps", eps)
+    check("eps", eps, trees=False)
     check_integer("warmup_steps", warmup_steps, 1)
     check_choice("mode", mode, "zscore", "percentile")
     check_choice("clip_option", clip_option, "adaptive_scaling", "mean")
-    check("clip_factor", clip_factor)
+    check("clip_factor", clip_factor, trees=False)
 
     def bound(n: Any, mean: Any, var: Any, step: Any) -> tuple[Any, Any]:
         """Tell whether a norm is a spike, and return the norm that a spike is cut to."""

@@ -271,3 +271,9 @@ def test_a_parameter_never_becomes_negative_in_any_form():
 def test_what_is_wrong_is_an_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["alpha", "z_thresh", "eps", "clip_factor"])
+def test_a_tree_for_a_number_of_zclips_statistics_is_an_error_at_once(name):
+    with pytest.raises(TypeError, match=f"Invalid {name}: .* is a tree, and here one number is needed"):
+        fo.zclip(**{name: {"a": 0.5, "b": 0.25}})
