@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from functorch_optim._core.combine import chain, masked
-from functorch_optim._core.hyperparameters import Hyperparameter
+from functorch_optim._core.hyperparameters import Hyperparameter, check
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import uphill_or_down
 from functorch_optim.optimizers.adam import scale_by_adam
@@ -61,6 +61,7 @@ def lamb(
         >>> updates.norm(), updates.sign()
         (tensor(0.5000), tensor([-1.,  1.]))
     """
+    check("trust_clip", trust_clip)
     scaled = chain(add_decayed_weights(weight_decay), scale_by_trust_ratio(max_ratio=trust_clip))
     return uphill_or_down(
         scale_by_adam(betas, eps, bias_correction=bias_correction),

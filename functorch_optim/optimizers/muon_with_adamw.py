@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from functorch_optim import tree
 from functorch_optim._core.combine import partition
-from functorch_optim._core.hyperparameters import Hyperparameter
+from functorch_optim._core.hyperparameters import Hyperparameter, check, check_each
 from functorch_optim._core.parts import Parts, in_parts
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._newton_schulz import JORDAN, Coefficients
@@ -191,6 +191,10 @@ def muon_with_adamw(
         >>> [(group["route"], group["lr"], group["param_names"]) for group in opt.param_groups]
         [('muon', 0.02, ['0.weight']), ('adamw', 0.001, ['0.bias', '2.weight', '2.bias'])]
     """
+    check("adamw_lr", 0.0 if adamw_lr is None else adamw_lr)
+    check_each("adamw_betas", adamw_betas, ("0 <= value < 1",) * 2, "(0.9, 0.95)")
+    check("adamw_eps", adamw_eps)
+    check("adamw_weight_decay", 0.0 if adamw_weight_decay is None else adamw_weight_decay)
     own_lr = lr if adamw_lr is None else adamw_lr
     own_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     matrices = muon(

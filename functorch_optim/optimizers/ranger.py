@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functorch_optim._core.combine import chain
-from functorch_optim._core.hyperparameters import Hyperparameter
+from functorch_optim._core.hyperparameters import Hyperparameter, check
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers.radam import radam
 from functorch_optim.transforms.normalizing import centralize
@@ -61,5 +61,7 @@ def ranger(
         tensor([-0.1000])
         tensor([-0.1000])
     """
+    check("k", k, "value >= 1")
+    check("alpha", alpha, "0 <= value <= 1")
     fast = radam(lr, betas, eps, weight_decay, decoupled_weight_decay, maximize=maximize)
     return lookahead(chain(centralize(), fast) if use_gc else fast, k, alpha)  # type: ignore[no-any-return]

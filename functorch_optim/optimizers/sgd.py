@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functorch_optim._core.hyperparameters import Hyperparameter, is_zero
+from functorch_optim._core.hyperparameters import Hyperparameter, check, is_zero
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.transforms.momentum import trace
@@ -45,6 +45,7 @@ def sgd(
         >>> updates
         {'w': tensor([-0.1000, -0.1000])}
     """
+    check("dampening value", dampening, "a number")  # where no momentum looks at it, too
     still = is_zero(momentum) and not nesterov
     rules = [] if still else [trace(momentum, dampening, nesterov)]
     return descent(*rules, lr=lr, weight_decay=weight_decay, maximize=maximize)

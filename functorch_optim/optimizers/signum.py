@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functorch_optim._core.hyperparameters import Hyperparameter
+from functorch_optim._core.hyperparameters import Hyperparameter, check
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.transforms.momentum import ema
@@ -80,6 +80,7 @@ def signum(
         >>> tx.update(torch.tensor([3.0, -0.2]), tx.init(torch.zeros(2)))[0]
         tensor([-0.1000,  0.1000])
     """
+    check("momentum value", momentum, "0 <= value < 1")
     return descent(
         ema(momentum, debias=False),
         scale_by_sign(),

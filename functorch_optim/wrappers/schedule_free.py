@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_zero
+from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_each, is_zero
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -262,6 +262,7 @@ def schedule_free_sgd(
         tensor([-0.5000])
     """
     check("learning rate", lr)
+    check("weight_decay value", weight_decay)
     check("warmup_steps", warmup_steps)
     rate = lr if is_zero(warmup_steps) else _warmed_up(lr, warmup_steps)
     options = {"r": r, "weight_lr_power": weight_lr_power, "weight_decay_at_y": weight_decay}
@@ -310,7 +311,8 @@ def schedule_free_adamw(
         tensor([-0.1000])
     """
     check("learning rate", lr)
-    check_betas(betas)
+    check_each("betas", betas, ("0 < value < 1", "0 <= value < 1"), "(0.9, 0.999)", "beta parameter")
+    check("weight_decay value", weight_decay)
     check("warmup_steps", warmup_steps)
     rate = lr if is_zero(warmup_steps) else _warmed_up(lr, warmup_steps)
     base = descent(scale_by_rms(betas[1], eps, bias_correction=True), lr=rate, weight_decay=0.0)
