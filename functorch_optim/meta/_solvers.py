@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from functorch_optim._core.hyperparameters import check, check_integer
 from functorch_optim.meta import _krylov as krylov
 from functorch_optim.tree import Tree
 
@@ -98,7 +99,8 @@ def solve_cg(
         Tree like `b`. Derivatives go through the iterations; `custom_root` has those of the solution.
 
     Raises:
-        ValueError: `matvec` returns a tree, shapes or dtypes other than those of `b`; the message names the path.
+        ValueError: a number is out of range or NaN; `matvec` returns a tree, shapes or dtypes other than those of `b`,
+            and the message names the path.
         torch.linalg.LinAlgError: the tolerance is not met; under `torch.vmap`, by a member of the batch. It is a
             RuntimeError. Inside of `torch.compile` nothing can be raised: x is the result of the last iteration there,
             and |b - matvec(x)| shows its accuracy.
@@ -156,6 +158,7 @@ def solve_normal_cg(
         >>> solve_normal_cg(lambda x: A @ x, torch.tensor([2.0, 3.0])).round(decimals=4)
         tensor([-3.,  1.])
     """
+    check("ridge", ridge, "a number", trees=False)
     method = functools.partial(krylov.normal_cg, ridge=ridge)
     return krylov.over_trees(method, matvec, b, init, 0.0, tol, atol, max_iter)
 
@@ -207,6 +210,7 @@ def solve_gmres(
         >>> solve_gmres(lambda x: A @ x, torch.tensor([2.0, 3.0])).round(decimals=4)
         tensor([-3.,  1.])
     """
+    check_integer("restart", restart, 1)
     method = functools.partial(krylov.gmres, restart=restart)
     return krylov.over_trees(method, matvec, b, init, ridge, tol, atol, max_iter)
 
@@ -302,6 +306,7 @@ def solve_neumann(
         >>> solve_neumann(lambda x: 0.5 * x, torch.tensor([1.0]), tol=0.0, max_iter=3)
         tensor([1.7500])
     """
+    check("step_size", step_size, "value > 0", trees=False)
     method = functools.partial(krylov.richardson, step_size=step_size)
     return krylov.over_trees(method, matvec, b, init, ridge, tol, atol, max_iter)
 

@@ -334,3 +334,18 @@ def test_errors_name_the_path():
         solve_gmres(lambda x: {"w": x["w"], "v": None}, b)
     with pytest.raises(ValueError, match="init and b do not match"):
         solve_cg(lambda x: x, b, init={"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("solve", "name", "value"),
+    [
+        *[(solve, name, math.nan) for solve in ALL for name in ("tol", "atol", "ridge")],
+        (solve_cg, "tol", -1.0),
+        (solve_cg, "max_iter", -1),
+        (solve_gmres, "restart", 0),
+        (solve_neumann, "step_size", 0.0),
+    ],
+)
+def test_a_number_that_is_out_of_range_is_an_error_that_names_it(solve, name, value):
+    with pytest.raises(ValueError, match=f"Invalid {name}: "):
+        solve(lambda x: 2 * x, torch.ones(3), **{name: value})
