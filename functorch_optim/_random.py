@@ -17,7 +17,7 @@ def key_of(generator: Any, example: str) -> int | Tensor:
         TypeError: `generator` is of another type.
     """
     if generator is None or isinstance(generator, torch.Generator):
-        device = None if generator is None else generator.device
+        device = "cpu" if generator is None else generator.device
         return torch.randint(1 << 62, (), generator=generator, device=device)
     if type(generator) is not int and not (isinstance(generator, Tensor) and generator.dtype == torch.int64):
         raise TypeError(f"Invalid generator: {generator!r}; give a torch.Generator, or an integer as in {example}")

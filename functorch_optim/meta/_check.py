@@ -75,7 +75,7 @@ class DerivativeCheck:
 
 
 def check_derivative(
-    function: Callable[..., Tensor], *args: Any, modes: Sequence[str] = ("reverse", "forward"), seed: int = 0
+    function: Callable[..., Tensor], *args: Any, modes: str | Sequence[str] = ("reverse", "forward"), seed: int = 0
 ) -> DerivativeCheck:
     """Compare the derivative of a function with finite differences, along one random direction.
 
@@ -89,7 +89,7 @@ def check_derivative(
             return the same. It computes in the precision of its arguments: tensors in its closure should be float64.
         *args: its arguments, trees. The derivative is with respect to all floating-point tensors in them; v has their
             sizes.
-        modes: "reverse", which is `torch.func.grad`, and "forward", `torch.func.jvp`.
+        modes: "reverse", which is `torch.func.grad`, and "forward", `torch.func.jvp`; or one of them alone.
         seed: seed of the random direction.
 
     Returns:
@@ -114,6 +114,7 @@ def check_derivative(
         raise ValueError(
             "There is no floating-point tensor in the arguments to differentiate by: check_derivative(f, x)"
         )
+    modes = (modes,) if isinstance(modes, str) else modes
     if unknown := set(modes) - {"reverse", "forward"}:
         raise ValueError(f"Invalid modes: {sorted(unknown)}; give 'reverse', 'forward' or both")
     generator = torch.Generator().manual_seed(seed)
@@ -129,9 +130,9 @@ def check_derivative(
         return value
 
     def value(t: float) -> float:
-        return along(torch.tensor(t, dtype=torch.float64)).item()
+        return along(torch.tensor(t, dtype=torch.float64, device="cpu")).item()
 
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     ways: dict[str, Callable[[], Tensor]] = {
         "reverse": lambda: torch.func.grad(along)(zero),
         "forward": lambda: torch.func.jvp(along, (zero,), (torch.ones_like(zero),))[1],
@@ -146,7 +147,7 @@ def check_derivative(
 def _direction(x: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a direction of the size of a tensor."""
     size = x.abs().square().mean().sqrt() if x.numel() else x.abs().sum()
-    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
     return drawn * torch.where(size == 0, 1.0, size)
 
 

@@ -104,7 +104,7 @@ def forward_grad(
             _, *derivative_and_aux = torch.func.jvp(value, primals, pieces(direction), has_aux=True)
             return tuple(derivative_and_aux)
 
-        directions = torch.eye(count, dtype=common_dtype(primals))
+        directions = torch.eye(count, dtype=common_dtype(primals), device=primals[0].device)
         with contextlib.nullcontext() if create_graph or _is_differentiated() else torch.no_grad():
             if vectorize:
                 batched = torch.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]

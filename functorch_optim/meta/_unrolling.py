@@ -151,7 +151,8 @@ def unroll(
         params, state, carried, some = segment(params, state, carried, steps[first : first + length], first)
         results += some
     losses = [loss for loss, _ in results]
-    stacked = torch.stack(losses) if losses else torch.zeros(0, dtype=common_dtype(tree.flatten(params)[0]))
+    dtype, device = common_dtype(tree.flatten(params)[0]), tree.device_of(params)
+    stacked = torch.stack(losses) if losses else torch.zeros(0, dtype=dtype, device=device)
     returned: tuple[Any, ...] = (Unrolled(params, state, stacked),)
     returned += ([aux for _, aux in results],) if has_aux else ()
     returned += (carried,) if buffers is not None else ()
@@ -197,7 +198,7 @@ def _called(
     else:
         # The sum with a zero from all arguments is a copy; it is batched if torch.vmap batches any argument.
         inputs = [leaf for leaf in tree.flatten((params, batch))[0] if isinstance(leaf, Tensor)]
-        zero = sum([leaf.new_zeros((), dtype=torch.float32) for leaf in inputs], torch.zeros(()))
+        zero = sum([leaf.new_zeros((), dtype=torch.float32) for leaf in inputs], torch.zeros((), device="cpu"))
         buffers = tree.map(lambda buffer: buffer + zero.to(buffer), buffers)
         result = loss_fn(params, batch, buffers)
     value, aux = result if has_aux else (result, None)

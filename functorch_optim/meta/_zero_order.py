@@ -122,6 +122,6 @@ def _number(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return widened(value.detach())
     if isinstance(value, Real):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     what = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"The function must return a number or a 0-dim tensor, got a {what}")

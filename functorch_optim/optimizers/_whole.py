@@ -36,7 +36,7 @@ def total(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], step: 
     """
     found: Any = choose.sums(terms, columns, numbers) if isinstance(step, float) else None
     if found is None:
-        rows = zip(*columns, strict=True) if columns[0] else [[torch.zeros(0)] * len(columns)]
+        rows = zip(*columns, strict=True) if columns[0] else [[torch.zeros(0, device="cpu")] * len(columns)]
         sharded = any(map(some_sharded, columns))
         each = [[term if sharded else _sum(term) for term in _of_row(terms, row, numbers)] for row in rows]
         add = _over_ranks if sharded else _joined

@@ -52,3 +52,26 @@ def test_arithmetic_with_trees_leaves_tensors_where_they_are():
     with torch.device("meta"):
         numbers = [fo.tree.norm(tree), fo.tree.vdot(tree, tree), fo.tree.zeros_like(tree)["b"], fo.tree.norm({})]
     assert [number.device.type for number in numbers] == ["cpu"] * 4
+
+
+def square(params, batch=None, buffers=None):
+    return params.square().sum()
+
+
+META = {
+    "check_derivative": lambda x: x.new_tensor(fo.meta.check_derivative(square, x).differences),
+    "forward_grad": fo.meta.forward_grad(square),
+    "zero_order_grad": fo.meta.zero_order_grad(lambda x: float(square(x)), sampler=lambda *_, **__: torch.ones_like(X)),
+    "unroll": lambda x: fo.meta.unroll(square, fo.adam(0.1), x, range(2), buffers={"n": x})[0].params,
+    "no step": lambda x: fo.meta.unroll(square, fo.adam(0.1), x, []).losses,
+    "add_noise": lambda x: fo.step(fo.add_noise(0.0), x, fo.add_noise(0.0).init(x), x)[0],
+}
+X = torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", META)
+def test_derivatives_and_keys_are_those_of_the_default_device_of_the_parameters(name):
+    expected = META[name](X)
+    with torch.device("meta"):
+        found = META[name](X)
+    torch.testing.assert_close(found, expected)

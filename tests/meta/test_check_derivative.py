@@ -71,6 +71,7 @@ def test_wrong():
     assert reverse == "wrong by 10 %"
     assert forward.startswith("raises: ")
     assert verdicts(OffByATenth.apply, torch.tensor(2.0), modes=["reverse"]) == ["wrong by 10 %"]
+    assert verdicts(OffByATenth.apply, torch.tensor(2.0), modes="reverse") == ["wrong by 10 %"]
     assert not fo.meta.check_derivative(OffByATenth.apply, torch.tensor(2.0)).ok
     slightly = lambda x: x + 1e-4 * (x - x.detach())
     assert verdicts(slightly, torch.tensor(2.0)) == ["wrong by 0.01 %"] * 2
