@@ -164,6 +164,11 @@ def mean_norm(x: Tensor) -> Tensor:
     return x.abs().mean() if x.numel() else x.sum()
 
 
+def real_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Take the inner product of all elements, a complex number being two: Re(conj(x) y)."""
+    return (x.conj() * y).real.sum() if x.is_complex() else (x * y).sum()
+
+
 def or_one(x: Tensor) -> Tensor:
     """Return a divisor: x, and 1 where x is 0."""
     if has_torch_function_unary(x):  # recorded as one call, for which machines have their own kernel

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from functorch_optim import tree as trees
 from functorch_optim._core.hyperparameters import check
-from functorch_optim._numerics import at_least, where
+from functorch_optim._numerics import at_least, real_dot, where
 from functorch_optim.transforms.clipping import global_norm, shrink
 from functorch_optim.tree import Tree
 
@@ -246,8 +246,7 @@ def _norm(tree: Tree) -> Tensor:
 
 
 def _dot(one: Tree, other: Tree) -> Tensor:
-    products = trees.map(lambda x, y: (x.conj() * y).real.sum() if x.is_complex() else (x * y).sum(), one, other)
-    return _sum(_tensors(products))
+    return _sum(_tensors(trees.map(real_dot, one, other)))
 
 
 def _sum(numbers: list[Tensor]) -> Tensor:

@@ -78,6 +78,15 @@ def check_updates(
             )
 
 
+def check_has_params(name: str, params: Any, extras: str = "") -> None:
+    """Raise when `update` was called without the parameters; the call in the message ends with `extras`."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters, but update was called without them; call tx.update(updates, state, "
+            f"params{extras})"
+        )
+
+
 def check_loss(must: str, value: Any) -> None:
     """Raise unless a value is a loss, a 0-dim tensor; `must` begins the message, as in "value must be"."""
     if not isinstance(value, Tensor):

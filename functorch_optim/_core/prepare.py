@@ -90,11 +90,8 @@ class Prepared:
             here = [i for i, u in enumerate(leaves.updates) if u is not None and active[i]]
             if not here or isinstance(rule, TreeRule):
                 continue
-            if leaves.params is None and link.needs_params:
-                raise ValueError(
-                    f"{rule.name} needs the parameters, but update was called without them; "
-                    "call tx.update(updates, state, params)"
-                )
+            if link.needs_params:
+                checks.check_has_params(rule.name, leaves.params)
 
             def path(k: int, here: list[int] = here) -> str:
                 return self.path(here[k])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._control import is_known, is_masked
-from functorch_optim._core.checks import check_loss
+from functorch_optim._core.checks import check_has_params, check_loss
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_integer, check_number
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
@@ -162,11 +162,7 @@ def lbfgs(
     def update(
         grads: Tree, state: Any, params: Tree, *, value_fn: Callable[[Tree], Tensor], value: Any = None
     ) -> tuple[Tree, LBFGSState]:
-        if params is None:
-            raise ValueError(
-                "lbfgs needs the parameters, but update was called without them; "
-                "call tx.update(grads, state, params, value_fn=loss)"
-            )
+        check_has_params("lbfgs", params, ", value_fn=loss")
         if not callable(value_fn):
             raise TypeError(f"value_fn must be a function, loss = value_fn(params), got a {type(value_fn).__name__}")
         leaves, structure = tree.flatten(params)

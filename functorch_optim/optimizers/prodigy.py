@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import Hyperparameter, at, at_first, check, check_betas, is_infinite, is_zero
@@ -185,4 +186,4 @@ def _terms(g: Tensor, s: Tensor, p0: Tensor, p: Tensor, beta3: Any, weight3: Any
 
 
 def _init(p: Tensor) -> ProdigyState:
-    return ProdigyState(p.clone(), *[p.new_zeros(p.shape) for _ in range(3)])
+    return ProdigyState(p.clone(), *[torch.zeros_like(p) for _ in range(3)])

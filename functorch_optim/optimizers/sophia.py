@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._control import cond, same
+from functorch_optim._core.checks import check_has_params
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check, check_betas, check_integer
 from functorch_optim._core.rule import extras_of
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -129,11 +130,7 @@ def sophia(
         batch: Any = None,
         value_fn: Callable[[Tree], Tensor] | None = None,
     ) -> tuple[Tree, SophiaState]:
-        if params is None:
-            raise ValueError(
-                "sophia needs the parameters, but update was called without them; call tx.update(updates, state, "
-                "params, batch=batch)"
-            )
+        check_has_params("sophia", params, ", batch=batch")
         if needs_loss and not callable(value_fn):
             raise TypeError(
                 "sophia needs the loss: sophia(hessian=hutchinson(loss_fn)) and batch=batch, or the loss as a function "

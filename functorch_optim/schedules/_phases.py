@@ -6,11 +6,10 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from functorch_optim._core.hyperparameters import check_choice
-from functorch_optim._numerics import where
+from functorch_optim._numerics import sqrt, where
 from functorch_optim.schedules._decay import polynomial
 from functorch_optim.schedules._pieces import between, follow, legs
 from functorch_optim.schedules._schedule import (
@@ -182,7 +181,7 @@ def inverse_sqrt(
     timescale = warmup_iters if timescale is None else timescale
     check_numbers(value=value, warmup_iters=warmup_iters, start_value=start_value, timescale=timescale)
     rise = between(start_value, value, warmup_iters)
-    return follow([rise, lambda step: value * torch.rsqrt(1 + step / timescale)], [warmup_iters])
+    return follow([rise, lambda step: value * (1 / sqrt(1 + step / timescale))], [warmup_iters])
 
 
 @factory

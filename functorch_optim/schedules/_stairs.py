@@ -143,7 +143,6 @@ def table(values: Tensor) -> Callable[[Tensor], Tensor]:
 
     Example:
         >>> import torch
-        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.table(torch.tensor([0.3, 0.2, 0.1]))(torch.arange(5))
         tensor([0.3000, 0.2000, 0.1000, 0.1000, 0.1000], dtype=torch.float64)

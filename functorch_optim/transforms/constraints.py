@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim._core.leafwise import leafwise
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import safe_norm
+from functorch_optim._numerics import real_dot, safe_norm
 
 
 @factory
@@ -61,14 +61,10 @@ def orthogonalize_against_params() -> GradientTransformation:
     def update(g: Tensor, state: Any, p: Any, s: Any) -> Any:
         size = safe_norm(g.detach(), torch.inf)  # its square may be out of range
         size = torch.where(size == 0, 1.0, size)
-        length, u = _dot(p, p), g / size
-        across = u - p * (_dot(p, u) / torch.where(length == 0, 1.0, length))
+        length, u = real_dot(p, p), g / size
+        across = u - p * (real_dot(p, u) / torch.where(length == 0, 1.0, length))
         before, after = safe_norm(u), safe_norm(across)
         is_zero = after <= 4 * torch.finfo(g.dtype).eps * before
         return across * torch.where(is_zero, 0.0, size * before / torch.where(is_zero, 1.0, after)), state
 
     return leafwise(None, update, needs_params=True)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum() if not x.is_complex() else (x.conj() * y).real.sum()

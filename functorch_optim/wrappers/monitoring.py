@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import check_has_params
 from functorch_optim._core.combine import named_chain
 from functorch_optim._core.places import state_parts
 from functorch_optim._core.transformation import GradientTransformation, factory
@@ -179,11 +180,7 @@ def _zeros(kind: Any, params: Tree, per_layer: bool) -> Any:
 
 def _norms(updates: Tree, params: Tree) -> Tree:
     """Take the norm of each tensor; None where it is missing."""
-    if params is None:
-        raise ValueError(
-            "monitor needs the parameters, but update was called without them; call tx.update(updates, state, params)"
-        )
-
+    check_has_params("monitor", params)
     leaves, structure = tree.flatten(updates)
     present = [u.coalesce().values() if u.layout == torch.sparse_coo else u for u in leaves if u is not None]
     taken = iter(norms(as_plain(present), 2.0))

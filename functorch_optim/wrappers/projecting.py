@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from functorch_optim import tree
-from functorch_optim._core.checks import check_updates
+from functorch_optim._core.checks import check_has_params, check_updates
 from functorch_optim._core.combine import chain
 from functorch_optim._core.rule import EmptyState
 from functorch_optim._core.transformation import GradientTransformation
@@ -54,11 +54,7 @@ def project(tx: Any, projection: Callable[[Tree], Tree]) -> Any:
 @wrapper
 def _project(tx: GradientTransformation, projection: Callable[[Tree], Tree]) -> GradientTransformation:
     def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-        if params is None:
-            raise ValueError(
-                "project needs the parameters, but update was called without them; call tx.update(updates, state, "
-                "params)"
-            )
+        check_has_params("project", params)
         moved = tree.map(lambda p, u: p if u is None else p + u, params, updates)
         inside = projection(moved)
         leaves, structure = tree.flatten(params)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.checks import HALF
+from functorch_optim._core.checks import HALF, check_has_params
 from functorch_optim._core.combine import masked
 from functorch_optim._core.links import Link
 from functorch_optim._core.rule import Rule, leaf_state
@@ -239,8 +239,7 @@ def _stochastic_rounding(tx: GradientTransformation, generator: int | Tensor) ->
         )
 
     def update(updates: Tree, state: StochasticRoundingState, params: Tree) -> tuple[Tree, StochasticRoundingState]:
-        if params is None:
-            raise ValueError("stochastic_rounding needs the parameters; call tx.update(updates, state, params)")
+        check_has_params("stochastic_rounding", params)
         step = state.step + 1
         key = at_step(state.key, step)
         leaves, structure = tree.flatten(updates)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import check_has_params
 from functorch_optim._core.combine import chain, masked
 from functorch_optim._core.hyperparameters import Hyperparameter, at, check
 from functorch_optim._core.leafwise import leafwise
@@ -118,11 +119,7 @@ def _there() -> GradientTransformation:
         value_fn: Callable[[Tree], Tensor] | None = None,
     ) -> tuple[Tree, Any]:
         function = grad_fn if grad_fn is not None else value_fn
-        if params is None:
-            raise ValueError(
-                "sam needs the parameters, but update was called without them; call tx.update(updates, state, params, "
-                "grad_fn=grad_fn)"
-            )
+        check_has_params("sam", params, ", grad_fn=grad_fn")
         if not callable(function):
             raise TypeError(
                 "sam needs the gradient, or the loss, as a function of the parameters; call fo.step(tx, grads, state, "

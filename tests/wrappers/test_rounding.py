@@ -291,5 +291,5 @@ def test_errors_of_stochastic_rounding():
     with pytest.raises(TypeError, match="Invalid generator: 0.5; give a torch.Generator, or an integer as in"):
         fo.stochastic_rounding(fo.sgd(0.1), generator=0.5)
     tx, p = fo.stochastic_rounding(fo.sgd(0.1), generator=0), torch.ones(2)
-    with pytest.raises(ValueError, match=r"stochastic_rounding needs the parameters; call tx.update\("):
+    with pytest.raises(ValueError, match=r"stochastic_rounding needs the parameters, but update .* call tx.update\("):
         tx.update(p, tx.init(p))
