@@ -73,6 +73,23 @@ def triples_at(triples: tuple[Triple, ...], step: Tensor) -> tuple[tuple[Any, ..
     return tuple([tuple([at(value, step) for value in triple]) for triple in triples])
 
 
+def check_matrix(name: str, p: Tensor) -> None:
+    """Raise where an optimizer of matrices is given another parameter.
+
+    Raises:
+        ValueError: it is a vector or a number.
+        TypeError: it is complex.
+    """
+    if p.ndim < 2:
+        raise ValueError(
+            f"{name} is for matrices, but this parameter has shape {tuple(p.shape)}; give it to another optimizer, as "
+            f"muon_with_adamw does, or as in partition({{True: {name.lower()}(), False: adamw()}}, lambda ps: "
+            "tree.map(lambda p: p.ndim >= 2, ps))"
+        )
+    if p.is_complex():
+        raise TypeError(f"{name} does not support complex parameters; give them to another optimizer, with partition")
+
+
 def as_matrices(x: Tensor, flatten: bool | None) -> Tensor:
     """View a tensor of two dimensions or more as a matrix, or a stack of them.
 

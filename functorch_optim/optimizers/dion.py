@@ -16,8 +16,8 @@ from functorch_optim._core.vector import common_dtype
 from functorch_optim._execution.mode import current, is_plain
 from functorch_optim._numerics import safe_sqrt
 from functorch_optim._random import key_of, mixed, normal
-from functorch_optim.optimizers._descent import check_real, descent
-from functorch_optim.optimizers._newton_schulz import as_matrices
+from functorch_optim.optimizers._descent import descent
+from functorch_optim.optimizers._newton_schulz import as_matrices, check_matrix
 
 
 @leaf_state
@@ -103,12 +103,7 @@ def dion(
     key = key_of(generator, "dion(generator=0)")
 
     def init(p: Tensor) -> DionState:
-        check_real("Dion", p)
-        if p.ndim < 2:
-            raise ValueError(
-                f"Dion is for matrices, but this parameter has shape {tuple(p.shape)}; give it to another optimizer, "
-                "as in partition({True: dion(), False: adamw()}, lambda ps: tree.map(lambda p: p.ndim >= 2, ps))"
-            )
+        check_matrix("Dion", p)
         *stack, rows, columns = as_matrices(p, None).shape
         smaller = min(rows, columns)
         r = math.ceil(round(rank * smaller, 6)) if isinstance(rank, float) else min(rank, smaller)

@@ -19,6 +19,7 @@ from functorch_optim.optimizers._newton_schulz import (
     JORDAN,
     Coefficients,
     as_matrices,
+    check_matrix,
     checked_triples,
     matrix_norm,
     orthogonalized,
@@ -135,7 +136,7 @@ def _scale_by_muon(
     check_choice("flatten", flatten, True, False, None)
 
     def init(p: Tensor) -> ScaleByMuonState:
-        _check_matrix(p)
+        check_matrix("Muon", p)
         return ScaleByMuonState(torch.zeros_like(p))
 
     def scalars(step: Tensor) -> MuonScalars:
@@ -150,17 +151,6 @@ def _scale_by_muon(
         return (x.to(g.dtype) * _factor(x, adjust_lr_fn)).reshape(g.shape), ScaleByMuonState(b)
 
     return of_rule(init, update, scalars, stacks=True)
-
-
-def _check_matrix(p: Tensor) -> None:
-    if p.ndim < 2:
-        raise ValueError(
-            f"Muon is for matrices, but this parameter has shape {tuple(p.shape)}; give it to another optimizer, as "
-            "muon_with_adamw does, or as in partition({True: muon(), False: adamw()}, lambda ps: tree.map(lambda p: "
-            "p.ndim >= 2, ps))"
-        )
-    if p.is_complex():
-        raise TypeError("Muon does not support complex parameters; give them to another optimizer, with partition")
 
 
 def _factor(x: Tensor, adjust_lr_fn: str | None) -> float:
@@ -292,7 +282,7 @@ def normalize_rows(
         return x.square().sum(dim, keepdim=True) / max(x.shape[dim], 1)
 
     def init(p: Tensor) -> NormalizeRowsState:
-        _check_matrix(p)
+        check_matrix("Muon", p)
         return NormalizeRowsState(
             torch.zeros_like(mean_square(as_matrices(p, flatten)), memory_format=torch.contiguous_format)
         )

@@ -142,7 +142,7 @@ def test_arguments_that_cannot_be_used_are_errors(options, error, message):
 def test_vectors_and_complex_matrices_are_errors():
     with pytest.raises(ValueError, match=r"At 'b': Dion is for matrices, but this parameter has shape \(3,\)"):
         fo.dion().init({"b": torch.ones(3)})
-    with pytest.raises(TypeError, match="Dion does not support complex parameters"):
+    with pytest.raises(TypeError, match="Dion does not support complex parameters; give them to another"):
         fo.dion().init(torch.ones(2, 2, dtype=torch.complex64))
 
 
