@@ -13,7 +13,7 @@ from functorch_optim._core.hyperparameters import Hyperparameter, at, check, che
 from functorch_optim._core.leafwise import of_rule
 from functorch_optim._core.rule import leaf_state
 from functorch_optim._core.transformation import GradientTransformation, factory
-from functorch_optim._numerics import safe_sqrt
+from functorch_optim._numerics import or_one, safe_sqrt
 from functorch_optim.optimizers._descent import descent
 from functorch_optim.optimizers._newton_schulz import (
     JORDAN,
@@ -293,8 +293,8 @@ def normalize_rows(
     def update(g: Tensor, state: NormalizeRowsState, p: Tensor | None, s: NormalizeRowsScalars) -> Any:
         x = as_matrices(g, flatten)
         v = torch.lerp(state.second_momentum_buffer, mean_square(x), s.weight)
-        o = x / (safe_sqrt(v) + s.eps)
-        return (o * (matrix_norm(x) / (matrix_norm(o) + s.eps))).reshape(g.shape), NormalizeRowsState(v)
+        o = x / or_one(safe_sqrt(v) + s.eps)
+        return (o * (matrix_norm(x) / or_one(matrix_norm(o) + s.eps))).reshape(g.shape), NormalizeRowsState(v)
 
     return of_rule(init, update, scalars, stacks=True)
 

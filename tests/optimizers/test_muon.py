@@ -149,6 +149,15 @@ def test_normuon_equals_its_formula(shape, axis):
     assert np.abs(ours - numpy_normuon(p, grads, 0.1, 0.2, 0.9, 0.81, 1e-10, own)).max() > 1e-4
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-10])
+def test_normalized_rows_that_are_zero_stay_zero(eps):
+    tx = fo.normalize_rows(eps=eps)
+    for g in (torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0]])):
+        state = tx.init(g)
+        updates, state = tx.update(g, state)
+        torch.testing.assert_close(updates, g)
+
+
 def test_normuon_leaves_dead_rows_alone():
     g = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     tx = fo.normuon(0.1)
