@@ -38,8 +38,8 @@ def qk_clip(
         max_logits: S, for each head the largest q k / sqrt(d) of the batch, as the forward pass has seen it: a vector,
             or one number for all heads. Of a model with several attentions: a dict from the path of each to its S. What
             is not finite, or not more than tau, changes nothing.
-        tau: largest logit, > 0.
-        alpha: the part of queries, in [0, 1].
+        tau: largest logit, > 0: number or 0-dim tensor.
+        alpha: the part of queries, a number in [0, 1].
         query: names of query projections: parts of a path below the attention. Biases are scaled too. Their first
             dimension is heads, or heads times the size of a head.
         key: names of key projections. Where there are fewer key heads, each serves as many queries: it is scaled for
