@@ -1,9 +1,10 @@
 """Projections: the nearest point of a set, as functions of trees of tensors.
 
 Each function treats a tree, such as the parameters, as one vector of all elements, and returns a tree like it. None
-stays None. Numbers may be 0-dim tensors. Derivatives with respect to the tree and the numbers are exact where they
-exist: those of the identity inside of the set and on its boundary, and those of the projection outside. The functions
-work under `torch.vmap` and `torch.compile`.
+stays None. Tensors must be of floating-point or complex numbers, and others are a TypeError. Numbers may be 0-dim
+tensors. Derivatives with respect to the tree and the numbers are exact where they exist: those of the identity inside
+of the set and on its boundary, and those of the projection outside. The functions work under `torch.vmap` and
+`torch.compile`.
 
 Example:
     Projected gradient descent:
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree as trees
-from functorch_optim._core.hyperparameters import check
+from functorch_optim._core.hyperparameters import check_fixed
 from functorch_optim._numerics import at_least, real_dot, where
 from functorch_optim.transforms.clipping import global_norm, shrink
 from functorch_optim.tree import Tree
@@ -93,7 +94,7 @@ def linf_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.linf_ball(torch.tensor([-3.0, 0.5]))
         tensor([-1.0000,  0.5000])
     """
-    check("scale", scale, trees=False)
+    check_fixed("scale", scale)
     return _each(tree, lambda x: torch.clamp(x, -_like(scale, x), _like(scale, x)))
 
 
@@ -112,7 +113,8 @@ def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.l2_ball({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
-    check("scale", scale, trees=False)
+    check_fixed("scale", scale)
+    tree = trees.map(_inexact, tree)
     factor = shrink(_norm(tree), scale)
     return trees.map(lambda x: _like(factor, x) * x, tree)
 
@@ -135,7 +137,8 @@ def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.sphere(torch.tensor([0.3, 0.4]))
         tensor([0.6000, 0.8000])
     """
-    check("scale", scale, trees=False)
+    check_fixed("scale", scale)
+    tree = trees.map(_inexact, tree)
     norm = _norm(tree)
     factor, equal = scale / torch.where(norm == 0, 1.0, norm), scale / max(_size(tree), 1) ** 0.5
     return trees.map(lambda x: torch.where(norm == 0, _like(equal, x), _like(factor, x) * x), tree)
@@ -159,7 +162,7 @@ def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.simplex({"a": torch.tensor([0.9, 0.5]), "b": torch.tensor([-1.0])})
         {'a': tensor([0.7000, 0.3000]), 'b': tensor([0.])}
     """
-    check("scale", scale, "value > 0", trees=False)
+    check_fixed("scale", scale, "value > 0")
     if not _size(tree):
         raise ValueError("A tree without elements has no sum but 0, so there is no simplex; give at least one number")
     threshold = _threshold(tree, scale)
@@ -184,7 +187,7 @@ def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.l1_ball(torch.tensor([2.0, -1.5, 0.1]))
         tensor([ 0.7500, -0.2500,  0.0000])
     """
-    check("scale", scale, trees=False)
+    check_fixed("scale", scale)
     sizes = _each(tree, torch.abs)
     fits = _sum([x.sum() for x in _tensors(sizes)]) <= scale
     # Inside of the ball tau is not used, and must have no derivative.
@@ -201,7 +204,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
         offset: b, any number.
 
     Raises:
-        ValueError: the trees are built differently, or the number is NaN.
+        ValueError: the trees or their shapes are different, or the number is NaN.
 
     If a is zero, the result is x.
 
@@ -210,8 +213,8 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
         >>> fo.projections.halfspace(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
         tensor([1., 3.])
     """
-    check("offset", offset, "a number", trees=False)
-    normal = trees.map(lambda x, a: a.to(x), tree, normal)
+    check_fixed("offset", offset, "a number")
+    normal = trees.map(_normal, trees.map(_inexact, tree), normal)
     above = _dot(tree, normal) - offset
     square = _dot(normal, normal)
     factor = torch.where(above > 0, above, 0.0) / torch.where(square == 0, 1.0, square)
@@ -265,10 +268,25 @@ def _each(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     return trees.map(lambda x: function(_real(x)), tree)
 
 
+def _normal(x: Tensor, a: Tensor) -> Tensor:
+    """Return a part of a normal in the dtype of the point."""
+    if a.shape != x.shape:
+        raise ValueError(
+            f"The normal has shape {tuple(a.shape)} where the point has shape {tuple(x.shape)}; give a tree like it"
+        )
+    return a.to(x)
+
+
+def _inexact(x: Tensor) -> Tensor:
+    if not x.is_floating_point() and not x.is_complex():
+        raise TypeError(f"A tensor of {x.dtype} has no nearest point in a set of real numbers; give it tensor.float()")
+    return x
+
+
 def _real(x: Tensor) -> Tensor:
     if x.is_complex():
         raise TypeError("This projection does not support complex tensors; give it torch.view_as_real(tensor)")
-    return x
+    return _inexact(x)
 
 
 def _like(number: Any, x: Tensor) -> Any:

@@ -214,6 +214,28 @@ def check_number(name: str, value: Any, allowed: str = "value >= 0") -> None:
         raise ValueError(f"Invalid {name}: {value}; it needs {allowed}")
 
 
+def check_fixed(name: str, value: Any, allowed: str = "value >= 0") -> None:
+    """Raise unless `value` is a tensor of one element, or a python number that is allowed: no schedule, and no tree.
+
+    Raises:
+        ValueError: the number is not allowed, or the tensor has several elements; see `check`.
+        TypeError: it is neither.
+
+    Example:
+        >>> check_fixed("scale", [1.0])
+        Traceback (most recent call last):
+        ...
+        TypeError: Invalid scale: [1.0] is a list; give a number, or a 0-dim tensor
+    """
+    if isinstance(value, Tensor):
+        check(name, value, allowed, trees=False)
+        return
+    try:
+        check_number(name, value, allowed)
+    except TypeError as error:
+        raise TypeError(f"{error}, or a 0-dim tensor") from None
+
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "value >= 0": lambda value: value >= 0,

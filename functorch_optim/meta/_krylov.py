@@ -16,7 +16,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._control import is_known, known_values, while_loop
 from functorch_optim._core.checks import Path, check_updates
-from functorch_optim._core.hyperparameters import check, check_integer, check_number
+from functorch_optim._core.hyperparameters import check_fixed, check_integer, check_number
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim.tree import Tree
 
@@ -258,7 +258,7 @@ def over_trees(
     max_iter: int | None,
 ) -> Tree:
     """Run a method on the numbers of trees, as one vector; `solve_cg` explains the arguments."""
-    check("ridge", ridge, "a number", trees=False)
+    check_fixed("ridge", ridge, "a number")
     check_number("tol", 0.0 if tol is None else tol)
     check_number("atol", atol)
     check_integer("max_iter", 0 if max_iter is None else max_iter, 0)

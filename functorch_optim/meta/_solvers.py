@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import check, check_integer
+from functorch_optim._core.hyperparameters import check_fixed, check_integer
 from functorch_optim.meta import _krylov as krylov
 from functorch_optim.tree import Tree
 
@@ -158,7 +158,7 @@ def solve_normal_cg(
         >>> solve_normal_cg(lambda x: A @ x, torch.tensor([2.0, 3.0])).round(decimals=4)
         tensor([-3.,  1.])
     """
-    check("ridge", ridge, "a number", trees=False)
+    check_fixed("ridge", ridge, "a number")
     method = functools.partial(krylov.normal_cg, ridge=ridge)
     return krylov.over_trees(method, matvec, b, init, 0.0, tol, atol, max_iter)
 
@@ -306,7 +306,7 @@ def solve_neumann(
         >>> solve_neumann(lambda x: 0.5 * x, torch.tensor([1.0]), tol=0.0, max_iter=3)
         tensor([1.7500])
     """
-    check("step_size", step_size, "value > 0", trees=False)
+    check_fixed("step_size", step_size, "value > 0")
     method = functools.partial(krylov.richardson, step_size=step_size)
     return krylov.over_trees(method, matvec, b, init, ridge, tol, atol, max_iter)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
-from functorch_optim._core.hyperparameters import at, check, check_choice
+from functorch_optim._core.hyperparameters import at, check_choice, check_fixed
 from functorch_optim._core.transformation import GradientTransformation, factory
 from functorch_optim.transforms.scaling import scaled
 from functorch_optim.tree import Tree
@@ -152,9 +152,7 @@ _ALLOWED = {"factor": "0 <= value < 1"}
 
 def _check(**numbers: float | Tensor) -> None:
     for name, number in numbers.items():
-        if callable(number):
-            raise TypeError(f"Invalid {name}: {number!r} is a function; reduce_on_plateau takes numbers or tensors")
-        check(name, number, _ALLOWED.get(name, "value >= 0"), trees=False)
+        check_fixed(name, number, _ALLOWED.get(name, "value >= 0"))
         if name in ("patience", "cooldown") and not isinstance(number, Tensor) and number % 1 != 0:
             raise ValueError(f"Invalid {name}: {number}; it needs a whole number")
 

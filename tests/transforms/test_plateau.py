@@ -292,7 +292,10 @@ def test_prints_and_pickles():
     [
         *[({name: math.nan}, ValueError, f"Invalid {name}: nan; it needs") for name in NUMERIC],
         *[({name: -1}, ValueError, f"Invalid {name}: -1; it needs") for name in NUMERIC],
-        *[({name: lambda step: 1}, TypeError, f"Invalid {name}: .* takes numbers or tensors") for name in NUMERIC],
+        *[
+            ({name: lambda step: 1}, TypeError, f"Invalid {name}: .* is a function; give a number, or")
+            for name in NUMERIC
+        ],
         *[({name: "1"}, TypeError, f"Invalid {name}: '1' is a str; give a number") for name in NUMERIC],
         ({"factor": 1.0}, ValueError, "Invalid factor: 1.0; it needs 0 <= value < 1"),
         ({"patience": 1.5}, ValueError, "Invalid patience: 1.5; it needs a whole number"),

@@ -169,10 +169,14 @@ def test_what_is_wrong_is_an_error():
     with pytest.raises(ValueError, match="upper do not fit the parameters"):
         projections.box({"a": torch.ones(2)}, 0.0, {"b": 1.0})
 
+    with pytest.raises(ValueError, match=r"The normal has shape \(3,\) where the point has shape \(2, 3\)"):
+        projections.halfspace(torch.ones(2, 3), torch.ones(3), 1.0)
+    with pytest.raises(TypeError, match="Invalid scale: .* is a function; give a number, or a 0-dim tensor"):
+        projections.l2_ball(torch.ones(2), lambda step: 1.0)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numbers", [[12.0, 11.9, 11.8, 3.0], [100.0, 99.5], [1e4, -1e4]])
-@pytest.mark.parametrize("project", [projections.simplex, projections.l1_ball])
-def test_what_is_left_of_large_numbers_is_rounded_once(project, numbers, dtype):
-    given = torch.tensor(numbers, dtype=dtype)
-    torch.testing.assert_close(project(given), project(given.double()).to(dtype), rtol=0, atol=0)
+
+@pytest.mark.parametrize("name", projections.__all__)
+def test_tensors_of_integers_are_an_error(name):
+    arguments = {"box": (0.0, 1.0), "halfspace": (torch.ones(2), 1.0)}.get(name, ())
+    with pytest.raises(TypeError, match=r"A tensor of torch.int64 .* give it tensor.float\(\)"):
+        getattr(projections, name)(torch.tensor([3, 4]), *arguments)
