@@ -68,6 +68,16 @@ def checked_triples(ns_coefficients: Any, ns_steps: Any) -> tuple[tuple[Triple, 
     return triples, max(ns_steps, len(triples)) if several else ns_steps
 
 
+def check_ns_dtype(dtype: Any) -> None:
+    """Raise unless this is a dtype to iterate in, or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"Invalid ns_dtype: {dtype!r}; give a floating-point dtype, such as torch.bfloat16, or None")
+
+
 def triples_at(triples: tuple[Triple, ...], step: Tensor) -> tuple[tuple[Any, ...], ...]:
     """Evaluate coefficients at a step."""
     return tuple([tuple([at(value, step) for value in triple]) for triple in triples])

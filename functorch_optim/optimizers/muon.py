@@ -20,6 +20,7 @@ from functorch_optim.optimizers._newton_schulz import (
     Coefficients,
     as_matrices,
     check_matrix,
+    check_ns_dtype,
     checked_triples,
     matrix_norm,
     orthogonalized,
@@ -134,6 +135,7 @@ def _scale_by_muon(
     check("epsilon value", eps, "value > 0")
     check_choice("adjust_lr_fn", adjust_lr_fn, "original", "match_rms_adamw", "unit_rms", None)
     check_choice("flatten", flatten, True, False, None)
+    check_ns_dtype(ns_dtype)
 
     def init(p: Tensor) -> ScaleByMuonState:
         check_matrix("Muon", p)

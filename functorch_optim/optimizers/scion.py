@@ -17,6 +17,7 @@ from functorch_optim.optimizers._descent import descent
 from functorch_optim.optimizers._newton_schulz import (
     JORDAN,
     Coefficients,
+    check_ns_dtype,
     checked_triples,
     matrix_norm,
     orthogonalized,
@@ -98,6 +99,7 @@ def scale_by_lmo(
     check("momentum", momentum, "0 <= value <= 1")
     check_choice("norm", norm, *_NORMS)
     check("scale", scale)
+    check_ns_dtype(ns_dtype)
     triples, ns_steps = checked_triples(ns_coefficients, ns_steps)
 
     def init(p: Tensor) -> ScaleByLMOState:

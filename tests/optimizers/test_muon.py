@@ -231,6 +231,8 @@ def test_training_runs_under_vmap(factory):
         (lambda: fo.muon(ns_coefficients=[(1.0, 2.0, "3")]), "Invalid ns_coefficients at index 2: '3' is a str"),
         (lambda: fo.muon(ns_coefficients=[(1.0, 2.0)]), "give 3 numbers, as in ns_coefficients="),
         (lambda: fo.muon(flatten="yes"), "Invalid flatten: 'yes'; choose True, False or None"),
+        (lambda: fo.muon(ns_dtype="bf16"), "Invalid ns_dtype: 'bf16'; give a floating-point dtype, such as torch.bf"),
+        (lambda: fo.normuon(ns_dtype=torch.int32), "Invalid ns_dtype: torch.int32"),
         (lambda: fo.normuon(beta2=1.0), "Invalid beta2: 1.0; it needs 0 <= value < 1"),
         (lambda: fo.normuon(axis=0), "Invalid axis: 0; choose -1, -2 or None"),
         (

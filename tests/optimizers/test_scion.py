@@ -104,6 +104,7 @@ def test_where_gradients_are_zero_everything_is_finite(norm):
         (lambda: fo.scion(norm="nuclear"), "Invalid norm: 'nuclear'; choose 'auto', 'spectral'"),
         (lambda: fo.scion(momentum=1.5), "Invalid momentum: 1.5; it needs 0 <= value <= 1"),
         (lambda: fo.scion(scale=-1.0), "Invalid scale: -1.0"),
+        (lambda: fo.scion(ns_dtype="float16"), "Invalid ns_dtype: 'float16'"),
         (
             lambda: fo.scion(norm="spectral").init({"b": torch.ones(3)}),
             r"At 'b': The norm 'spectral' is one of matrices",
