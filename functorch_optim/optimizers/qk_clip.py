@@ -19,7 +19,7 @@ _FUSED = ("in_proj_weight", "in_proj_bias", "qkv", "qkv_proj", "Wqkv")
 
 def qk_clip(
     params: Tree,
-    max_logits: Tensor | Mapping[str, Any],
+    max_logits: Tensor | Sequence[float] | float | Mapping[str, Any],
     tau: float | Tensor = 100.0,
     *,
     alpha: float = 0.5,
@@ -35,9 +35,9 @@ def qk_clip(
 
     Args:
         params: tree of tensors, after the step.
-        max_logits: S, for each head the largest q k / sqrt(d) of the batch, as the forward pass has seen it: a vector,
-            or one number for all heads. Of a model with several attentions: a dict from the path of each to its S. What
-            is not finite, or not more than tau, changes nothing.
+        max_logits: S, for each head the largest q k / sqrt(d) of the batch, as the forward pass has seen it: a vector
+            or list, or one number for all heads. Of a model with several attentions: a dict from the path of each to
+            its S. What is not finite, or not more than tau, changes nothing.
         tau: largest logit, > 0: number or 0-dim tensor.
         alpha: the part of queries, a number in [0, 1].
         query: names of query projections: parts of a path below the attention. Biases are scaled too. Their first
@@ -73,7 +73,8 @@ def qk_clip(
     check_number("alpha", alpha, "0 <= value <= 1")
     leaves, structure = tree.flatten(params)
     paths = tree.paths(params)
-    by_path = {"": max_logits} if isinstance(max_logits, Tensor) else max_logits
+    by_path = max_logits if isinstance(max_logits, Mapping) else {"": max_logits}
+    by_path = {path: _as_tensor(logits) for path, logits in by_path.items()}
     for path, logits in zip(tree.paths(by_path), tree.flatten(by_path)[0], strict=True):
         below = {i: name[len(path) :].strip(".").split(".") for i, name in enumerate(paths) if _is_below(name, path)}
         found = {
@@ -82,8 +83,7 @@ def qk_clip(
         }
         found["query"] = [i for i in found["query"] if i not in found["rotary"]]
         _check_found(path, found, leaves, [paths[i] for i in below])
-        given = logits if isinstance(logits, Tensor) else torch.as_tensor(logits, device="cpu")
-        gamma = _gamma(given.reshape(-1), tau)
+        gamma = _gamma(_as_tensor(logits).reshape(-1), tau)
         for role in ("query", "key", "rotary"):
             for i in found[role]:
                 where = paths[i]
@@ -97,6 +97,11 @@ def qk_clip(
             of_query, of_key = _factors(gamma, alpha, gamma.numel())
             leaves[i] = torch.cat([_scaled(q, of_query, paths[i]), _scaled(k, of_key, paths[i]), v])
     return tree.unflatten(structure, leaves)
+
+
+def _as_tensor(logits: Any) -> Any:
+    """Return logits as a tensor; a dict by further parts of a path stays."""
+    return logits if isinstance(logits, Tensor | Mapping) else torch.as_tensor(logits, device="cpu")
 
 
 def _is_below(name: str, path: str) -> bool:

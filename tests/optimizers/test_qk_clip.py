@@ -46,6 +46,13 @@ def test_queries_and_keys_have_equal_parts():
         torch.testing.assert_close(clipped[name], expected, rtol=1e-12, atol=0)
 
 
+def test_logits_may_be_a_list():
+    params, several = attention(), {"one": attention(), "other": attention()}
+    expected = fo.qk_clip(params, LOGITS)["q_proj.weight"]
+    torch.testing.assert_close(fo.qk_clip(params, LOGITS.tolist())["q_proj.weight"], expected)
+    torch.testing.assert_close(fo.qk_clip(several, {"other": LOGITS.tolist()})["other"]["q_proj.weight"], expected)
+
+
 @pytest.mark.parametrize("tau", [1000.0, torch.tensor(1000.0)])
 def test_what_is_small_or_not_finite_changes_nothing(tau):
     params = attention()
