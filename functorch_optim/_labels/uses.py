@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from functorch_optim._core.combine import partition
-from functorch_optim._core.hyperparameters import check_choice, check_number
+from functorch_optim._core.hyperparameters import check, check_choice, check_number
 from functorch_optim._core.transformation import GradientTransformation, check_transformation
 from functorch_optim._labels.matching import ERROR, labels_of, matched, matches, terms_of
 from functorch_optim._labels.parameters import Parameter, parameters_of
@@ -110,7 +110,7 @@ def layer_decay(
         Tree of learning rates, for the `lr` of any optimizer and for `fo.param_groups`. See `label` for its form.
 
     Raises:
-        ValueError: a parameter is in no layer; a pattern matches nothing; a group finds no number; `decay` is out of
+        ValueError: a parameter is in no layer; a pattern matches nothing; a group finds no number; a number is out of
             range.
 
     timm gives the parameters that its patterns leave out to the last layer. Here they are an error.
@@ -126,6 +126,7 @@ def layer_decay(
     """
     check_number("decay", decay, "0 < value <= 1")
     check_number("min_scale", min_scale, "0 <= value <= 1")
+    check("learning rate", lr, trees=False)
     parameters = parameters_of(module_or_tree, "layer_decay")
     matchers = list(layers) if isinstance(layers, list | tuple) else [layers]
     rules = [(matcher, place) for place, matcher in enumerate(matchers)]

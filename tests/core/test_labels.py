@@ -202,6 +202,12 @@ def test_more_is_left_out_by_pattern(model):
 # Layer-wise rates. ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("lr", "error"), [(-1.0, ValueError), ("0.1", TypeError), (True, TypeError)])
+def test_a_learning_rate_that_is_none_is_an_error_of_layer_decay(model, lr, error):
+    with pytest.raises(error, match="Invalid learning rate"):
+        fo.layer_decay(model, LAYERS, 0.5, lr=lr)
+
+
 def test_layer_decay_is_beits(model):
     rates = fo.layer_decay(model, LAYERS, 0.5, lr=0.1)
     assert rates == {name: 0.1 * 0.5 ** (3 - beit_layer(name)) for name, _ in model.named_parameters()}
