@@ -222,6 +222,8 @@ def root_jvp(
     leaves, structure = tree.flatten(args)
     tangent_leaves = tree.flatten_up_to(structure, tangents, "tangents", args, "args")
     chosen = [i for i, tangent in enumerate(tangent_leaves) if tangent is not None]
+    if not chosen:
+        return tree.zeros_like(solution)
 
     def root(*some: Tensor) -> list[Tensor]:
         given = tree.unflatten(structure, replaced(leaves, chosen, some))

@@ -263,6 +263,11 @@ def over_trees(
     check_number("atol", atol)
     check_integer("max_iter", 0 if max_iter is None else max_iter, 0)
     leaves, structure = tree.flatten(b)
+    for path, leaf in zip(tree.paths(b), leaves, strict=True):
+        exact = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+        if exact or not isinstance(leaf, Tensor | None):
+            what = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"b has a {what} at {path!r}; it must be a tree of floating-point or complex tensors")
     vector = flattened(leaves, common_dtype(leaves))
     if not vector.numel():
         return b

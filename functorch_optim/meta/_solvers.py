@@ -58,6 +58,7 @@ def solve_auto(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         torch.linalg.LinAlgError: see `solve_cg`.
 
     Example:
@@ -101,6 +102,7 @@ def solve_cg(
     Raises:
         ValueError: a number is out of range or NaN; `matvec` returns a tree, shapes or dtypes other than those of `b`,
             and the message names the path.
+        TypeError: a number is none; or `b` has something else than floating-point and complex tensors.
         torch.linalg.LinAlgError: the tolerance is not met; under `torch.vmap`, by a member of the batch. It is a
             RuntimeError. Inside of `torch.compile` nothing can be raised: x is the result of the last iteration there,
             and |b - matvec(x)| shows its accuracy.
@@ -147,6 +149,7 @@ def solve_normal_cg(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd edition, section 8.3; jaxopt.
@@ -198,6 +201,7 @@ def solve_gmres(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Saad & Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems,
@@ -247,6 +251,7 @@ def solve_bicgstab(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of nonsymmetric
@@ -295,6 +300,7 @@ def solve_neumann(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         torch.linalg.LinAlgError: see `solve_cg`.
 
     Source: Lorraine, Vicol & Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation,
@@ -337,6 +343,7 @@ def solve_dense(
 
     Raises:
         ValueError: see `solve_cg`.
+        TypeError: see `solve_cg`.
         RuntimeError: A is singular.
 
     Example:

@@ -232,6 +232,7 @@ def test_products_with_the_derivative_of_a_root():
     assert vjps[0]["a"].tolist() == [0.25, 0.25]
     moved = root_jvp(optimality_fn, solution, args, ({"a": 3 * ones}, None), solve=solve_dense)
     assert moved["r"].tolist() == [0.75, 0.75]
+    assert root_jvp(optimality_fn, solution, args, ({"a": None}, None))["r"].tolist() == [0.0, 0.0]
     slope = jacrev(lambda a: root_vjp(optimality_fn, solution, ({"a": a}, 2), {"r": ones}, solve=solve_dense)[0]["a"])(
         4 * ones
     )

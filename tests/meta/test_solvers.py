@@ -349,3 +349,9 @@ def test_errors_name_the_path():
 def test_a_number_that_is_out_of_range_is_an_error_that_names_it(solve, name, value):
     with pytest.raises(ValueError, match=f"Invalid {name}: "):
         solve(lambda x: 2 * x, torch.ones(3), **{name: value})
+
+
+@pytest.mark.parametrize("solve", ALL, ids=name)
+def test_integers_are_an_error_as_their_solution_would_be_rounded(solve):
+    with pytest.raises(TypeError, match="b has a tensor of torch.int64 at 'n'; it must be a tree of floating-point"):
+        solve(lambda x: x, {"n": torch.tensor([1, 3])})
