@@ -28,8 +28,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
         Tensor like `x`.
 
     Example:
-        >>> import torch
-        >>> torch.func.grad(safe_sqrt)(torch.tensor(0.0))
+        >>> import functorch_optim as fo, torch
+        >>> torch.func.grad(fo.safe_sqrt)(torch.tensor(0.0))
         tensor(0.)
     """
     if isinstance(x, float):
@@ -124,8 +124,8 @@ def safe_norm(x: Tensor, p: float = 2.0) -> Tensor:
         ValueError: `p` is not > 0.
 
     Example:
-        >>> import torch
-        >>> safe_norm(torch.tensor([3.0, 4.0])), torch.func.grad(safe_norm)(torch.zeros(2))
+        >>> import functorch_optim as fo, torch
+        >>> fo.safe_norm(torch.tensor([3.0, 4.0])), torch.func.grad(fo.safe_norm)(torch.zeros(2))
         (tensor(5.), tensor([0., 0.]))
     """
     if has_torch_function_unary(x):  # recorded as one call
@@ -274,8 +274,8 @@ def debias(beta: Tensor | float, step: Tensor) -> Tensor:
         step: t, counted from 1: 0-dim float64 tensor.
 
     Example:
-        >>> import torch
-        >>> debias(0.9, torch.tensor(2.0, dtype=torch.float64))
+        >>> import functorch_optim as fo, torch
+        >>> fo.debias(0.9, torch.tensor(2.0, dtype=torch.float64))
         tensor(0.1900, dtype=torch.float64)
     """
     return 1 - beta**step

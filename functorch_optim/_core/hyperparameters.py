@@ -33,9 +33,9 @@ def at(hyperparameter: Hyperparameter, step: Tensor) -> Any:
         TypeError: the hyperparameter is a tree, and no rule is being run; or a schedule returns no number.
 
     Example:
-        >>> import torch
+        >>> import functorch_optim as fo, torch
         >>> step = torch.tensor(1.0, dtype=torch.float64)
-        >>> at(0.1, step), at(lambda count: 0.5**count, step)
+        >>> fo.at(0.1, step), fo.at(lambda count: 0.5**count, step)
         (0.1, tensor(1., dtype=torch.float64))
     """
     value: Any = hyperparameter.read() if type(hyperparameter) is Live else hyperparameter

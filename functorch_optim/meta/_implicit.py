@@ -47,7 +47,7 @@ def custom_root(
             its default of 1e-5.
         sequential: whether `torch.vmap` runs the solver for one member of the batch after the other. Solvers need this
             if they branch on values in Python or leave torch. Otherwise the solver is batched, and must consist of
-            functions that can be: `functorch_optim.control.while_loop` for a loop that ends by its data.
+            functions that can be: loops of a fixed length, and `fo.cond` in place of a branch.
 
     Returns:
         A decorator. The decorated function takes `init` and `args`, trees of anything. Its derivative with respect to

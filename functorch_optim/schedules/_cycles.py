@@ -36,6 +36,7 @@ def cosine_annealing(
         ValueError: a number is NaN, or `T_max` is not > 0.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.cosine_annealing(1.0, 4)(torch.arange(6))
         tensor([1.0000, 0.8536, 0.5000, 0.1464, 0.0000, 0.1464], dtype=torch.float64)
@@ -71,6 +72,7 @@ def cosine_warm_restarts(
     Source: Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv:1608.03983, equation 5.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.cosine_warm_restarts(1.0, 2, T_mult=2)(torch.arange(7))
         tensor([1.0000, 0.5000, 1.0000, 0.8536, 0.5000, 0.1464, 1.0000],
@@ -133,6 +135,7 @@ def cyclic(
     Source: Smith, Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.cyclic(0.0, 1.0, 2, mode="triangular2")(torch.arange(8))
         tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000, 0.2500, 0.5000, 0.2500],
@@ -190,6 +193,7 @@ def cyclic_momentum(
         ValueError: a number is NaN or out of range, or a word is none of those above.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.cyclic_momentum(0.8, 0.9, 2)(torch.arange(5))
         tensor([0.9000, 0.8500, 0.8000, 0.8500, 0.9000], dtype=torch.float64)

@@ -44,6 +44,7 @@ def warmup_cosine(
         ValueError: a number is NaN, or `warmup_iters` is negative or greater than `total_iters`.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.warmup_cosine(1.0, 2, 6)(torch.arange(8))
         tensor([0.0000, 0.5000, 1.0000, 0.8536, 0.5000, 0.1464, 0.0000, 0.0000],
@@ -98,6 +99,7 @@ def warmup_stable_decay(
     Compute-Optimal Training Beyond Fixed Training Durations, arXiv:2405.18392.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.warmup_stable_decay(1.0, 2, 3, 2)(torch.arange(8))
         tensor([0.0000, 0.5000, 1.0000, 1.0000, 1.0000, 1.0000, 0.5000, 0.0000],
@@ -138,6 +140,7 @@ def rewarm(
     Language Models: How to (re)warm your model?, arXiv:2308.04014.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.rewarm(schedules.linear(1.0, 0.0, 10), [4], 2)(torch.arange(8))
         tensor([1.0000, 0.9000, 0.8000, 0.7000, 0.0000, 0.2500, 0.4000, 0.3000],
@@ -174,6 +177,7 @@ def inverse_sqrt(
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762, equation 3.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.inverse_sqrt(1.0, 2)(torch.tensor([0, 1, 2, 4, 8]))
         tensor([0.0000, 0.5000, 1.0000, 0.7071, 0.5000], dtype=torch.float64)
@@ -200,6 +204,7 @@ def piecewise_interpolate(
             `interpolation` is neither.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.piecewise_interpolate([0.0, 1.0, 0.5], [2, 4])(torch.arange(6))
         tensor([0.0000, 0.5000, 1.0000, 0.7500, 0.5000, 0.5000], dtype=torch.float64)
@@ -245,6 +250,7 @@ def one_cycle(
     arXiv:1708.07120.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.one_cycle(1.0, 10, div_factor=10.0, anneal_strategy="linear")(torch.arange(5))
         tensor([0.1000, 0.5500, 1.0000, 0.8571, 0.7143], dtype=torch.float64)
@@ -283,6 +289,7 @@ def one_cycle_momentum(
         ValueError: a number is NaN or out of range, or `anneal_strategy` is neither.
 
     Example:
+        >>> import torch
         >>> from functorch_optim import schedules
         >>> schedules.one_cycle_momentum(10, anneal_strategy="linear")(torch.arange(5))
         tensor([0.9500, 0.9000, 0.8500, 0.8643, 0.8786], dtype=torch.float64)

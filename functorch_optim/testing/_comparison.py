@@ -34,6 +34,7 @@ def assert_same(actual: Tree, expected: Tree, what: str, tolerance: float = 1e-1
 
     Example:
         >>> import torch
+        >>> from functorch_optim.testing import assert_same
         >>> assert_same({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.5])}, "the parameter")
         Traceback (most recent call last):
         ...
@@ -100,6 +101,7 @@ def unmodified(**trees: Tree) -> Iterator[None]:
 
     Example:
         >>> import torch
+        >>> from functorch_optim.testing import unmodified
         >>> with unmodified(state={"m": (m := torch.ones(()))}):
         ...     m += 1
         Traceback (most recent call last):

@@ -29,6 +29,7 @@ class Subject:
 
     Example:
         >>> import functorch_optim as fo
+        >>> from functorch_optim.testing import Subject
         >>> subject = Subject(fo.adam, {"lr": 0.1, "betas": (0.9, 0.99)})
         >>> list(subject.numbers), subject({"betas.1": 0.5})
         (['betas.0', 'betas.1', 'lr'], adam(lr=0.1, betas=(0.9, 0.5)))
@@ -88,7 +89,8 @@ class Problem:
             parameters, need not be given. A transformation gets those that it declares.
 
     Example:
-        >>> import functorch_optim as fo
+        >>> import functorch_optim as fo, torch
+        >>> from functorch_optim.testing import Problem
         >>> problem = Problem(torch.zeros(2), [torch.ones(2), torch.ones(2)])
         >>> params, state = problem.train(fo.sgd(1.0))
         >>> params

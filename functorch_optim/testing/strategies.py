@@ -35,6 +35,8 @@ def tensors(
         shapes: to choose from.
 
     Example:
+        >>> import torch
+        >>> from functorch_optim.testing import tensors
         >>> from hypothesis import find
         >>> find(tensors([torch.float64], [(2, 3)]), lambda x: not x.is_contiguous()).stride()
         (1, 2)
@@ -72,8 +74,9 @@ def trees(
         Strategy for `hypothesis.given`.
 
     Example:
+        >>> import functorch_optim as fo, torch
+        >>> from functorch_optim.testing import trees
         >>> from hypothesis import given
-        >>> import functorch_optim as fo
         >>> @given(params=trees())
         ... def test_nothing_moves_without_a_learning_rate(params):
         ...     tx = fo.sgd(0.0)
@@ -107,6 +110,8 @@ def gradients(draw: st.DrawFn, params: Tree) -> Tree:
         params: tree of tensors; None stays None.
 
     Example:
+        >>> import torch
+        >>> from functorch_optim.testing import gradients
         >>> from hypothesis import find
         >>> find(gradients({"w": torch.zeros(2)}), lambda grads: True)["w"].shape
         torch.Size([2])
@@ -125,6 +130,8 @@ def histories(draw: st.DrawFn, params: Tree, steps: int, *, missing: bool = True
         missing: whether gradients may be None.
 
     Example:
+        >>> import torch
+        >>> from functorch_optim.testing import histories
         >>> from hypothesis import find
         >>> history = find(histories(torch.zeros(2), 2), lambda history: history[0] is None)
         >>> len(history), history[0]
@@ -163,8 +170,9 @@ def hyperparameters(values: Mapping[str, float]) -> st.SearchStrategy[dict[str, 
         values: name -> number.
 
     Example:
+        >>> import functorch_optim as fo, torch
+        >>> from functorch_optim.testing import hyperparameters
         >>> from hypothesis import given
-        >>> import functorch_optim as fo
         >>> @given(numbers=hyperparameters({"lr": 0.5, "momentum": 0.9}))
         ... def test_any_kind_of_number(numbers):
         ...     tx, params = fo.sgd(**numbers), torch.ones(2)

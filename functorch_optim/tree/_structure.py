@@ -232,7 +232,8 @@ def paths(tree: Tree) -> list[str]:
     """Name every leaf by its dotted path, in the order of `flatten`.
 
     Example:
-        >>> paths({"layer": {"weight": 1, "bias": 2}, "scale": (3, 4)})
+        >>> import functorch_optim as fo
+        >>> fo.tree.paths({"layer": {"weight": 1, "bias": 2}, "scale": (3, 4)})
         ['layer.bias', 'layer.weight', 'scale.0', 'scale.1']
     """
     flatten(tree)  # which makes nodes of dataclasses
@@ -244,7 +245,8 @@ def insertion_order(tree: Tree) -> list[int]:
     """Number the leaves, listed in the order of `flatten`, in the order in which dicts were filled.
 
     Example:
-        >>> insertion_order({"c": 1, "a": 2, "b": 3})
+        >>> import functorch_optim as fo
+        >>> fo.tree.insertion_order({"c": 1, "a": 2, "b": 3})
         [1, 2, 0]
     """
     leaves, structure = flatten(tree)
