@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._core.checks import check_params
-from functorch_optim._core.hyperparameters import check_number
+from functorch_optim._core.hyperparameters import check_choice, check_integer, check_number
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim._execution.representation import widened
 from functorch_optim.tree import Tree
@@ -59,7 +59,7 @@ def zero_order_grad(
 
     Raises:
         ValueError: `estimator` is none of the three; `samples` or `sigma` is out of range; the values are not numbers.
-        TypeError: a leaf of the argument is no floating-point or complex tensor.
+        TypeError: `samples` is no integer; a leaf of the argument is no floating-point or complex tensor.
 
     Source: Nesterov & Spokoiny, Random Gradient-Free Minimization of Convex Functions, Foundations of Computational
     Mathematics 17, 2017; Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement Learning,
@@ -74,10 +74,8 @@ def zero_order_grad(
         >>> grad({"w": torch.tensor([1.0, 2.0])})["w"].round(decimals=1)
         tensor([2., 4.])
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"Invalid estimator: {estimator!r}; give 'naive', 'forward' or 'antithetic'")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"Invalid samples: {samples!r}; it needs an integer >= 1")
+    check_choice("estimator", estimator, *ESTIMATORS)
+    check_integer("samples", samples, 1)
     check_number("sigma", sigma, "value > 0")
     places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
