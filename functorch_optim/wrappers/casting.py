@@ -31,9 +31,10 @@ def cast_states(tx: Any, dtype: torch.dtype | Mapping[str, torch.dtype] = torch.
         ValueError: a dtype is none of these, or no rule in `tx` keeps a state of a name.
         TypeError: `tx` is neither a transformation nor a factory.
 
-    States are like their parameters without it. In bfloat16 a mean of squares with beta2 = 0.999 stands still, since
-    its changes are rounded away: keep `exp_avg_sq` in float32. optax's `mu_dtype` is the entry "exp_avg" alone, and its
-    second moment is like the parameters. Checkpoints hold states in their dtype.
+    States are like their parameters without it, but for small ones, a number for each row or tensor, which are float32
+    in most optimizers. In bfloat16 a mean of squares with beta2 = 0.999 stands still, since its changes are rounded
+    away: keep `exp_avg_sq` in float32. optax's `mu_dtype` is the entry "exp_avg" alone, and its second moment is like
+    the parameters. Checkpoints hold states in their dtype.
 
     Example:
         >>> import functorch_optim as fo, torch
