@@ -116,7 +116,7 @@ def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
     check_fixed("scale", scale)
     tree = trees.map(_inexact, tree)
     factor = shrink(_norm(tree), scale)
-    return trees.map(lambda x: _like(factor, x) * x, tree)
+    return trees.map(lambda x: (factor.to(x.device) * _wide(x)).to(x.dtype), tree)
 
 
 def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
@@ -141,7 +141,9 @@ def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
     tree = trees.map(_inexact, tree)
     norm = _norm(tree)
     factor, equal = scale / torch.where(norm == 0, 1.0, norm), scale / max(_size(tree), 1) ** 0.5
-    return trees.map(lambda x: torch.where(norm == 0, _like(equal, x), _like(factor, x) * x), tree)
+    return trees.map(
+        lambda x: torch.where(norm == 0, _like(equal, x), (factor.to(x.device) * _wide(x)).to(x.dtype)), tree
+    )
 
 
 def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
@@ -189,7 +191,7 @@ def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
     """
     check_fixed("scale", scale)
     sizes = _each(tree, torch.abs)
-    fits = _sum([x.sum() for x in _tensors(sizes)]) <= scale
+    fits = _sum([_wide(x).sum() for x in _tensors(sizes)]) <= scale
     # Inside of the ball tau is not used, and must have no derivative.
     threshold = torch.where(fits, 0.0, _threshold(sizes, where(fits, 1.0, scale)))
     return _each(tree, lambda x: torch.where(fits, x, torch.sign(x) * _above(x.abs(), threshold)))
@@ -218,7 +220,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
     above = _dot(tree, normal) - offset
     square = _dot(normal, normal)
     factor = torch.where(above > 0, above, 0.0) / torch.where(square == 0, 1.0, square)
-    return trees.map(lambda x, a: x - _like(factor, x) * a, tree, normal)
+    return trees.map(lambda x, a: (_wide(x) - factor.to(x.device) * _wide(a)).to(x.dtype), tree, normal)
 
 
 # Numbers of trees. ----------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
     """Find the tau with which the sum of max(x - tau, 0) is `total`; 0 for no elements."""
     if not _size(tree):
         return torch.zeros((), dtype=torch.float64, device="cpu")
-    x = torch.cat([_real(leaf).flatten().to(torch.float64) for leaf in _tensors(tree)])
+    x = torch.cat([_wide(_real(leaf)).flatten() for leaf in _tensors(tree)])
     ordered = x.sort(descending=True).values
     counts = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
     candidates = (ordered.cumsum(0) - total) / counts
@@ -240,16 +242,18 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
 
 def _above(x: Tensor, threshold: Tensor) -> Tensor:
     """Return max(x - tau, 0). In the dtype of large numbers tau would be rounded by more than what is left of them."""
-    return torch.clamp(x.to(torch.float64) - threshold, min=0).to(x.dtype)
+    return torch.clamp(_wide(x) - threshold.to(x.device), min=0).to(x.dtype)
 
 
 def _norm(tree: Tree) -> Tensor:
-    norm: Tensor = global_norm(_tensors(tree), 2.0, torch.zeros((), dtype=torch.float64, device="cpu"))
+    norm: Tensor = global_norm(
+        [_wide(x) for x in _tensors(tree)], 2.0, torch.zeros((), dtype=torch.float64, device="cpu")
+    )
     return norm
 
 
 def _dot(one: Tree, other: Tree) -> Tensor:
-    return _sum(_tensors(trees.map(real_dot, one, other)))
+    return _sum(_tensors(trees.map(lambda x, y: real_dot(_wide(x), _wide(y)), one, other)))
 
 
 def _sum(numbers: list[Tensor]) -> Tensor:
@@ -287,6 +291,11 @@ def _real(x: Tensor) -> Tensor:
     if x.is_complex():
         raise TypeError("This projection does not support complex tensors; give it torch.view_as_real(tensor)")
     return _inexact(x)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return numbers in float64, in which their squares and differences keep their digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def _like(number: Any, x: Tensor) -> Any:

@@ -168,7 +168,6 @@ def test_what_is_wrong_is_an_error():
         projections.simplex(torch.ones(0))
     with pytest.raises(ValueError, match="upper do not fit the parameters"):
         projections.box({"a": torch.ones(2)}, 0.0, {"b": 1.0})
-
     with pytest.raises(ValueError, match=r"The normal has shape \(3,\) where the point has shape \(2, 3\)"):
         projections.halfspace(torch.ones(2, 3), torch.ones(3), 1.0)
     with pytest.raises(TypeError, match="Invalid scale: .* is a function; give a number, or a 0-dim tensor"):
@@ -180,3 +179,26 @@ def test_tensors_of_integers_are_an_error(name):
     arguments = {"box": (0.0, 1.0), "halfspace": (torch.ones(2), 1.0)}.get(name, ())
     with pytest.raises(TypeError, match=r"A tensor of torch.int64 .* give it tensor.float\(\)"):
         getattr(projections, name)(torch.tensor([3, 4]), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_points_are_rounded_once(dtype):
+    """Also where squares are out of range, and where differences of large numbers are taken."""
+    large = torch.tensor([3.0, 4.0]).to(dtype) * (1e4 if dtype == torch.float16 else 1e30)
+    near = torch.tensor([300.25, 300.0, 299.75]).to(dtype)
+    for project, x in (
+        (projections.l2_ball, large),
+        (projections.sphere, large),
+        (projections.simplex, near),
+        (projections.l1_ball, -near),
+        (lambda x: projections.halfspace(x, torch.ones_like(x), 1.0), near),
+    ):
+        torch.testing.assert_close(project(x), project(x.double()).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numbers", [[12.0, 11.9, 11.8, 3.0], [100.0, 99.5], [1e4, -1e4]])
+@pytest.mark.parametrize("project", [projections.simplex, projections.l1_ball])
+def test_differences_of_large_numbers_are_rounded_once(project, numbers, dtype):
+    given = torch.tensor(numbers, dtype=dtype)
+    torch.testing.assert_close(project(given), project(given.double()).to(dtype), rtol=0, atol=0)
