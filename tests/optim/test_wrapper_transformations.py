@@ -197,3 +197,16 @@ def test_states_that_move_from_one_place_to_another(elementwise):
         [kept] = opt.state.values()
         for field, [expected] in zip(HistoryState._fields, state, strict=True):
             assert torch.equal(kept[field], expected)
+
+
+def test_the_norm_is_that_of_all_groups_of_a_transformation_and_of_each_group_of_a_factory():
+    def moved(transformation, **hyperparameters):
+        params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        opt = fo.Optimizer([{"params": [p]} for p in params], transformation, **hyperparameters)
+        for p, g in zip(params, (-3.0, -4.0), strict=True):
+            p.grad = torch.tensor([g])
+        opt.step()
+        return [p.item() for p in params]
+
+    assert moved(fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(1.0))) == pytest.approx([0.6, 0.8])
+    assert moved(lambda lr: fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(lr)), lr=1.0) == pytest.approx([1.0, 1.0])
