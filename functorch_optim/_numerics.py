@@ -182,7 +182,11 @@ def clamped_from_below(x: Tensor, least: Any) -> Tensor:
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:
-    """Raise to a power, with value and derivative zero at zero."""
+    """Raise to a power > 0, with derivative zero at zero."""
+    if has_torch_function_unary(x):  # recorded as one call, for which machines have their own kernel
+        return handle_torch_function(safe_power, (x,), x, exponent)
+    if _is_constant(x):
+        return x.pow(exponent)
     zero = x == 0
     return x.masked_fill(zero, 1).pow(exponent).masked_fill(zero, 0)
 

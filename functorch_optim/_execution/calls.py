@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functorch_optim._execution.program import Instruction, Name, Program, needed
-from functorch_optim._numerics import safe_sqrt
+from functorch_optim._numerics import safe_power, safe_sqrt
 
 _ALIASES = {
     "truediv": "div",
@@ -21,6 +21,7 @@ _ALIASES = {
     "negative": "neg",
     "clip": "clamp",
     safe_sqrt.__name__: "sqrt",
+    safe_power.__name__: "pow",
 }
 
 
@@ -49,7 +50,7 @@ def last_reads(program: Program) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=256)
 def contracted(program: Program) -> Program:
-    """Make one call of `a + n b`, `a + n b c` and `a + n b / c`, with a number n: torch has functions for these."""
+    """Make one call of `a + n b`, `a + n b c`, `a + n b / c` and `where(a < n, n, a)`, with a number n."""
     made = {instruction.result: instruction for instruction in program.instructions}
     dtypes = {**dict.fromkeys(program.inputs, program.dtype), **{name: i.dtype for name, i in made.items()}}
     reads = Counter([name for i in program.instructions for name in i.names] + list(program.outputs))
@@ -78,6 +79,10 @@ def contracted(program: Program) -> Program:
 
     def joined(instruction: Instruction) -> Instruction:
         args = instruction.args
+        if called(instruction) == "where" and len(args) == 3 and is_tensor(args[2]) and is_factor(args[1]):
+            test = made.get(args[0])
+            if test is not None and called(test) == "lt" and test.args == (args[2], args[1]) and not test.kwargs:
+                return instruction._replace(function=torch.clamp_min, args=(args[2], args[1]))
         if called(instruction) == "add" and not instruction.kwargs and all(map(is_tensor, args)):
             for kept, other in both(args):
                 found = scaled(other)
