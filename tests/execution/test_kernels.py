@@ -18,6 +18,7 @@ from functorch_optim._execution.kernel import kernel, pure
 from functorch_optim._execution.program import Instruction, Name, record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import cast
+from functorch_optim._numerics import safe_power
 
 
 def assert_kernels_agree(program, expected, inputs, numbers, tolerance=1e-14):
@@ -177,6 +178,14 @@ SYNTHETIC = {
         (),
     ),
     "clamp": (lambda g, state, p, s: (torch.clamp(g, -s, s), Two(p.clamp(max=s), state.b.clip(min=0.1))), 0.4),
+    "bounded": (
+        lambda g, state, p, s: (
+            torch.where(g < s, s, g),
+            Two(torch.where(p * math.nan < -1, -1.0, p * math.nan), torch.where(state.b < s, s, state.a)),
+        ),
+        0.4,
+    ),
+    "powers": (lambda g, state, p, s: (safe_power(g * g, 1 / 3), Two(safe_power(0 * p, 0.5), state.b)), ()),
     "lerp": (
         lambda g, state, p, s: (torch.lerp(g, p, torch.sigmoid(p)), Two(state.a.lerp(g, s), torch.lerp(g, p, 0.9))),
         0.4,
@@ -260,6 +269,13 @@ def test_sums_of_products_are_one_call():
     assert "addcdiv" in source(lambda g, state, p, s: (p + s * (g / state.a), state), 0.7)
     # Not where something else reads the product.
     assert "alpha" not in source(kept_product, 0.7)
+
+
+def test_bounds_are_one_call():
+    assert "(g, n0, out=g)" in source(lambda g, state, p, s: (torch.where(g < s, s, g), state), 0.7)
+    # Not where it is another value that is compared, or another number.
+    assert "clamp" not in source(lambda g, state, p, s: (torch.where(p < s, s, g), state), 0.7)
+    assert "clamp" not in source(lambda g, state, p, s: (torch.where(g < 0.5, s, g), state), 0.7)
 
 
 def test_buffers_are_used_again():
