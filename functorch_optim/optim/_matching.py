@@ -53,13 +53,12 @@ def as_saved(
 
 def _check_parts(saved: Mapping[str, Any]) -> None:
     """Raise when a dict is not the state dict of an optimizer, but that of a model, say, or of several parts."""
-    for part in ("param_groups", "state"):
-        if part not in saved:
-            found = ", ".join(map(repr, [*saved][:4])) + (", ..." if len(saved) > 4 else "") or "nothing"
-            raise KeyError(
-                f"The state dict of an optimizer has 'state' and 'param_groups', but this one has no {part!r}; it has "
-                f"{found}. Give a result of opt.state_dict(), which may be a part of what was saved"
-            )
+    if saved.keys().isdisjoint(("state", "param_groups")):
+        found = ", ".join(map(repr, [*saved][:4])) + (", ..." if len(saved) > 4 else "") or "nothing"
+        raise KeyError(
+            f"The state dict of an optimizer has 'state' and 'param_groups', but this one has {found}. Give a result "
+            "of opt.state_dict(), which may be a part of what was saved"
+        )
     checks.check_is_dict("state", saved["state"])
 
 
