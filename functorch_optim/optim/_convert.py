@@ -216,8 +216,9 @@ def _sets(optimizer: torch.optim.Optimizer) -> list[_Set]:
             one.states[p] = (i, state)
         is_one = isinstance(optimizer, OptimizerBase) and not optimizer._has_factory
         if len(found) > 1 and (is_one or any(isinstance(k.rule, TreeRule) or k.rule.sees_tree for k in plan.links)):
-            steps = [f"{one.step:g}" for one in found]
-            where = f"steps, {', '.join(steps)}" if len(set(steps)) > 1 else "numbers that rules carry on"
+            counts = [[f"{one.numbers[k][0]:g}" for one in found if k in one.numbers] for k in range(len(plan.links))]
+            steps = next((some for some in counts if len(set(some)) > 1), None)
+            where = "numbers that rules carry on" if steps is None else f"steps, {', '.join(steps)}"
             raise ValueError(
                 f"The parameters are at different {where}, but {transformation!r} looks at all of them together, "
                 "or is one for all: it cannot be parted"

@@ -259,6 +259,13 @@ def test_numbers_that_parameters_carry_on_apart_are_told():
         fo.from_torch(optimizer)
 
 
+def test_steps_that_differ_are_told_where_numbers_of_the_tree_are_the_same():
+    optimizer = fo.Optimizer([torch.ones(2), torch.ones(2)], fo.dadapt_adam())
+    step_all(optimizer, [[torch.ones(2), torch.ones(2)], [None, torch.ones(2)]])
+    with pytest.raises(ValueError, match="at different steps, 1, 2, but dadapt_adam.* it cannot be parted"):
+        fo.from_torch(optimizer)
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
