@@ -34,7 +34,8 @@ def sgld(
 
     Noise comes from `generator`, drawn in the order of the leaves; or it is given, with which an update is a pure
     function: `tx.update(grads, state, params, noise=noise)`, a tree like the parameters of standard normal numbers.
-    Real and imaginary parts of complex parameters have separate noise, each of this variance.
+    Real and imaginary parts of complex parameters have separate noise, each of this variance, which is that of
+    `2**0.5 * torch.randn_like(p)`.
 
     Args:
         lr: learning rate >= 0: number, 0-dim tensor, or schedule.
@@ -105,9 +106,11 @@ def _check_noise(noise: Tree, updates: Tree) -> None:
     leaves, structure = tree.flatten(updates)
     given = tree.flatten_up_to(structure, noise, "noise", updates, "the gradients")
     for path, g, n in zip(tree.paths(updates), leaves, given, strict=True):
-        if g is not None and (not isinstance(n, Tensor) or n.shape != g.shape):
-            what = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else f"type {type(n).__name__}"
-            raise ValueError(
-                f"The noise at {path or 'the root'!r} has {what}, and the gradient there has shape {tuple(g.shape)}; "
-                "write noise=tree.map(torch.randn_like, params)"
-            )
+        if g is None or (isinstance(n, Tensor) and n.shape == g.shape and n.is_complex() == g.is_complex()):
+            continue
+        found = f"shape {tuple(n.shape)} and dtype {n.dtype}" if isinstance(n, Tensor) else f"type {type(n).__name__}"
+        raise ValueError(
+            f"The noise at {path or 'the root'!r} has {found}, and the gradient there has shape {tuple(g.shape)} and "
+            f"dtype {g.dtype}; write noise=tree.map(torch.randn_like, params)"
+            + (", times 2**0.5 where they are complex" if g.is_complex() else "")
+        )

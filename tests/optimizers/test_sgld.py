@@ -74,3 +74,11 @@ def test_noise_that_is_not_like_the_parameters_is_an_error(noise):
     tx, params = fo.sgld(), torch.ones(2)
     with pytest.raises(ValueError, match="noise"):
         tx.update(torch.ones(2), tx.init(params), params, noise=noise)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.complex64, torch.float32), (torch.float32, torch.complex64)])
+def test_noise_of_one_part_for_two_or_of_two_for_one_is_an_error(dtypes):
+    params, noise = [torch.ones(2, dtype=dtype) for dtype in dtypes]
+    tx = fo.sgld()
+    with pytest.raises(ValueError, match=f"dtype {dtypes[1]}.* dtype {dtypes[0]}; write noise="):
+        tx.update(params, tx.init(params), params, noise=noise)
