@@ -74,7 +74,7 @@ def qk_clip(
     leaves, structure = tree.flatten(params)
     paths = tree.paths(params)
     by_path = max_logits if isinstance(max_logits, Mapping) else {"": max_logits}
-    by_path = {path: _as_tensor(logits) for path, logits in by_path.items()}
+    by_path = _as_tensors(by_path)
     for path, logits in zip(tree.paths(by_path), tree.flatten(by_path)[0], strict=True):
         below = {i: name[len(path) :].strip(".").split(".") for i, name in enumerate(paths) if _is_below(name, path)}
         found = {
@@ -83,7 +83,7 @@ def qk_clip(
         }
         found["query"] = [i for i in found["query"] if i not in found["rotary"]]
         _check_found(path, found, leaves, [paths[i] for i in below])
-        gamma = _gamma(_as_tensor(logits).reshape(-1), tau)
+        gamma = _gamma(logits.reshape(-1), tau)
         for role in ("query", "key", "rotary"):
             for i in found[role]:
                 where = paths[i]
@@ -99,9 +99,11 @@ def qk_clip(
     return tree.unflatten(structure, leaves)
 
 
-def _as_tensor(logits: Any) -> Any:
-    """Return logits as a tensor; a dict by further parts of a path stays."""
-    return logits if isinstance(logits, Tensor | Mapping) else torch.as_tensor(logits, device="cpu")
+def _as_tensors(logits: Any) -> Any:
+    """Return logits as a tensor, and a dict of them, by path, as a dict of tensors."""
+    if isinstance(logits, Mapping):
+        return {path: _as_tensors(some) for path, some in logits.items()}
+    return logits if isinstance(logits, Tensor) else torch.as_tensor(logits, device="cpu")
 
 
 def _is_below(name: str, path: str) -> bool:

@@ -51,6 +51,8 @@ def test_logits_may_be_a_list():
     expected = fo.qk_clip(params, LOGITS)["q_proj.weight"]
     torch.testing.assert_close(fo.qk_clip(params, LOGITS.tolist())["q_proj.weight"], expected)
     torch.testing.assert_close(fo.qk_clip(several, {"other": LOGITS.tolist()})["other"]["q_proj.weight"], expected)
+    deep = fo.qk_clip({"layers": several}, {"layers": {"other": LOGITS.tolist()}})["layers"]
+    torch.testing.assert_close(deep["other"]["q_proj.weight"], expected)
 
 
 @pytest.mark.parametrize("tau", [1000.0, torch.tensor(1000.0)])
