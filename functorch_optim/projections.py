@@ -94,8 +94,14 @@ def linf_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.linf_ball(torch.tensor([-3.0, 0.5]))
         tensor([-1.0000,  0.5000])
     """
-    check_fixed("scale", scale)
-    return _each(tree, lambda x: torch.clamp(x, -_like(scale, x), _like(scale, x)))
+    scale = _fixed("scale", scale)
+
+    def inside(x: Tensor) -> Tensor:
+        wide = _wide(x)  # half precision has no number for a large s
+        bound = _like(scale, wide)
+        return torch.clamp(wide, -bound, bound).to(x.dtype)
+
+    return _each(tree, inside)
 
 
 def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
@@ -113,7 +119,7 @@ def l2_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.l2_ball({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
-    check_fixed("scale", scale)
+    scale = _fixed("scale", scale)
     tree = trees.map(_inexact, tree)
     factor = shrink(_norm(tree), scale)
     return trees.map(lambda x: (factor.to(x.device) * _wide(x)).to(x.dtype), tree)
@@ -137,7 +143,7 @@ def sphere(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.sphere(torch.tensor([0.3, 0.4]))
         tensor([0.6000, 0.8000])
     """
-    check_fixed("scale", scale)
+    scale = _fixed("scale", scale)
     tree = trees.map(_inexact, tree)
     norm = _norm(tree)
     factor, equal = scale / torch.where(norm == 0, 1.0, norm), scale / max(_size(tree), 1) ** 0.5
@@ -164,7 +170,8 @@ def simplex(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.simplex({"a": torch.tensor([0.9, 0.5]), "b": torch.tensor([-1.0])})
         {'a': tensor([0.7000, 0.3000]), 'b': tensor([0.])}
     """
-    check_fixed("scale", scale, "value > 0")
+    scale = _fixed("scale", scale, "value > 0")
+    tree = trees.map(_real, tree)
     if not _size(tree):
         raise ValueError("A tree without elements has no sum but 0, so there is no simplex; give at least one number")
     threshold = _threshold(tree, scale)
@@ -189,7 +196,7 @@ def l1_ball(tree: Tree, scale: Number = 1.0) -> Tree:
         >>> fo.projections.l1_ball(torch.tensor([2.0, -1.5, 0.1]))
         tensor([ 0.7500, -0.2500,  0.0000])
     """
-    check_fixed("scale", scale)
+    scale = _fixed("scale", scale)
     sizes = _each(tree, torch.abs)
     fits = _sum([_wide(x).sum() for x in _tensors(sizes)]) <= scale
     # Inside of the ball tau is not used, and must have no derivative.
@@ -207,6 +214,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
 
     Raises:
         ValueError: the trees or their shapes are different, or the number is NaN.
+        TypeError: the normal is complex where x is real.
 
     If a is zero, the result is x.
 
@@ -215,7 +223,7 @@ def halfspace(tree: Tree, normal: Tree, offset: Number) -> Tree:
         >>> fo.projections.halfspace(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), 1.0)
         tensor([1., 3.])
     """
-    check_fixed("offset", offset, "a number")
+    offset = _fixed("offset", offset, "a number")
     normal = trees.map(_normal, trees.map(_inexact, tree), normal)
     above = _dot(tree, normal) - offset
     square = _dot(normal, normal)
@@ -272,25 +280,38 @@ def _each(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     return trees.map(lambda x: function(_real(x)), tree)
 
 
-def _normal(x: Tensor, a: Tensor) -> Tensor:
+def _fixed(name: str, number: Number, allowed: str = "value >= 0") -> Number:
+    """Check a number, and return it; a tensor without dimensions."""
+    check_fixed(name, number, allowed)
+    return number.reshape(()) if isinstance(number, Tensor) else number
+
+
+def _normal(x: Tensor, a: Any) -> Tensor:
     """Return a part of a normal in the dtype of the point."""
+    if not isinstance(a, Tensor):
+        raise TypeError(f"The normal has a {type(a).__name__} where the point has a tensor; give a tree like it")
     if a.shape != x.shape:
         raise ValueError(
             f"The normal has shape {tuple(a.shape)} where the point has shape {tuple(x.shape)}; give a tree like it"
         )
+    if a.is_complex() and not x.is_complex():
+        raise TypeError(f"The normal is {a.dtype} where the point is {x.dtype}; give a tree like it")
     return a.to(x)
 
 
-def _inexact(x: Tensor) -> Tensor:
+def _inexact(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"A projection needs a tree of tensors, got a {type(x).__name__} in it")
     if not x.is_floating_point() and not x.is_complex():
         raise TypeError(f"A tensor of {x.dtype} has no nearest point in a set of real numbers; give it tensor.float()")
     return x
 
 
-def _real(x: Tensor) -> Tensor:
-    if x.is_complex():
+def _real(x: Any) -> Tensor:
+    tensor = _inexact(x)
+    if tensor.is_complex():
         raise TypeError("This projection does not support complex tensors; give it torch.view_as_real(tensor)")
-    return _inexact(x)
+    return tensor
 
 
 def _wide(x: Tensor) -> Tensor:

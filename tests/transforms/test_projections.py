@@ -170,8 +170,30 @@ def test_what_is_wrong_is_an_error():
         projections.box({"a": torch.ones(2)}, 0.0, {"b": 1.0})
     with pytest.raises(ValueError, match=r"The normal has shape \(3,\) where the point has shape \(2, 3\)"):
         projections.halfspace(torch.ones(2, 3), torch.ones(3), 1.0)
+    with pytest.raises(TypeError, match=r"The normal is torch.complex64 where the point is torch.float32; give a tree"):
+        projections.halfspace(torch.ones(2), torch.ones(2, dtype=torch.complex64), 1.0)
+    with pytest.raises(TypeError, match="The normal has a float where the point has a tensor; give a tree like it"):
+        projections.halfspace(torch.ones(2), 1.0, 1.0)
     with pytest.raises(TypeError, match="Invalid scale: .* is a function; give a number, or a 0-dim tensor"):
         projections.l2_ball(torch.ones(2), lambda step: 1.0)
+    for project in (projections.l2_ball, projections.simplex, projections.nonnegative):
+        with pytest.raises(TypeError, match="A projection needs a tree of tensors, got a float in it"):
+            project([torch.ones(2), 1.0])
+
+
+@pytest.mark.parametrize(
+    "project", [projections.l1_ball, projections.l2_ball, projections.linf_ball, projections.sphere]
+)
+def test_a_number_may_be_a_tensor_of_one_element(project):
+    for x in (torch.tensor(3.0), torch.tensor([3.0, 4.0])):
+        torch.testing.assert_close(project(x, torch.tensor([0.5])), project(x, 0.5))
+
+
+def test_a_radius_may_be_too_large_for_half_precision():
+    x = torch.tensor([-3.0, 4.0], dtype=torch.float16)
+    for scale in (1e6, torch.tensor(1e6)):
+        for project in (projections.linf_ball, projections.l1_ball, projections.l2_ball):
+            assert torch.equal(project(x, scale), x)
 
 
 @pytest.mark.parametrize("name", projections.__all__)
@@ -185,20 +207,12 @@ def test_tensors_of_integers_are_an_error(name):
 def test_points_are_rounded_once(dtype):
     """Also where squares are out of range, and where differences of large numbers are taken."""
     large = torch.tensor([3.0, 4.0]).to(dtype) * (1e4 if dtype == torch.float16 else 1e30)
-    near = torch.tensor([300.25, 300.0, 299.75]).to(dtype)
+    some = [torch.tensor(x).to(dtype) for x in ([300.25, 300.0, 299.75], [12.0, 11.9, 11.8, 3.0], [1e4, -1e4])]
     for project, x in (
         (projections.l2_ball, large),
         (projections.sphere, large),
-        (projections.simplex, near),
-        (projections.l1_ball, -near),
-        (lambda x: projections.halfspace(x, torch.ones_like(x), 1.0), near),
+        *[(projections.simplex, near) for near in some],
+        *[(projections.l1_ball, -near) for near in some],
+        *[(lambda x: projections.halfspace(x, torch.ones_like(x), 1.0), near) for near in some],
     ):
         torch.testing.assert_close(project(x), project(x.double()).to(dtype), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numbers", [[12.0, 11.9, 11.8, 3.0], [100.0, 99.5], [1e4, -1e4]])
-@pytest.mark.parametrize("project", [projections.simplex, projections.l1_ball])
-def test_differences_of_large_numbers_are_rounded_once(project, numbers, dtype):
-    given = torch.tensor(numbers, dtype=dtype)
-    torch.testing.assert_close(project(given), project(given.double()).to(dtype), rtol=0, atol=0)
