@@ -47,6 +47,17 @@ def check_is_param(leaf: Any, i: int, path: Path) -> None:
         )
 
 
+def check_inexact(name: str, leaves: Sequence[Any], path: Path, advice: str = "") -> None:
+    """Raise unless every leaf is None or a floating-point or complex tensor; the message ends with the advice."""
+    for i, leaf in enumerate(leaves):
+        is_tensor = isinstance(leaf, Tensor)
+        if not (leaf is None or (is_tensor and (leaf.is_floating_point() or leaf.is_complex()))):
+            found = f"tensor of {leaf.dtype}" if is_tensor else type(leaf).__name__
+            raise TypeError(
+                f"{name} has a {found} at {path(i)!r}; it must be a tree of floating-point or complex tensors{advice}"
+            )
+
+
 def check_updates(
     leaves: Sequence[Any],
     others: Sequence[Any] | None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functorch_optim import tree
 from functorch_optim._control import is_known, known_values, while_loop
-from functorch_optim._core.checks import Path, check_updates
+from functorch_optim._core.checks import Path, check_inexact, check_updates
 from functorch_optim._core.hyperparameters import check_fixed, check_integer, check_number
 from functorch_optim._core.vector import common_dtype, flattened, unflattened
 from functorch_optim.tree import Tree
@@ -263,11 +263,7 @@ def over_trees(
     check_number("atol", atol)
     check_integer("max_iter", 0 if max_iter is None else max_iter, 0)
     leaves, structure = tree.flatten(b)
-    for path, leaf in zip(tree.paths(b), leaves, strict=True):
-        exact = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
-        if exact or not isinstance(leaf, Tensor | None):
-            what = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"b has a {what} at {path!r}; it must be a tree of floating-point or complex tensors")
+    check_inexact("b", leaves, lambda i: tree.paths(b)[i])
     vector = flattened(leaves, common_dtype(leaves))
     if not vector.numel():
         return b

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from functorch_optim import tree
+from functorch_optim._core.checks import check_inexact
 from functorch_optim.meta._derivative import (
     Tensors,
     alive,
     forward_mode,
     has_derivative,
-    is_differentiable,
     primal,
     pullback,
     pushforward,
@@ -45,13 +45,8 @@ def rooted(optimality_fn: Callable[..., Tree], x: Tree, args: tuple[Tree, ...], 
     """Return x with the derivatives of the root of `optimality_fn`; see `custom_root`."""
     x_leaves, x_structure = tree.flatten(x)
     leaves, structure = tree.flatten(args)
-    for i, leaf in enumerate(x_leaves):
-        if not (leaf is None or is_differentiable(leaf)):
-            what = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(
-                f"The solution has a {what} at {tree.paths(x)[i]!r}; it must be a tree of floating-point or complex "
-                "tensors. Return anything else as aux, with has_aux=True"
-            )
+    advice = ". Return anything else as aux, with has_aux=True"
+    check_inexact("The solution", x_leaves, lambda i: tree.paths(x)[i], advice)
     optimality_fn = exact_derivatives()(optimality_fn)
     present = [i for i, leaf in enumerate(x_leaves) if leaf is not None]
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
