@@ -249,7 +249,7 @@ def _threshold(tree: Tree, total: Number) -> Tensor:
 
 
 def _above(x: Tensor, threshold: Tensor) -> Tensor:
-    """Return max(x - tau, 0). In the dtype of large numbers tau would be rounded by more than what is left of them."""
+    """Return max(x - tau, 0). In the dtype of large numbers tau would be rounded by more than their differences."""
     return torch.clamp(_wide(x) - threshold.to(x.device), min=0).to(x.dtype)
 
 

@@ -136,11 +136,11 @@ class Level:
             values.known[norm.result] = norm.of_total(total, sizes).to(values.dtype)
 
     def source(self) -> Callable[..., Tensor]:
-        """Write what computes the contributions of a block, for a compiler."""
+        """Write the function that computes the contributions of a block, for a compiler."""
         return summing(self.program, tuple([(norm.of, _summed(norm.p)) for norm in self.norms]))
 
     def contributions(self, tensors: Inputs, numbers: Sequence[Any], scratch: Scratch) -> Tensor:
-        """Return what tensors contribute to all norms."""
+        """Return the contributions of tensors to all norms."""
         parts = torch.stack([self._of_block(row, numbers, scratch) for row in tensors.rows(scratch)])
         return torch.stack([norm.joined(parts[:, k]) for k, norm in enumerate(self.norms)])
 

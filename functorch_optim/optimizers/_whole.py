@@ -32,7 +32,7 @@ def total(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], step: 
         numbers: the numbers.
 
     Returns:
-        The sum of what `terms` returns, or the several sums.
+        The sum, or a list of the sums of several terms.
     """
     found: Any = choose.sums(terms, columns, numbers) if isinstance(step, float) else None
     if found is None:
