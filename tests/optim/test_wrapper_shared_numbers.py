@@ -131,6 +131,14 @@ def test_missing_gradients_give_the_numbers_of_the_functional_form(name):
         assert drive(*make(tx), GRADIENTS[:count], **extra) == functional(tx, GRADIENTS[:count], **extra)
 
 
+def test_mini_steps_without_any_gradient_of_those_that_are_accumulated_count_in_the_functional_form_alone():
+    tx = fo.masked(TRANSFORMATIONS["accumulate"], [True, True, False])
+    without, other = (None, None, 1.0), (1.0, None, 1.0)
+    assert drive(*make(tx), [other, without, other])[:2] == drive(*make(tx), [other, other])[:2]
+    assert functional(tx, [other, without])[:2] == functional(tx, [other])[:2]
+    assert functional(tx, [other, without, other])[:2] == functional(tx, [other])[:2]
+
+
 @pytest.mark.parametrize("name", sorted(TRANSFORMATIONS.keys() - {"prodigy, two"}))
 def test_all_parameters_show_the_same_after_each_step(name):
     params, opt = make(TRANSFORMATIONS[name])
