@@ -54,7 +54,8 @@ def check_inexact(name: str, leaves: Sequence[Any], path: Path, advice: str = ""
         if not (leaf is None or (is_tensor and (leaf.is_floating_point() or leaf.is_complex()))):
             found = f"tensor of {leaf.dtype}" if is_tensor else type(leaf).__name__
             raise TypeError(
-                f"{name} has a {found} at {path(i)!r}; it must be a tree of floating-point or complex tensors{advice}"
+                f"{name} has a {found} at {path(i) or 'the root'!r}; it must be a tree of floating-point or complex "
+                f"tensors{advice}"
             )
 
 

@@ -355,3 +355,5 @@ def test_a_number_that_is_out_of_range_is_an_error_that_names_it(solve, name, va
 def test_integers_are_an_error_as_their_solution_would_be_rounded(solve):
     with pytest.raises(TypeError, match="b has a tensor of torch.int64 at 'n'; it must be a tree of floating-point"):
         solve(lambda x: x, {"n": torch.tensor([1, 3])})
+    with pytest.raises(TypeError, match="b has a float at 'the root'; it must be"):
+        solve(lambda x: x, 1.0)
