@@ -112,6 +112,7 @@ def layer_decay(
     Raises:
         ValueError: a parameter is in no layer; a pattern matches nothing; a group finds no number; a number is out of
             range.
+        TypeError: `lr` is neither a number nor a tensor nor a schedule.
 
     timm gives the parameters that its patterns leave out to the last layer. Here they are an error.
 

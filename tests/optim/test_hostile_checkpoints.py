@@ -68,7 +68,6 @@ def test_what_is_no_data_stays_with_the_program(factory, given):
 
 @pytest.mark.parametrize("make", [fo.optim.Adam, partial(fo.Optimizer, transformation=fo.adam)])
 def test_numbers_of_numpy_are_saved_as_numbers(make):
-    numpy = pytest.importorskip("numpy")
     optimizer = make([nn.Parameter(torch.ones(2))], lr=0.5)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: numpy.cos(epoch))
     optimizer.param_groups[0]["betas"] = (numpy.float32(0.5), 0.75)
