@@ -222,18 +222,14 @@ def check_fixed(name: str, value: Any, allowed: str = "value >= 0") -> None:
         TypeError: it is neither.
 
     Example:
-        >>> check_fixed("scale", [1.0])
+        >>> check_fixed("scale", abs)
         Traceback (most recent call last):
         ...
-        TypeError: Invalid scale: [1.0] is a list; give a number, or a 0-dim tensor
+        TypeError: Invalid scale: <built-in function abs> is a function; give a number, or a 0-dim tensor
     """
-    if isinstance(value, Tensor):
-        check(name, value, allowed, trees=False)
-        return
-    try:
-        check_number(name, value, allowed)
-    except TypeError as error:
-        raise TypeError(f"{error}, or a 0-dim tensor") from None
+    if callable(value):
+        raise TypeError(f"Invalid {name}: {value!r} is a function; give a number, or a 0-dim tensor")
+    check(name, value, allowed, trees=False)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor
 
-from functorch_optim._core.hyperparameters import check_fixed, check_returned
+from functorch_optim._core.hyperparameters import check, check_returned
 from functorch_optim._core.recorded import Recorded
 
 _P = ParamSpec("_P")
@@ -193,7 +193,7 @@ def check_numbers(**numbers: Number) -> None:
                 f"Invalid {name}: {number!r} is a function; the arguments of a schedule are numbers or tensors. "
                 "To compose functions of the step use arithmetic or join"
             )
-        check_fixed(name, number, _ALLOWED.get(name, "a number"))
+        check(name, number, _ALLOWED.get(name, "a number"), trees=False)
 
 
 _VALUES = ("value", "start_value", "end_value", "peak_value", "eta_min", "base_lr", "max_lr")

@@ -24,7 +24,7 @@ REFUSED = {
     **{("asgd", name): "keeps (eta|mu) once for all" for name in ("lr", "lambd", "alpha", "t0")},
     **{(name, "lr"): "is a tree, and here one number is needed" for name in ("lbfgs", "lbfgs_search")},
     ("reduce_on_plateau", "factor"): "is a tree, and here one number is needed",
-    **{("zclip", name): "keeps (mean|var) once for all" for name in ("alpha", "z_thresh", "eps", "clip_factor")},
+    **{("zclip", name): "is a tree, and here one number" for name in ("alpha", "z_thresh", "eps", "clip_factor")},
     **{("autoclip", name): "is a tree, and here one number is needed" for name in ("percentile", "eps")},
     **{("add_noise", name): "is a tree, and here one number is needed" for name in ("eta", "gamma")},
     ("schedule_free", "momentum"): "is a tree, and here one number is needed",
