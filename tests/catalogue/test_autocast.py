@@ -35,6 +35,7 @@ def test_a_step_does_not_depend_on_autocast(row):
         assert_close(trained(row(), take, True), trained(row(), take, False), rtol=0, atol=0)
 
 
+@pytest.mark.sampled(pool="compiled")
 def test_a_compiled_step_does_not_depend_on_autocast():
     tx, compiled = fo.shampoo(0.1, eps=0.1), torch.compile(updated, backend="eager", fullgraph=True)
     assert_close(trained(tx, compiled, True), trained(tx, updated, False), rtol=1e-4, atol=1e-4)
