@@ -132,7 +132,8 @@ def adafactor(
     counts as clipped.
 
     A NaN in the gradient of a vector stays in its element: if RMS(w) or RMS(p) is NaN, the maxima above are 1 and
-    eps2. In a matrix it spreads, through the mean of R.
+    eps2. In a matrix it spreads, through the mean of R. In float16, squares of gradients above 256 are infinite, and
+    later steps NaN, as torch's; `cast_states(adafactor(lr))` keeps R, C and V in float32.
 
     Same numbers as torch.optim.Adafactor, with two exceptions: with eps1 None, torch uses the machine epsilon of the
     first parameter's dtype for all parameters; and where eps1^2 is too small for the dtype, zero gradients make torch's

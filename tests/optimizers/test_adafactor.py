@@ -288,3 +288,21 @@ def test_every_step_is_that_of_an_independent_adafactor(scale_parameter, warmup_
 def test_complex_parameters_are_refused():
     with pytest.raises(TypeError, match="CAME does not support complex parameters"):
         fo.came().init(tensors([1.0], torch.complex64))
+
+
+def test_states_in_float32_hold_the_squares_of_large_gradients_in_float16():
+    p, g = torch.ones(4, 4, dtype=torch.float16), torch.full((4, 4), 300.0, dtype=torch.float16)
+
+    def last_update(tx):
+        state = tx.init(p)
+        for _ in range(3):
+            updates, state = tx.update(g, state, p)
+        return updates
+
+    theirs = torch.optim.Adafactor([torch.nn.Parameter(p.clone())], lr=0.1)
+    theirs.param_groups[0]["params"][0].grad = g
+    for _ in range(3):
+        theirs.step()
+    assert theirs.param_groups[0]["params"][0].isnan().all()
+    assert last_update(fo.adafactor(0.1)).isnan().all()
+    torch.testing.assert_close(last_update(fo.cast_states(fo.adafactor(0.1))), torch.full_like(p, -0.1))
