@@ -35,7 +35,7 @@ class Minimized(NamedTuple):
         >>> found.params, found.steps, found.history
         (tensor(1.), tensor(1), tensor([1., 0.]))
 
-    Printed, it leaves `history` and `state` out.
+    Its text, when it is printed, leaves `history` and `state` out.
     """
 
     params: Tree

@@ -380,5 +380,5 @@ def step_dtype() -> torch.dtype:
 
 
 def _as_complex(pairs: Tensor) -> Tensor:
-    """Make pairs of reals complex. In torch 2.13 only a copy of an empty tensor has a tangent that can be viewed so."""
+    """Make pairs of reals complex. In torch 2.13 only a copy of an empty tensor has a tangent that can be complex."""
     return torch.view_as_complex(pairs if pairs.numel() else pairs.clone(memory_format=torch.contiguous_format))

@@ -16,7 +16,8 @@ from functorch_optim._execution import choose, writing
 from functorch_optim._execution.choose import Machine, Way
 from functorch_optim._execution.foreach import Overwriting
 from functorch_optim._execution.mode import Mode, wants_derivatives, without_autocast
-from functorch_optim._execution.program import needed, record
+from functorch_optim._execution.program import needed
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import (
     Columns,

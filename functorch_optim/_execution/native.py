@@ -20,7 +20,8 @@ from functorch_optim._core.rule import Rule
 from functorch_optim._execution.blocks import empty_like, layout_of, lies
 from functorch_optim._execution.calls import called, is_tensor
 from functorch_optim._execution.foreach import Foreach, Overwriting
-from functorch_optim._execution.program import Instruction, Name, Program, needed, record
+from functorch_optim._execution.program import Instruction, Name, Program, needed
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.torch_kernels import Numbers, TorchKernel, kernels, number
 

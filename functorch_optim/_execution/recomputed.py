@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_optim import tree
 from functorch_optim._execution.blocks import BLOCK, InBlocks, empty_like, flat, layout_of
 from functorch_optim._execution.mode import PLAIN, Mode
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage, tensor_by_tensor
 from functorch_optim._execution.representation import Columns, make, map_columns
 

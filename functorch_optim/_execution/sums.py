@@ -9,8 +9,8 @@ from torch import Tensor
 
 from functorch_optim._execution import fused
 from functorch_optim._execution.blocks import BLOCK, Blocks, Scratch, layout_of
-from functorch_optim._execution.program import record_terms
-from functorch_optim._execution.reduced import Inputs, Level, Norm
+from functorch_optim._execution.norms import Inputs, Level, Norm
+from functorch_optim._execution.recording import record_terms
 from functorch_optim._execution.representation import as_reals, widened
 
 

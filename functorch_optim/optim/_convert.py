@@ -144,15 +144,16 @@ def to_torch(optimizer: torch.optim.Optimizer, params: Tree, state: Any) -> None
 
 
 Numbers = dict[int, tuple[float, list[Any]]]
+"""For each link, its step, and the numbers that its scalars carry on."""
 
 
 class _Set(NamedTuple):
-    """Parameters of one plan that can be updated together: each link is at the same numbers for all that it is for.
+    """Parameters of one plan that can be updated together: each link has the same numbers for all of its parameters.
 
     Attributes:
         transformation: the transformation.
         plan: of the transformation.
-        numbers: for each link, its step, and the numbers that its scalars carry on.
+        numbers: of the links.
         states: for each parameter, its index in the plan, and its `state[p]`.
         tree_states: the states of functions of the tree.
     """

@@ -309,7 +309,7 @@ def has_function(value: Any) -> bool:
 
 
 def is_of_program(value: Any) -> bool:
-    """Tell whether a hyperparameter is no data, or holds such: a function, a transformation, a generator."""
+    """Tell whether a hyperparameter is, or holds, a function, a transformation or a generator, which no file has."""
     return any(
         callable(leaf) or isinstance(leaf, GradientTransformation | torch.Generator) for leaf in tree.flatten(value)[0]
     )

@@ -25,8 +25,8 @@ def total(terms: Callable[..., Any], columns: Sequence[Sequence[Tensor]], step: 
     """Add terms over all elements: floats where the step is one and nothing is differentiated.
 
     Args:
-        terms: elementwise function of a tensor of each column, and of the numbers; of a module, so that it is recorded
-            once. It is given tensors as rules are: real, and in float32 at least. It returns a tensor, or several.
+        terms: elementwise function of a tensor of each column, and of the numbers. Tensors are real, and in float32 at
+            least. It returns a tensor, or several. One at the top level of a file is recorded once.
         columns: lists of tensors of the same shapes.
         step: of the scalars.
         numbers: the numbers.

@@ -37,7 +37,7 @@ def qk_clip(
         params: tree of tensors, after the step.
         max_logits: S, for each head the largest q k / sqrt(d) of the batch, as the forward pass has seen it: a vector
             or list, or one number for all heads. Of a model with several attentions: a dict from the path of each to
-            its S. What is not finite, or not more than tau, changes nothing.
+            its S. An S that is not finite, or at most tau, changes nothing.
         tau: largest logit, > 0: number or 0-dim tensor.
         alpha: the part of queries, a number in [0, 1].
         query: names of query projections: parts of a path below the attention. Biases are scaled too. Their first

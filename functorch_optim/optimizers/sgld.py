@@ -34,7 +34,7 @@ def sgld(
 
     Noise comes from `generator`, drawn in the order of the leaves; or it is given, with which an update is a pure
     function: `tx.update(grads, state, params, noise=noise)`, a tree like the parameters of standard normal numbers.
-    Real and imaginary parts of complex parameters have separate noise, each of this variance, which is that of
+    The real and the imaginary part of a complex parameter have noise of this variance each. So complex noise is
     `2**0.5 * torch.randn_like(p)`.
 
     Args:

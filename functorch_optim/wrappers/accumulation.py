@@ -93,8 +93,8 @@ def accumulate(tx: Any, every: Hyperparameter, *, mean: bool = True) -> Any:
     `update` returns zeros where there is no step. `fo.step`, `fo.step_` and `fo.Optimizer` add nothing then. Eagerly
     `tx` does not run at these mini-steps. Under `torch.vmap` and `torch.compile` it does, and `torch.where` picks. A
     parameter whose gradient is None at the last mini-step of a step gets no update, and keeps its sum. All parameters
-    that are accumulated count together, also in `fo.Optimizer`; but it counts no mini-step at which none of them has a
-    gradient, and `tx.update` does.
+    that are accumulated count together, also in `fo.Optimizer`. A mini-step at which none of them has a gradient counts
+    in `tx.update`, and does not in `fo.Optimizer`.
 
     Source: gradient accumulation, as in Ott et al., arXiv:1806.00187, section 3.4.
 

@@ -11,7 +11,7 @@ import functorch_optim as fo
 from functorch_optim._core.rule import Rule
 from functorch_optim._execution import blocks, choose, flat, fused, recomputed, reduced
 from functorch_optim._execution.foreach import Foreach
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 
 # Programs over lists of tensors. --------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import functorch_optim as fo
 from functorch_optim import tree
 from functorch_optim._execution.foreach import Foreach
 from functorch_optim._execution.kernel import kernel, pure
-from functorch_optim._execution.program import Instruction, Name, record
+from functorch_optim._execution.program import Instruction, Name
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._execution.representation import cast
 from functorch_optim._numerics import safe_power

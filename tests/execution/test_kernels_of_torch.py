@@ -10,7 +10,7 @@ import functorch_optim as fo
 from functorch_optim._core.rule import ADD, Rule
 from functorch_optim._execution import fused, native, torch_kernels
 from functorch_optim._execution.blocks import InBlocks
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 
 NUMBERS = {

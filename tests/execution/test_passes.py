@@ -9,7 +9,7 @@ import functorch_optim as fo
 from functorch_optim._core.rule import Rule
 from functorch_optim._execution.blocks import InBlocks
 from functorch_optim._execution.foreach import Foreach
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 from functorch_optim._numerics import or_one
 

@@ -9,9 +9,9 @@ from program_cases import LIKE, Two, recorded
 
 import functorch_optim as fo
 from functorch_optim._core.rule import ADD, Rule
-from functorch_optim._execution import program as module
+from functorch_optim._execution import recording as module
 from functorch_optim._execution.kernel import kernel
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 
 # What is recorded. ----------------------------------------------------------------------------------------------------

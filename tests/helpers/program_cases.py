@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from functorch_optim._core.rule import Rule
-from functorch_optim._execution.program import record
+from functorch_optim._execution.recording import record
 from functorch_optim._execution.reference import Stage
 
 
