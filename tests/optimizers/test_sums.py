@@ -7,7 +7,9 @@ import torch
 from memory import peak_bytes
 from torch._dynamo.utils import counters
 
-from functorch_optim._execution.blocks import BLOCK
+import functorch_optim as fo
+from functorch_optim._execution import choose, sums
+from functorch_optim._execution.blocks import BLOCK, SMALL
 from functorch_optim._execution.mode import Plain
 from functorch_optim.optimizers._whole import or_first, total
 
@@ -73,6 +75,24 @@ def test_sums_of_fused_steps_are_compiled():
     fused = total(distance_and_more, [xs, ys], 1.0, 0.3, -2.0)
     assert counters["stats"]["unique_graphs"] > graphs
     assert fused == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.sampled(pool="compiled")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for the default backend")
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_say_whether_their_sums_are_compiled(fused, monkeypatch):
+    said = []
+
+    def in_blocks(terms, columns, numbers, compiles):
+        said.append(compiles)
+        return sums.in_blocks(terms, columns, numbers, compiles=False)
+
+    monkeypatch.setattr(choose, "in_blocks", in_blocks)
+    p = torch.nn.Parameter(torch.randn(SMALL))
+    optimizer = fo.Optimizer([p], fo.dog, fused=fused)
+    p.grad = torch.randn(SMALL)
+    optimizer.step()
+    assert set(said) == {fused}
 
 
 @pytest.mark.parametrize("step", [1.0, TENSOR_STEP], ids=["known", "a tensor"])
