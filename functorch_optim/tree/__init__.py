@@ -12,11 +12,10 @@ Example:
 
 from functorch_optim.tree._access import get, set  # noqa: A004
 from functorch_optim.tree._arithmetic import add, cast, norm, ravel, scale, sub, vdot, where, zeros_like
+from functorch_optim.tree._prefixes import Prefixes, broadcast_prefix
 from functorch_optim.tree._structure import (
     MaskedNode,
-    Prefixes,
     Tree,
-    broadcast_prefix,
     device_of,
     first_difference,
     flatten,

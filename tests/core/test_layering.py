@@ -12,6 +12,7 @@ LAYERS = [
     "_numerics",
     "_random",
     "tree._structure",
+    "tree._prefixes",
     "tree._access",
     "tree._arithmetic",
     "tree",
